@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def caption(objects: Sequence[SceneObject], camera: Camera) -> str:
     if not objects:
         return "an empty room"
     words = [describe(objects[0])]
-    for first, second in zip(objects, objects[1:], strict=False):
+    for first, second in pairwise(objects):
         words += [_relation(first, second, camera), describe(second)]
     return " ".join(words)
 

@@ -163,13 +163,19 @@ def _environment(scene: Scene, points: Array, direction: Array) -> Array:
 
 
 def _metal(scene: Scene, base: Array, view: Array, normal: Array, points: Array) -> Array:
-    """Mirror image tinted by the metal's colour, and a hard highlight, [3, N]."""
+    """Mirror image tinted by the metal's colour, and hard highlights, [3, N]."""
     view = view / np.sqrt(dot(view, view))
     mirrored = view - 2 * dot(view, normal) * normal
     glance = (1 + np.minimum(dot(view, normal), 0)) ** 4
     tint = base * (1 - np.float32(0.5) * glance) + np.float32(0.4) * glance
-    shine = np.maximum(dot(mirrored, column(scene.light.direction)), 0) ** 40
-    return tint * _environment(scene, points, mirrored) * np.float32(0.85) + shine * np.float32(1.2)
+    sun = scene.light.direction
+    shine = np.float32(1.2) * np.maximum(dot(mirrored, column(sun)), 0) ** 40
+    # A tall lamp at the light's side draws a streak on upright faces, which would else mirror
+    # nothing but the floor and pass for rubber.
+    flat = np.hypot(mirrored[0], mirrored[1]) * np.float32(math.hypot(sun[0], sun[1]))
+    aligned = (mirrored[0] * np.float32(sun[0]) + mirrored[1] * np.float32(sun[1])) / flat
+    streak = np.float32(0.55) * np.maximum(aligned, 0) ** 24 * (1 - np.abs(normal[2]))
+    return tint * _environment(scene, points, mirrored) + (tint + np.float32(0.3)) * streak + shine
 
 
 def _colors(scene: Scene, hits: _Hits, points: Array, normal: Array) -> NDArray[np.uint8]:
@@ -190,7 +196,7 @@ def _colors(scene: Scene, hits: _Hits, points: Array, normal: Array) -> NDArray[
         if solid.material == "metal":
             seen = hits.direction[:, where], normal[:, where], points[:, where]
             shine = _metal(scene, base[:, where], *seen)
-            base[:, where] *= np.float32(0.55)
+            base[:, where] *= np.float32(0.35)
             extra.append((where, shine * (np.float32(0.35) + np.float32(0.65) * direct[where])))
     out = base * (diffuse + ambient)
     for where, shine in extra:
