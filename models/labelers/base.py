@@ -1,0 +1,216 @@
+"""What every labeler shares: its specification, device and precision, batches and retries."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+logger = logging.getLogger("fourm.labelers")
+
+Image = NDArray[np.uint8]
+"""An RGB image, uint8 [H, W, 3]."""
+
+SHIPPED = "shipped:"
+"""Prefix of a model id that names a folder of this package's `weights`, as in "shipped:depth"."""
+
+WEIGHTS = Path(__file__).parent / "weights"
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class LabelerSpec:
+    """Which network labels images, and how it is run.
+
+    Attributes:
+        name: The labeler's kind: a key of `registry.KINDS`, such as "depth".
+        outputs: The modalities that it writes.
+        model_id: A hub id, a folder, or "shipped:NAME" for weights of this package.
+        revision: Commit or tag of a hub model; "" is the hub's default.
+        batch_size: Images a forward pass (halved as often as memory demands).
+        precision: "fp32", "bf16" or "fp16" (autocast), or "auto": bf16 on a GPU, else fp32.
+        device: "cpu", "cuda", or "auto": a GPU where there is one.
+        options: Of the kind, such as {"threshold": 0.3}; its class documents them.
+
+    Raises:
+        ValueError: A field has a value outside of its choices.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+    model_id: str
+    revision: str = ""
+    batch_size: int = 32
+    precision: str = "auto"
+    device: str = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, choices in (("precision", PRECISIONS), ("device", DEVICES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} of labeler {self.name!r} is not one of "
+                    + ", ".join(choices)
+                )
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} of labeler {self.name!r} is below 1")
+
+    @property
+    def source(self) -> str:
+        """What `from_pretrained` takes: a folder or a hub id.
+
+        Raises:
+            ValueError: The shipped weights do not exist.
+        """
+        if not self.model_id.startswith(SHIPPED):
+            return self.model_id
+        folder = WEIGHTS / self.model_id.removeprefix(SHIPPED)
+        if not folder.is_dir():
+            choices = sorted(path.name for path in WEIGHTS.iterdir() if path.is_dir())
+            raise ValueError(
+                f"no shipped weights {self.model_id!r}; there are "
+                + (", ".join(SHIPPED + name for name in choices) or "none")
+            )
+        return str(folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        return {**asdict(self), "outputs": list(self.outputs)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> LabelerSpec:
+        """Rebuild what `to_dict` wrote."""
+        return cls(**{**fields, "outputs": tuple(fields["outputs"])})
+
+
+class Labeler(ABC):
+    """A network that writes one or more modalities for any images.
+
+    A subclass loads its model in `__init__` (after `super().__init__`, through
+    `self.pretrained()`) and labels batches of images of one size in `predict`.
+    """
+
+    def __init__(self, spec: LabelerSpec) -> None:
+        import torch
+
+        self.spec = spec
+        device = spec.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"labeler {spec.name!r}: device 'cuda' asked, but no GPU is visible")
+        self.device = torch.device(device)
+        precision = spec.precision
+        if precision == "auto":
+            precision = "bf16" if device == "cuda" else "fp32"
+        self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[
+            precision
+        ]
+        self._batch_size = spec.batch_size
+
+    def pretrained(self) -> dict[str, Any]:
+        """Arguments that every `from_pretrained` of a model or processor gets."""
+        source = {"pretrained_model_name_or_path": self.spec.source}
+        return source | ({"revision": self.spec.revision} if self.spec.revision else {})
+
+    def place(self, model: Any) -> Any:
+        """Return a model in evaluation mode on the labeler's device, gradients off."""
+        return model.eval().requires_grad_(False).to(self.device)
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Inference mode, and autocast where the precision asks for it."""
+        import torch
+
+        with (
+            torch.inference_mode(),
+            torch.autocast(
+                self.device.type,
+                dtype=self.autocast_dtype or torch.bfloat16,
+                enabled=self.autocast_dtype is not None,
+            ),
+        ):
+            yield
+
+    @abstractmethod
+    def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
+        """Label at most `spec.batch_size` images that have one size.
+
+        Runs inside `inference()`. Values are those of the modality table, at the images' size.
+        """
+
+    def label(self, images: Sequence[Image]) -> dict[str, list[Any]]:
+        """Label images of any sizes.
+
+        Args:
+            images: RGB, uint8 [H, W, 3] each.
+
+        Returns:
+            For each of `spec.outputs` one value an image, in the images' order.
+
+        Raises:
+            ValueError: An image is no uint8 [H, W, 3] array.
+        """
+        for image in images:
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise ValueError(
+                    f"labelers take uint8 [H, W, 3] images, not {image.dtype} {image.shape}"
+                )
+        results: dict[str, list[Any]] = {name: [None] * len(images) for name in self.spec.outputs}
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for number, image in enumerate(images):
+            by_size.setdefault(image.shape, []).append(number)
+        for numbers in by_size.values():
+            self._label_one_size(images, numbers, results)
+        return results
+
+    def _label_one_size(
+        self, images: Sequence[Image], numbers: list[int], results: dict[str, list[Any]]
+    ) -> None:
+        start = 0
+        while start < len(numbers):
+            chosen = numbers[start : start + self._batch_size]
+            try:
+                with self.inference():
+                    values = self.predict([images[number] for number in chosen])
+            except RuntimeError as error:
+                if not _out_of_memory(error) or len(chosen) == 1:
+                    raise
+                self._shrink(len(chosen))
+                continue
+            for name in self.spec.outputs:
+                for number, value in zip(chosen, values[name], strict=True):
+                    results[name][number] = value
+            start += len(chosen)
+
+    def _shrink(self, tried: int) -> None:
+        import torch
+
+        self._batch_size = tried // 2
+        logger.warning(
+            "labeler %s: out of memory with %d images, going on with %d",
+            self.spec.name, tried, self._batch_size,
+        )  # fmt: skip
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def stack(images: Sequence[Image]) -> Any:
+    """Return images of one size as one uint8 tensor [B, 3, H, W]."""
+    import torch
+
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
