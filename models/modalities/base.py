@@ -1,0 +1,77 @@
+"""What a modality is, and the image helpers that several of them share.
+
+A modality owns its file format, its geometry under cropping and its picture for contact sheets.
+How it is labelled and tokenized refers to it by name. Values are plain numpy arrays or JSON-like
+objects, so that this module needs no torch.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from models.crops import CropBox
+
+Kind = Literal["image", "map", "feature", "sequence"]
+MAX_PIXELS = 64_000_000
+"""Largest stored picture that a codec opens: even our own shards may have been tampered with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modality:
+    """One view of an image: how it is stored, cropped and shown."""
+
+    name: str
+    """Name in stages, manifests and on the command line."""
+    kind: Kind
+    """image: colours; map: one value or vector a pixel; feature: a coarse grid; sequence: text."""
+    ext: str
+    """Extension of its member in a shard, without a dot."""
+    encode: Callable[[Any], bytes]
+    """Value to the bytes of a member."""
+    decode: Callable[[bytes], Any]
+    """The inverse of ``encode``, up to the format's quantisation."""
+    crop: Callable[[Any, CropBox, int], Any]
+    """(value, window, side in pixels) to the value of that window."""
+    render: Callable[[Any], np.ndarray]
+    """Value to a uint8 picture [H, W, 3] for contact sheets."""
+    description: str = ""
+    """One line: shape, unit and value range."""
+
+
+def open_image(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    """Decodes a picture of an allowed format and bounded size."""
+    image = Image.open(io.BytesIO(data), formats=formats)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"picture of {image.width} x {image.height} exceeds {MAX_PIXELS} pixels")
+    return image
+
+
+def png(array: np.ndarray) -> bytes:
+    """uint8 [H, W], uint8 [H, W, 3] or uint16 [H, W] as PNG bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG", compress_level=4)
+    return buffer.getvalue()
+
+
+def crop_image(
+    image: Image.Image, box: CropBox, size: int, resample: Image.Resampling
+) -> Image.Image:
+    """The window of a PIL image, resized to size x size and flipped when the box says so."""
+    window = box.pixels(image.height, image.width)
+    if window == (0, 0, size, size) == (0, 0, image.width, image.height):
+        out = image
+    else:
+        out = image.resize((size, size), resample, box=window)
+    return out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if box.hflip else out
+
+
+def crop_float(array: np.ndarray, box: CropBox, size: int) -> np.ndarray:
+    """Bilinear window of float32 [H, W], antialiased when it shrinks."""
+    image = Image.fromarray(np.ascontiguousarray(array, dtype=np.float32))
+    return np.asarray(crop_image(image, box, size, Image.Resampling.BILINEAR), np.float32)

@@ -1,0 +1,41 @@
+"""Depth: float32 [H, W] in 0..1, stored as 16-bit PNG (value x 65535).
+
+The unit belongs to the labeler: metres / 20 for scenes and other metric networks, relative
+distance for networks that know no scale.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from models.modalities.base import Modality, crop_float, open_image, png
+
+
+def _encode(value: np.ndarray) -> bytes:
+    return png(np.rint(np.clip(value, 0, 1) * 65535).astype(np.uint16))
+
+
+def _decode(data: bytes) -> np.ndarray:
+    return np.asarray(open_image(data, ("PNG",)), dtype=np.float32) / 65535
+
+
+def _render(value: np.ndarray) -> np.ndarray:
+    low, high = np.percentile(value, (1, 99))
+    t = np.clip((value - low) / max(float(high - low), 1e-6), 0, 1)[..., None]
+    # Near is warm and bright, far is dark violet: three stops are enough to read the order.
+    stops = np.array([[250, 210, 60], [200, 60, 90], [30, 15, 70]], np.float32)
+    first = stops[0] * (1 - 2 * t) + stops[1] * 2 * t
+    second = stops[1] * (2 - 2 * t) + stops[2] * (2 * t - 1)
+    return np.where(t < 0.5, first, second).astype(np.uint8)
+
+
+MODALITY = Modality(
+    name="depth",
+    kind="map",
+    ext="png",
+    encode=_encode,
+    decode=_decode,
+    crop=crop_float,
+    render=_render,
+    description="float32 [H, W] in 0..1; metres / 20 for metric labelers",
+)
