@@ -6,7 +6,7 @@ uses scenes from `EVAL_SEED` on, so that no part has seen what another is measur
 """
 
 from infra.scenes.language import caption, caption_score, describe, parse_caption
-from infra.scenes.raycast import Rendering, render
+from infra.scenes.raycast import Rendering, render, scene_caption
 from infra.scenes.sampling import MAX_OBJECTS, MIN_SHARE, sample_scene
 from infra.scenes.world import (
     CLASSES,
@@ -52,4 +52,5 @@ __all__ = [
     "parse_caption",
     "render",
     "sample_scene",
+    "scene_caption",
 ]

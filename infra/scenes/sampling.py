@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from infra.scenes.raycast import FIRST_SOLID, _grid, _screen_bound, cast
+from infra.scenes.raycast import FIRST_SOLID, cast, grid, screen_bound
 from infra.scenes.world import (
     COLORS,
     MATERIALS,
@@ -75,7 +75,7 @@ def _fits(solid: SceneObject, others: list[SceneObject], camera: Camera, wall: W
             return False
     center = camera.basis() @ np.subtract(solid.center, camera.position).astype(np.float32)
     limit = _MARGIN * camera.half
-    return max(map(abs, _screen_bound(center, solid.radius))) < limit
+    return max(map(abs, screen_bound(center, solid.radius))) < limit
 
 
 def _place(
@@ -98,7 +98,7 @@ def _place(
 def _drop_hidden(scene: Scene) -> Scene:
     """Remove solids that are hardly seen; the ones left can only gain by it."""
     with np.errstate(all="ignore"):
-        surface = cast(scene, *_grid(_PROBE)).surface
+        surface = cast(scene, *grid(_PROBE)).surface
     pixels = np.bincount(surface, minlength=FIRST_SOLID + len(scene.objects))[FIRST_SOLID:]
     enough = pixels >= math.ceil(MIN_SHARE * 1.05 * _PROBE**2)
     kept = tuple(s for s, keep in zip(scene.objects, enough, strict=True) if keep)
