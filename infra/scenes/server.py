@@ -225,7 +225,12 @@ class SceneServer:
         # Arrays are small: one thread a process is fastest.
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+            start_new_session=True,  # an interrupt at the keyboard is for the caller to handle
         )
         self.port = self._await_port(self._process)
         return self
