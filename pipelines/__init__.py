@@ -1,0 +1,1 @@
+"""Flows, their parameters and the `fourm` command: what a person starts, schedules and cancels."""

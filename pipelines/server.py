@@ -1,0 +1,110 @@
+"""A local Prefect server for as long as a command needs one.
+
+Without a server every Prefect process, Ray's workers included, would start its own. Where
+PREFECT_API_URL is set, that server is used instead. This module does not import Prefect: Prefect
+reads its settings once, at import, and so has to be imported after :func:`prefect_server`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pipelines.attached import attached
+
+logger = logging.getLogger("fourm.server")
+
+START_SECONDS = 180.0
+"""Most seconds to wait for the server: 10 on an idle machine, far more on a busy one."""
+
+_SETTINGS = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "fourm",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+    "DO_NOT_TRACK": "1",
+}
+
+
+@contextmanager
+def prefect_server(home: Path) -> Iterator[str]:
+    """Provide a Prefect API to this process and to those it starts.
+
+    Args:
+        home: Folder of the server's database and log. Runs of earlier commands stay visible.
+
+    Yields:
+        The address of the user interface.
+
+    Raises:
+        RuntimeError: The server did not come up; the message names its log.
+    """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if url := os.environ.get("PREFECT_API_URL"):
+        yield url.removesuffix("/api")
+        return
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    home = home.absolute()
+    env = {**os.environ, "PREFECT_HOME": str(home), "PREFECT_UI_API_URL": f"{url}/api"}
+    command = [sys.executable, "-m", "prefect", "server", "start"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    log = home / "server.log"
+    with attached(command, env=env, log=log) as process:
+        _await_server(process, url, log)
+        with _environment({"PREFECT_API_URL": f"{url}/api", "PREFECT_HOME": str(home)}):
+            try:
+                yield url
+            finally:
+                _drain()
+
+
+def _drain() -> None:
+    """Send what Prefect's background threads still hold: the server is about to go."""
+    if "prefect" not in sys.modules:
+        return
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (EventsWorker, APILogWorker):
+        worker.drain_all(timeout=5)
+
+
+def _await_server(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        # Not listening yet: refused, reset or slow.
+        with suppress(OSError), urllib.request.urlopen(f"{url}/api/health", timeout=5) as answer:
+            if json.load(answer) is True:
+                return
+        time.sleep(0.2)
+    raise RuntimeError(f"the Prefect server did not start; its log is {log}")
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
