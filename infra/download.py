@@ -1,0 +1,214 @@
+"""Bounded, polite downloads of many URLs.
+
+Every download ends in one :class:`Download` with a reason class; nothing raises for what a server
+does. Bodies are read up to a limit, without content decoding (no gzip bombs), proxies from the
+environment are ignored, and every redirect is checked like the first URL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import aiohttp
+from yarl import URL
+
+from infra.addresses import AddressPolicy, BlockedAddress, PublicResolver
+
+USER_AGENT = "fourm (image dataset builder; honours X-Robots-Tag)"
+OPT_OUT = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
+RETRYABLE = frozenset({"timeout", "connect", "dns", "rate_limited", "server_error", "truncated"})
+"""Reason classes that another attempt may mend."""
+NETWORK = frozenset({"timeout", "connect", "dns"})
+"""Reason classes that, when nearly all rows show them, mean our own network is down."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadPolicy:
+    """Limits and manners of a download."""
+
+    timeout: float = 15.0
+    """Seconds for one attempt, from connecting to the last byte."""
+    max_bytes: int = 20_000_000
+    """Longest body that is read."""
+    max_redirects: int = 5
+    attempts: int = 3
+    """Attempts for failures that are worth a retry."""
+    backoff: float = 0.5
+    """Seconds before the second attempt; doubles with each further one, with jitter."""
+    concurrency: int = 64
+    """Downloads under way at once."""
+    per_host: int = 8
+    """Connections to one host at once."""
+    honour_opt_out: bool = True
+    """Drop pictures whose X-Robots-Tag forbids indexing or training."""
+    addresses: AddressPolicy = field(default_factory=AddressPolicy)
+
+
+@dataclass(frozen=True)
+class Download:
+    """How one URL ended: ``reason`` is "ok" or a class; ``detail`` is for people."""
+
+    index: int
+    reason: str
+    detail: str = ""
+    body: bytes = b""
+    retry_after: float | None = None
+
+
+async def download_all(urls: Sequence[str], policy: DownloadPolicy) -> AsyncIterator[Download]:
+    """Downloads in completion order; ``index`` tells which URL."""
+    connector = aiohttp.TCPConnector(
+        limit=policy.concurrency,
+        resolver=PublicResolver(policy.addresses),
+        ttl_dns_cache=300,
+    )
+    session = aiohttp.ClientSession(
+        connector=connector,
+        trust_env=False,
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity", "Accept": "image/*"},
+        # One attempt is timed as a whole, after it got its turn at the host.
+        timeout=aiohttp.ClientTimeout(total=None),
+    )
+    client = _Client(session, policy)
+    waiting = iter(enumerate(urls))
+    async with session:
+        running: set[asyncio.Task[Download]] = set()
+        try:
+            while True:
+                while len(running) < policy.concurrency:
+                    item = next(waiting, None)
+                    if item is None:
+                        break
+                    running.add(asyncio.create_task(client.persist(*item)))
+                if not running:
+                    return
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield task.result()
+        finally:
+            for task in running:
+                task.cancel()
+
+
+class _Client:
+    """One shard's downloads: the session, the policy and a turnstile for each host."""
+
+    def __init__(self, session: aiohttp.ClientSession, policy: DownloadPolicy) -> None:
+        self._session = session
+        self._policy = policy
+        self._hosts: dict[str, asyncio.Semaphore] = {}
+
+    async def persist(self, index: int, url: str) -> Download:
+        """One URL with retries: exponential backoff with jitter, at least Retry-After."""
+        policy = self._policy
+        for attempt in range(1, policy.attempts + 1):
+            result = await self._attempt(index, url)
+            if result.reason not in RETRYABLE or attempt == policy.attempts:
+                break
+            pause = policy.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+            await asyncio.sleep(max(pause, min(result.retry_after or 0.0, policy.timeout)))
+        return result
+
+    async def _attempt(self, index: int, url: str) -> Download:
+        try:
+            target = URL(url)
+            host = self._hosts.setdefault(
+                target.host or "", asyncio.Semaphore(self._policy.per_host)
+            )
+            async with host, asyncio.timeout(self._policy.timeout):
+                return await self._follow(index, target)
+        except BlockedAddress as error:
+            return Download(index, "blocked_address", str(error))
+        except TimeoutError:
+            limit = self._policy.timeout
+            return Download(index, "timeout", f"no complete answer within {limit:g} s")
+        except aiohttp.ClientConnectorDNSError as error:
+            return _connection_failure(index, error, "dns")
+        except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError) as error:
+            return Download(index, "truncated", str(error))
+        except aiohttp.InvalidURL as error:
+            return Download(index, "bad_url", str(error))
+        except (aiohttp.ClientConnectionError, OSError) as error:
+            return _connection_failure(index, error, "connect")
+        except aiohttp.ClientError as error:
+            return Download(index, "bad_answer", str(error))
+        except ValueError as error:
+            return Download(index, "bad_url", str(error))
+
+    async def _follow(self, index: int, url: URL) -> Download:
+        policy = self._policy
+        for _ in range(policy.max_redirects + 1):
+            policy.addresses.check(url)
+            async with self._session.get(url, allow_redirects=False) as answer:
+                if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
+                    url = url.join(URL(answer.headers["Location"]))
+                    continue
+                if answer.status != 200:
+                    return _refused(index, answer)
+                if policy.honour_opt_out and _opted_out(answer):
+                    return Download(index, "opt_out", answer.headers.get("X-Robots-Tag", ""))
+                return await _body(index, answer, policy.max_bytes)
+        return Download(index, "too_many_redirects", f"more than {policy.max_redirects}")
+
+
+def _connection_failure(index: int, error: BaseException, reason: str) -> Download:
+    """aiohttp wraps what the resolver raises; the reason lies in the chain of causes."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, BlockedAddress):
+            return Download(index, "blocked_address", str(cause))
+        cause = cause.__cause__ or cause.__context__
+    return Download(index, reason, str(error))
+
+
+def _refused(index: int, answer: aiohttp.ClientResponse) -> Download:
+    status = answer.status
+    reasons = {404: "not_found", 410: "not_found", 401: "forbidden", 403: "forbidden"}
+    reason = reasons.get(status, "server_error" if status >= 500 else "http_error")
+    if status == 429:
+        reason = "rate_limited"
+    pause = _retry_after(answer.headers.get("Retry-After"))
+    return Download(index, reason, f"HTTP {status}", retry_after=pause)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds from a Retry-After header, which holds seconds or a date (RFC 9110)."""
+    if value is None:
+        return None
+    if value.strip().isdigit():
+        return float(value)
+    try:
+        return max((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
+    except (TypeError, ValueError):
+        return None
+
+
+def _opted_out(answer: aiohttp.ClientResponse) -> bool:
+    for header in answer.headers.getall("X-Robots-Tag", []):
+        # "agent: directive, directive": directives for a named agent other than us don't bind.
+        agent, colon, rest = header.partition(":")
+        if colon and agent.strip().lower() not in ("*", "fourm"):
+            continue
+        words = (rest if colon else header).lower().replace(",", " ").split()
+        if OPT_OUT.intersection(words):
+            return True
+    return False
+
+
+async def _body(index: int, answer: aiohttp.ClientResponse, max_bytes: int) -> Download:
+    declared = answer.content_length
+    if declared is not None and declared > max_bytes:
+        return Download(index, "too_large", f"{declared} bytes declared, limit {max_bytes}")
+    body = bytearray()
+    async for piece in answer.content.iter_chunked(1 << 16):
+        body += piece
+        if len(body) > max_bytes:
+            return Download(index, "too_large", f"more than {max_bytes} bytes")
+    return Download(index, "ok", body=bytes(body))

@@ -1,0 +1,141 @@
+"""Hostile bytes to clean RGB JPEG: the one place where downloaded pictures are decoded.
+
+Formats are an allow-list, the header's size is checked before a pixel is decoded, and what leaves
+here is a plain 8-bit RGB JPEG without metadata, upright, in the size that the policy asks for.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+Resize = Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"]
+
+
+class BadPicture(ValueError):
+    """A picture that is dropped; ``reason`` is its class in the status table."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturePolicy:
+    """What becomes of a downloaded picture. Everything here changes the stored bytes."""
+
+    resize: Resize = "keep_ratio"
+    """keep_ratio: shorter side to ``size``; keep_ratio_largest: longer side; border: padded to a
+    square; center_crop: cut to a square; no: as it is."""
+    size: int = 256
+    """Target side in pixels; pictures that are smaller already are never enlarged."""
+    quality: int = 95
+    """JPEG quality of what is stored."""
+    min_side: int = 32
+    """Shortest side that is kept, in pixels."""
+    max_pixels: int = 64_000_000
+    """Largest picture that is decoded."""
+    max_aspect: float = 6.0
+    """Largest ratio of the sides."""
+
+
+def clean(data: bytes, policy: PicturePolicy) -> bytes:
+    """JPEG bytes of a picture under the policy.
+
+    Raises:
+        BadPicture: reason not_image, bomb, truncated, too_small or extreme_aspect.
+    """
+    image = _open(data, policy)
+    try:
+        # A JPEG decodes straight at 1/2, 1/4 or 1/8 of its size when that is all we need.
+        if policy.resize in ("keep_ratio", "center_crop"):
+            image.draft("RGB", (policy.size, policy.size))
+        image.load()
+        if _is_clean(image, policy):
+            return data
+        upright = ImageOps.exif_transpose(image) or image
+        final = _resized(_to_rgb(upright), policy)
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+        reason = "truncated" if "truncated" in str(error).lower() else "not_image"
+        raise BadPicture(reason, str(error)) from error
+    buffer = io.BytesIO()
+    final.save(buffer, "JPEG", quality=policy.quality)
+    return buffer.getvalue()
+
+
+def _open(data: bytes, policy: PicturePolicy) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our cap is stricter
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadPicture("bomb", str(error)) from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise BadPicture("not_image", "not a JPEG, PNG, WebP or GIF picture") from error
+    width, height = image.size
+    if width * height > policy.max_pixels:
+        raise BadPicture("bomb", f"{width} x {height} exceeds {policy.max_pixels} pixels")
+    if min(width, height) < policy.min_side:
+        raise BadPicture("too_small", f"{width} x {height}, shortest side {policy.min_side}")
+    if max(width, height) > policy.max_aspect * min(width, height):
+        raise BadPicture("extreme_aspect", f"{width} x {height}, limit {policy.max_aspect:g}:1")
+    return image
+
+
+def _is_clean(image: Image.Image, policy: PicturePolicy) -> bool:
+    """Whether the downloaded JPEG can be stored untouched: no metadata, no resize, plain RGB."""
+    plain = image.format == "JPEG" and image.mode == "RGB" and set(image.info) <= _PLAIN_INFO
+    return plain and _target(image.size, policy) == image.size
+
+
+_PLAIN_INFO = {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """First frame as 8-bit RGB; transparency over white; 16-bit grey scaled, not clipped."""
+    if image.mode.startswith("I"):
+        return image.convert("I").point(lambda v: v / 256).convert("L").convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(canvas, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _target(size: tuple[int, int], policy: PicturePolicy) -> tuple[int, int]:
+    """Size of the final picture for an upright picture of (width, height)."""
+    width, height = size
+    if policy.resize == "no":
+        return size
+    if policy.resize == "border":
+        return (policy.size, policy.size)
+    if policy.resize == "center_crop":
+        side = min(width, height, policy.size)
+        return (side, side)
+    side = min(size) if policy.resize == "keep_ratio" else max(size)
+    scale = min(1.0, policy.size / side)
+    return (max(1, round(width * scale)), max(1, round(height * scale)))
+
+
+def _resized(image: Image.Image, policy: PicturePolicy) -> Image.Image:
+    target = _target(image.size, policy)
+    if target == image.size:
+        return image
+    if policy.resize == "center_crop":
+        return ImageOps.fit(image, target, Image.Resampling.LANCZOS)
+    if policy.resize == "border":
+        image.thumbnail(target, Image.Resampling.LANCZOS)
+        canvas = Image.new("RGB", target, "white")
+        offset = ((target[0] - image.width) // 2, (target[1] - image.height) // 2)
+        canvas.paste(image, offset)
+        return canvas
+    return image.resize(target, Image.Resampling.LANCZOS)
+
+
+# A truncated file must fail, not come out grey below the break.
+ImageFile.LOAD_TRUNCATED_IMAGES = False
