@@ -1,0 +1,111 @@
+"""What this machine is and can do: stated in reports, consulted for precision."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+BF16_GAIN = 1.5
+"""bf16 matrix products must beat fp32 by this factor before they are worth their rounding."""
+
+
+def describe() -> dict[str, Any]:
+    """The facts that a reader needs to judge a measured time.
+
+    Returns:
+        cpu (model name), cores (usable by this process), memory (bytes), os, python, versions of
+        torch, transformers and ray where installed, gpus (names, asked only if torch is loaded).
+    """
+    facts: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": cores(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "commit": commit_hash(),
+    }
+    for package in ("torch", "transformers", "ray"):
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return facts
+
+
+def cores() -> int:
+    """CPU cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@functools.cache
+def fast_bf16() -> bool:
+    """Whether bf16 matrix products are faster than fp32 here, measured once (~0.1 s).
+
+    CPUs with AMX gain 6-8x, CPUs without it lose; GPUs from Ampere on are simply asked.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return BF16_GAIN * _matmul_seconds(torch.bfloat16) < _matmul_seconds(torch.float32)
+
+
+def _matmul_seconds(dtype: Any, size: int = 512, repeats: int = 4) -> float:
+    import torch
+
+    a = torch.ones(size, size, dtype=dtype)
+    a @ a  # the first product pays for set-up
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@functools.cache
+def commit_hash() -> str:
+    """Commit of the checkout this code runs from, "-dirty" if changed; else the version."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    command += ["--exclude", "*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return f"v{_version()}"
+
+
+def _version() -> str:
+    try:
+        return metadata.version("fourm")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,174 @@
+"""A Ray session that begins, nests and ends cleanly inside a flow.
+
+    with ray_session(Embedded(num_cpus=2)):
+        ...          # ray is initialised; a nested ray_session re-uses it
+
+`ray.init` has side effects that matter to whoever calls it: it replaces the SIGTERM handler
+(Prefect then reports a cancelled run as Crashed), turns on token authentication for new local
+clusters, binds the machine's public address and reports usage. Here all four are taken back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import psutil
+
+log = logging.getLogger("fourm.ray")
+
+OBJECT_STORE_BYTES = 512 * 1024**2
+"""Only small status rows travel through Ray's object store: the data goes through the store."""
+STOP_SECONDS = 15.0
+"""Most seconds for Ray to stop by itself. Prefect kills a cancelled run after 30 s."""
+
+
+class Embedded(BaseModel):
+    """Ray on this machine, started for the run and stopped after it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["embedded"] = "embedded"
+    num_cpus: int | None = Field(None, ge=1, description="CPU cores to use; empty means all.")
+    num_gpus: int = Field(0, ge=0, description="GPUs to use.")
+
+
+class Existing(BaseModel):
+    """A Ray cluster that is already running; it is left as it was found."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["existing"] = "existing"
+    address: str = Field("auto", description="'auto', 'host:6379' or 'ray://host:10001'.")
+
+
+RayTarget = Annotated[Embedded | Existing, Field(discriminator="kind")]
+
+
+@contextmanager
+def ray_session(target: Embedded | Existing) -> Iterator[None]:
+    """Connect to or start Ray; on leaving, stop what was started and wait until it is gone.
+
+    Where Ray is already initialised in this process the running session is used and left alone.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    with _environment(target), _signal_handlers() as keep_handlers:
+        before = _children()
+        try:
+            _init(target)
+            keep_handlers()
+            yield
+        finally:
+            _shutdown([p for p in _children() if p not in before])
+
+
+def _init(target: Embedded | Existing) -> None:
+    import ray
+
+    common: dict[str, Any] = {
+        "namespace": f"fourm-{uuid.uuid4().hex[:12]}",
+        "log_to_driver": False,
+        "logging_level": logging.WARNING,
+    }
+    if isinstance(target, Existing):
+        ray.init(address=target.address, **common)
+        return
+    ray.init(
+        # "local" never joins a cluster that happens to run on this machine.
+        address="local",
+        num_cpus=target.num_cpus,
+        num_gpus=target.num_gpus,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+        **common,
+    )
+
+
+@contextmanager
+def _environment(target: Embedded | Existing) -> Iterator[None]:
+    """Ray's environment variables for the session, unless the user has set them."""
+    wanted = {"RAY_USAGE_STATS_ENABLED": "0"}
+    if isinstance(target, Embedded):
+        # An embedded cluster listens on the loopback only and lives as long as this process.
+        wanted["RAY_AUTH_MODE"] = "disabled"
+    added = [name for name in wanted if name not in os.environ]
+    os.environ.update({name: wanted[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def _signal_handlers() -> Iterator[Callable[[], None]]:
+    """Restore on leaving the handlers of SIGTERM and SIGINT; the yielded call does so early.
+
+    A handler of the caller's own (Prefect's) returns as soon as Ray has started. Where SIGTERM
+    had none, Ray's stays for the session: it raises SystemExit, so that clean-up runs.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore_own() -> None:
+        for number, handler in kept.items():
+            if callable(handler):
+                signal.signal(number, handler)
+
+    try:
+        yield restore_own
+    finally:
+        for number, handler in kept.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+def _children() -> list[psutil.Process]:
+    import psutil
+
+    return psutil.Process().children()
+
+
+def _shutdown(daemons: list[psutil.Process]) -> None:
+    """Disconnect and stop Ray, then wait for its processes; kill those that linger.
+
+    Args:
+        daemons: the direct children of this process that may be Ray's.
+    """
+    import psutil
+    import ray
+
+    started: list[psutil.Process] = []
+    for daemon in daemons:
+        try:
+            if any("ray" in part for part in daemon.cmdline()):
+                started += [daemon, *daemon.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            continue
+    stopper = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
+    stopper.start()
+    stopper.join(STOP_SECONDS)
+    _, alive = psutil.wait_procs(started, timeout=2)
+    for process in alive:
+        log.warning("Ray process %d did not stop by itself and is killed", process.pid)
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=2)

@@ -1,0 +1,313 @@
+"""The one stage runner: units of work in, commits out, on Ray Data or in this process.
+
+A *unit* is one shard of one stage. Whatever happens to a unit, it ends in exactly one way:
+
+    committed      its `Work` returned and the ledger holds the commit
+    quarantined    it failed or killed its worker `MAX_ATTEMPTS` times; the ledger holds the reason
+    to do          the run was cancelled or aborted first; the next run takes it up
+
+Every attempt is recorded in the store *before* it begins, since Ray repeats without end a unit
+whose worker dies. Only attempts of this run count: cancelling a run many times harms no unit.
+Rows of the Ray Data pipeline are units and small status rows, so that the driver's memory does
+not depend on the size of the data, and `workers=0` runs the same code without Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from infra.ledger import Ledger, Stage
+from infra.overlap import pipelined, prefetch
+from infra.ray_session import Embedded, Existing, ray_session
+from infra.store import Store
+from infra.units import StageJob, SystemicFailure, UnitRunner, UnitStatus, Work, thread_limit
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+__all__ = [
+    "Resources",
+    "RunProgress",
+    "StageJob",
+    "StageReport",
+    "SystemicFailure",
+    "Work",
+    "pipelined",
+    "prefetch",
+    "run_stages",
+]
+
+log = logging.getLogger("fourm.runner")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Workers of a run and what each occupies."""
+
+    workers: int = 1
+    """0 runs in this process without Ray."""
+    num_cpus: float = 1
+    num_gpus: float = 0
+    threads: int = 1
+    """Torch and OpenMP threads a worker. Keep it at num_cpus: more threads than cores are slow."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or self.threads < 1 or self.num_cpus < 0 or self.num_gpus < 0:
+            raise ValueError(f"resources must not be negative and threads be at least 1: {self}")
+
+
+@dataclass
+class StageReport:
+    """What a run did for one stage."""
+
+    done: int = 0
+    """Shards committed by this run."""
+    skipped: int = 0
+    """Shards that were committed before."""
+    quarantined: dict[int, str] = field(default_factory=dict)
+    """Shard to reason, of this run and of earlier ones."""
+    failed: int = 0
+    """Shards quarantined by this run."""
+    samples: int = 0
+    drops: Counter[str] = field(default_factory=Counter)
+    """Samples dropped, by reason class."""
+    seconds: float = 0.0
+    """Wall-clock from the start of the run to the last shard of the stage."""
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.samples / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """A snapshot handed to `on_progress` after each finished unit."""
+
+    stage: str
+    """Name of the stage the unit belongs to."""
+    done: int
+    """Units finished by this run, over all stages."""
+    total: int
+    samples: int
+    drops: int
+    quarantined: int
+    seconds: float
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.samples / self.seconds if self.seconds else 0.0
+
+    @property
+    def eta(self) -> float:
+        """Seconds still to go at the pace so far."""
+        return self.seconds / self.done * (self.total - self.done) if self.done else float("inf")
+
+    @property
+    def text(self) -> str:
+        parts = [f"{self.stage} {self.done}/{self.total} shards"]
+        parts.append(f"{self.samples} samples, {self.samples_per_second:.1f}/s")
+        if self.drops:
+            parts.append(f"{self.drops} dropped")
+        if self.quarantined:
+            parts.append(f"{self.quarantined} quarantined")
+        if self.done < self.total:
+            parts.append(f"{self.eta:.0f} s to go")
+        return ", ".join(parts)
+
+
+def run_stages(
+    store: Store,
+    jobs: list[StageJob],
+    *,
+    target: Embedded | Existing,
+    resources: Resources,
+    on_progress: Callable[[RunProgress], None] | None = None,
+) -> dict[str, StageReport]:
+    """Bring every shard of the jobs to commit or quarantine; stages run one after another.
+
+    Nothing to do returns at once, without Ray. Interrupting (KeyboardInterrupt, or the exception
+    that Prefect raises on cancelling) stops the workers at once; the same call then resumes.
+
+    Returns:
+        stage id -> report, in the order of the jobs.
+
+    Raises:
+        SystemicFailure: a work said that no unit can succeed, or could not be built at all.
+        ValueError: the target has too little CPU or GPU for even one worker.
+    """
+    ledger = Ledger(store)
+    reports: dict[str, StageReport] = {}
+    units: list[dict[str, int]] = []
+    for number, job in enumerate(jobs):
+        todo = ledger.todo(job.stage, job.shards)
+        before = _attempts(store, job.stage) if todo else {}
+        units += [{"job": number, "shard": s, "before": before.get(s, 0)} for s in todo]
+        bad = ledger.quarantined(job.stage)
+        bad = {shard: bad[shard] for shard in job.shards if shard in bad}
+        skipped = len(job.shards) - len(todo) - len(bad)
+        reports[job.stage.id] = StageReport(skipped=skipped, quarantined=bad)
+    if not units:
+        log.info("nothing to do: every shard of %s is committed or quarantined", list(reports))
+        return reports
+    arguments = {"store": store, "jobs": jobs, "threads": resources.threads}
+    if resources.workers == 0:
+        rows = _run_here(units, arguments)
+    else:
+        rows = _run_on_ray(units, arguments, target, resources)
+    with closing(rows):
+        _collect(rows, jobs, reports, len(units), on_progress)
+    return reports
+
+
+def _attempts(store: Store, stage: Stage) -> Counter[int]:
+    """Attempts recorded by earlier runs, a number for each shard: they count no more."""
+    paths = store.list(f"attempts/{stage.id}/")
+    return Counter(int(m[1]) for m in (re.search(r"shard-(\d+)\.", p) for p in paths) if m)
+
+
+def _collect(
+    rows: Iterable[UnitStatus],
+    jobs: list[StageJob],
+    reports: dict[str, StageReport],
+    total: int,
+    on_progress: Callable[[RunProgress], None] | None,
+) -> None:
+    """Fold status rows into the reports, and tell of each."""
+    began = time.monotonic()
+    for done, row in enumerate(rows, start=1):
+        if row.state == "aborted":
+            raise SystemicFailure(row.reason)
+        stage = jobs[row.job].stage
+        report = reports[stage.id]
+        report.seconds = time.monotonic() - began
+        report.samples += row.samples
+        report.drops.update(json.loads(row.drops))
+        if row.state == "committed":
+            report.done += 1
+        else:
+            report.failed += 1
+            report.quarantined[row.shard] = row.reason
+            log.warning("%s shard %d quarantined: %s", stage.name, row.shard, row.reason)
+        if on_progress:
+            on_progress(_snapshot(stage.name, done, total, reports.values(), report.seconds))
+
+
+def _snapshot(
+    stage: str, done: int, total: int, reports: Iterable[StageReport], seconds: float
+) -> RunProgress:
+    reports = list(reports)
+    return RunProgress(
+        stage=stage,
+        done=done,
+        total=total,
+        samples=sum(r.samples for r in reports),
+        drops=sum(r.drops.total() for r in reports),
+        quarantined=sum(len(r.quarantined) for r in reports),
+        seconds=seconds,
+    )
+
+
+def _run_here(units: list[dict[str, int]], arguments: dict[str, Any]) -> Iterator[UnitStatus]:
+    with thread_limit(arguments["threads"]), closing(UnitRunner(**arguments)) as runner:
+        for unit in units:
+            yield runner.run(**unit)
+
+
+# --- Ray --------------------------------------------------------------------------------------
+
+
+def _run_on_ray(
+    units: list[dict[str, int]],
+    arguments: dict[str, Any],
+    target: Embedded | Existing,
+    resources: Resources,
+) -> Iterator[UnitStatus]:
+    """Status rows of the units as they finish; closing the iterator kills the workers."""
+    import ray
+
+    with ray_session(target):
+        workers = min(len(units), resources.workers)
+        if isinstance(target, Embedded):
+            workers = _that_fit(workers, resources, ray.cluster_resources())
+        prefix, names = f"unit-runner-{uuid.uuid4().hex[:8]}", []
+
+        def named_actor() -> dict[str, str]:
+            names.append(f"{prefix}-{len(names)}")
+            return {"name": names[-1]}
+
+        rows = _dataset(units, arguments, resources, workers, named_actor)
+        finished = False
+        try:
+            for batch in rows.iter_batches(batch_size=None, prefetch_batches=0):
+                columns = {name: column.tolist() for name, column in batch.items()}
+                for values in zip(*columns.values(), strict=True):
+                    yield UnitStatus(**dict(zip(columns, values, strict=True)))
+            finished = True
+        finally:
+            if not finished:
+                _kill(names)
+
+
+def _dataset(
+    units: list[dict[str, int]],
+    arguments: dict[str, Any],
+    resources: Resources,
+    workers: int,
+    named_actor: Callable[[], dict[str, str]],
+) -> Dataset:
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    source = ray.data.from_items(units, override_num_blocks=len(units))
+    context = source.context
+    context.enable_progress_bars = False
+    # A unit may take hours, and a worker may wait for its GPU.
+    context.execution_no_progress_timeout_s = -1
+    threads = str(resources.threads)
+    return source.map_batches(
+        UnitRunner,
+        batch_size=1,
+        # Two: the next unit is there when one ends, and few queue behind a slow one.
+        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+        fn_constructor_kwargs=arguments,
+        num_cpus=resources.num_cpus,
+        num_gpus=resources.num_gpus or None,
+        ray_remote_args_fn=named_actor,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+    )
+
+
+def _that_fit(wanted: int, resources: Resources, available: dict[str, float]) -> int:
+    """Workers that the machine has room for: Ray would wait for the others without end."""
+    fit = wanted
+    for name, need in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
+        have = available.get(name, 0)
+        if need > have:
+            raise ValueError(
+                f"a worker needs {need:g} {name} and Ray has {have:g}: lower "
+                f"num_{name.lower()}s of the resources or raise it in the Ray target"
+            )
+        fit = min(fit, int(have / need)) if need else fit
+    if fit < wanted:
+        log.warning("room for %d of the %d workers asked for", fit, wanted)
+    return fit
+
+
+def _kill(names: list[str]) -> None:
+    """Stop workers at once: without this Ray lets them finish the units they hold."""
+    import ray
+
+    for name in names:
+        try:
+            ray.kill(ray.get_actor(name), no_restart=True)
+        except ValueError:
+            continue  # it has ended, or was never placed

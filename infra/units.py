@@ -1,0 +1,191 @@
+"""One unit of work: a shard of a stage, brought to commit or quarantine on whatever worker."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from infra.ledger import MAX_ATTEMPTS, Ledger, ShardData, Stage
+from infra.store import Store
+
+log = logging.getLogger("fourm.runner")
+
+RETRY_SECONDS = 1.0
+"""Wait before the second attempt of a failed unit; doubled before each further one."""
+
+
+class SystemicFailure(RuntimeError):
+    """Raised by a `Work` where no unit can succeed (no network, no weights, disk full).
+
+    The run stops, the unit stays to do, and no attempt of other units is spent.
+    """
+
+
+class Work(Protocol):
+    """The work of one stage, built once per worker: holds networks, connections, caches.
+
+    An optional `close(self) -> None` is called before another stage's work is built.
+    """
+
+    def run(self, shard: int) -> ShardData:
+        """Produce a shard whole. Raise for a unit that cannot be made."""
+        ...
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage over a list of shards."""
+
+    stage: Stage
+    factory: str
+    """ "module:function", called as function(store_url, stage, config) -> Work on the worker."""
+    config: dict[str, Any]
+    """JSON; what the work needs and the fingerprint does not hold, such as a batch size."""
+    shards: tuple[int, ...]
+
+
+State = Literal["committed", "quarantined", "aborted"]
+
+
+@dataclass(frozen=True)
+class UnitStatus:
+    """The status row of a unit: all that a worker sends back."""
+
+    job: int
+    shard: int
+    state: State
+    samples: int = 0
+    drops: str = "{}"
+    """JSON: reason class to number."""
+    reason: str = ""
+
+
+class UnitRunner:
+    """Runs units one at a time and keeps the work of the current stage.
+
+    Args:
+        store: where inputs and the ledger lie.
+        jobs: the stages that units refer to by position.
+        threads: torch and OpenMP threads.
+    """
+
+    def __init__(self, store: Store, jobs: list[StageJob], threads: int) -> None:
+        self._store, self._jobs, self._threads = store, jobs, threads
+        self._ledger = Ledger(store)
+        self._current: int | None = None
+        self._work: Work | None = None
+        self._halt = ""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Ray Data's side: a batch of one unit in, its status row out."""
+        unit = {name: int(column[0]) for name, column in batch.items()}
+        return {name: [value] for name, value in vars(self.run(**unit)).items()}
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the current work."""
+        close = getattr(self._work, "close", None)
+        self._work, self._current = None, None
+        if close is not None:
+            close()
+
+    def run(self, job: int, shard: int, before: int) -> UnitStatus:
+        """Bring one unit to its end.
+
+        Args:
+            job: position in jobs.
+            shard: shard number.
+            before: attempts made by earlier runs.
+        """
+        try:
+            if self._halt:
+                raise SystemicFailure(self._halt)
+            return self._attempt(job, shard, before)
+        except SystemicFailure as failure:
+            self._halt = f"{self._jobs[job].stage.name} shard {shard}: {failure}"
+            return UnitStatus(job, shard, "aborted", reason=str(failure))
+
+    def _attempt(self, job: int, shard: int, before: int) -> UnitStatus:
+        stage = self._jobs[job].stage
+        reason = "the worker died each time it ran this shard (out of memory, or a crash)"
+        while True:
+            number = self._ledger.attempt(stage, shard) - before
+            if number > 1 and shard in self._ledger.committed(stage):
+                # The worker died, or another run was faster, after the commit.
+                return self._committed(job, shard)
+            if number > MAX_ATTEMPTS:
+                reason = f"{MAX_ATTEMPTS} attempts failed: {reason}"
+                self._ledger.quarantine(stage, shard, reason)
+                return UnitStatus(job, shard, "quarantined", reason=reason)
+            if number > 1:
+                time.sleep(RETRY_SECONDS * 2 ** (number - 2))
+            try:
+                data = self._work_of(job).run(shard)
+            except SystemicFailure:
+                raise
+            except Exception as error:
+                log.exception("%s shard %d, attempt %d", stage.name, shard, number)
+                reason = f"{type(error).__name__}: {error}"
+                continue
+            self._ledger.commit(stage, shard, data, upstream_commits=self._upstream(stage, shard))
+            return self._committed(job, shard)
+
+    def _committed(self, job: int, shard: int) -> UnitStatus:
+        commit = self._ledger.commits(self._jobs[job].stage)[shard]
+        return UnitStatus(job, shard, "committed", commit.samples, json.dumps(commit.drops))
+
+    def _upstream(self, stage: Stage, shard: int) -> tuple[Any, ...]:
+        found = (self._ledger.commits(upstream).get(shard) for upstream in stage.upstream)
+        return tuple(commit for commit in found if commit is not None)
+
+    def _work_of(self, job: int) -> Work:
+        if self._current != job or self._work is None:
+            self.close()
+            module, _, function = self._jobs[job].factory.partition(":")
+            spec = self._jobs[job]
+            try:
+                build = getattr(importlib.import_module(module), function)
+                self._work = build(self._store.url, spec.stage, spec.config)
+            except Exception as error:
+                log.exception("building the work of %s", spec.stage.name)
+                what = f"cannot build the work of {spec.stage.name} ({spec.factory})"
+                raise SystemicFailure(f"{what}: {type(error).__name__}: {error}") from error
+            self._current = job
+            _limit_torch(self._threads)
+        return self._work
+
+
+def _limit_torch(threads: int) -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def thread_limit(threads: int) -> Iterator[None]:
+    """Limit OpenMP (read when a library loads) and torch to a number of threads, for a while."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    kept = {name: os.environ.get(name) for name in names}
+    torch = sys.modules.get("torch")
+    torch_threads = torch.get_num_threads() if torch is not None else 0
+    os.environ.update(dict.fromkeys(names, str(threads)))
+    _limit_torch(threads)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+        if torch_threads:
+            _limit_torch(torch_threads)
