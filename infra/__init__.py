@@ -1,0 +1,1 @@
+"""Where bytes live and where work runs; nothing here knows about learning."""

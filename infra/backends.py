@@ -1,0 +1,275 @@
+"""The two places a `Store` keeps bytes: a folder, and an S3 bucket.
+
+Both take paths that the store has checked, and answer absence with None or FileNotFoundError.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+_LOG = logging.getLogger("fourm.store")
+_T = TypeVar("_T")
+
+PRIVATE = ".fourm"
+"""Folder of temporary files, locks and the probe object; never listed."""
+# 409 is "another conditional write is under way": the answer is to ask again.
+_TRANSIENT = frozenset({409, 429, 500, 502, 503, 504})
+_PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
+
+
+class LocalBackend:
+    """A folder. Locks are `flock`s, so compare-and-swap holds between processes of one host."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def read(self, path: str) -> bytes:
+        return (self.root / path).read_bytes()
+
+    def write(self, path: str, data: bytes) -> None:
+        with _temporary(self.root / PRIVATE, data) as temporary:
+            target = self._target(path)
+            os.replace(temporary, target)
+            _flush_folder(target.parent)
+
+    def create(self, path: str, data: bytes) -> bool:
+        target = self._target(path)
+        if target.exists():
+            return False
+        with _temporary(self.root / PRIVATE, data) as temporary:
+            try:
+                os.link(temporary, target)  # fails when the name is taken: atomic put-if-absent
+            except FileExistsError:
+                return False
+            _flush_folder(target.parent)
+        return True
+
+    def version(self, path: str) -> str | None:
+        try:
+            return hashlib.sha256(self.read(path)).hexdigest()
+        except FileNotFoundError:
+            return None
+
+    def replace(self, path: str, data: bytes, expected: str | None) -> bool:
+        lock = self.root / PRIVATE / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("wb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # released by the kernel however we end
+            if self.version(path) != expected:
+                return False
+            self.write(path, data)
+        return True
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        found: dict[str, int] = {}
+        folders = [prefix.rpartition("/")[0]]
+        while folders:
+            folder = folders.pop()
+            try:
+                entries = list(os.scandir(self.root / folder))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            for entry in entries:
+                path = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.is_dir():
+                    if path.startswith(prefix) or prefix.startswith(f"{path}/"):
+                        folders.append(path)
+                elif path.startswith(prefix):
+                    found[path] = entry.stat().st_size
+        return found
+
+    def size(self, path: str) -> int | None:
+        target = self.root / path
+        return target.stat().st_size if target.is_file() else None
+
+    def delete(self, path: str) -> None:
+        (self.root / path).unlink(missing_ok=True)
+
+    def local(self, path: str, sha256: str | None) -> Path:
+        target = self.root / path
+        if not target.is_file():
+            raise FileNotFoundError(path)
+        return target
+
+    def _target(self, path: str) -> Path:
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+
+class S3Backend:
+    """A bucket and prefix through s3fs, with conditional PUTs."""
+
+    def __init__(self, root: str, options: dict[str, Any]) -> None:
+        self.root = root
+        self._options = options
+
+    @cached_property
+    def fs(self) -> Any:
+        import s3fs
+
+        options: dict[str, Any] = {"config_kwargs": {"max_pool_connections": 32}}
+        # Neither listings nor instances may be shared: other processes write, and tests
+        # change endpoints.
+        return s3fs.S3FileSystem(
+            **(options | self._options), use_listings_cache=False, skip_instance_cache=True
+        )
+
+    @cached_property
+    def conditional(self) -> bool:
+        """Whether the service honours If-None-Match; asked with one tiny object."""
+        probe = f"{PRIVATE}/probe"
+        try:
+            honoured = not (self._create(probe, b"probe") and self._create(probe, b"probe"))
+        except OSError as error:
+            if _http_status(error) != 501:
+                raise
+            honoured = False
+        if not honoured:
+            _LOG.warning(
+                "s3://%s ignores conditional writes: two runs at once on this dataset could both "
+                "commit a shard. Run one at a time, or use a service that honours If-None-Match.",
+                self.root,
+            )
+        return honoured
+
+    def read(self, path: str) -> bytes:
+        return self._retry(lambda: self.fs.cat_file(self._key(path)))
+
+    def write(self, path: str, data: bytes) -> None:
+        self._retry(lambda: self.fs.pipe_file(self._key(path), data))
+
+    def create(self, path: str, data: bytes) -> bool:
+        if self.conditional:
+            return self._create(path, data)
+        if self.size(path) is not None:
+            return False
+        self.write(path, data)
+        return True
+
+    def _create(self, path: str, data: bytes) -> bool:
+        return self._put_if(path, data, mode="create")
+
+    def version(self, path: str) -> str | None:
+        info = self._info(path)
+        return None if info is None else info["ETag"]
+
+    def replace(self, path: str, data: bytes, expected: str | None) -> bool:
+        if expected is None:
+            return self.create(path, data)
+        if not self.conditional:
+            if self.version(path) != expected:
+                return False
+            self.write(path, data)
+            return True
+        return self._put_if(path, data, IfMatch=expected)
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        folder, _, stem = prefix.rpartition("/")
+        base = self._key(folder) if folder else self.root
+        listing = self._retry(lambda: self.fs.find(base, prefix=stem, detail=True))
+        skip = len(self.root) + 1
+        return {
+            name[skip:]: info["size"]
+            for name, info in listing.items()
+            if info["type"] == "file" and name[skip:].startswith(prefix)
+        }
+
+    def size(self, path: str) -> int | None:
+        info = self._info(path)
+        return None if info is None else info["size"]
+
+    def delete(self, path: str) -> None:
+        try:
+            self._retry(lambda: self.fs.rm_file(self._key(path)))
+        except FileNotFoundError:
+            return
+
+    def local(self, path: str, sha256: str | None) -> Path:
+        version = sha256 or self.version(path)
+        if version is None:
+            raise FileNotFoundError(path)
+        cache = Path(os.environ.get("FOURM_CACHE") or "~/.cache/fourm").expanduser()
+        origin = hashlib.sha256(f"{self.root}/{path}@{version}".encode()).hexdigest()
+        target = cache / (sha256 or origin)[:2] / f"{sha256 or origin}{Path(path).suffix}"
+        if target.is_file():
+            return target
+        data = self.read(path)
+        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError(f"s3://{self._key(path)} does not have sha256 {sha256}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(cache / PRIVATE, data) as temporary:
+            os.replace(temporary, target)
+        return target
+
+    def _key(self, path: str) -> str:
+        return f"{self.root}/{path}"
+
+    def _info(self, path: str) -> dict[str, Any] | None:
+        try:
+            info = self._retry(lambda: self.fs.info(self._key(path)))
+        except FileNotFoundError:
+            return None
+        return info if info["type"] == "file" else None
+
+    def _put_if(self, path: str, data: bytes, **condition: str) -> bool:
+        try:
+            self._retry(lambda: self.fs.pipe_file(self._key(path), data, **condition))
+        except FileExistsError:
+            return False
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError) and "IfMatch" in condition
+            if _http_status(error) == 412 or missing:
+                return False
+            raise
+        return True
+
+    def _retry(self, call: Callable[[], _T]) -> _T:
+        for pause in _PAUSES:
+            try:
+                return call()
+            except OSError as error:
+                if _http_status(error) not in _TRANSIENT:
+                    raise
+                _LOG.info("s3://%s: %s; trying again", self.root, error)
+                time.sleep(pause * random.uniform(0.5, 1.5))
+        return call()
+
+
+def _http_status(error: OSError) -> int | None:
+    response = getattr(error.__cause__, "response", None) or {}
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+
+
+@contextmanager
+def _temporary(folder: Path, data: bytes) -> Iterator[Path]:
+    """A flushed file with the data, gone afterwards unless it was renamed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / uuid.uuid4().hex
+    try:
+        with path.open("xb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,190 @@
+"""Contracts of the store: whole objects, put-if-absent, compare-and-swap, honest listings."""
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from infra.store import Store, StoreConflict
+
+
+def test_an_object_comes_back_as_written(tmp_store: Store) -> None:
+    tmp_store.write("a/b.bin", b"one")
+    tmp_store.write("a/b.bin", b"three")
+    assert tmp_store.read("a/b.bin") == b"three"
+    assert tmp_store.size("a/b.bin") == 5
+    assert tmp_store.exists("a/b.bin")
+    assert not tmp_store.exists("a")
+    tmp_store.delete("a/b.bin")
+    tmp_store.delete("a/b.bin")
+    assert not tmp_store.exists("a/b.bin")
+
+
+def test_a_missing_object_is_named_by_its_url(tmp_store: Store) -> None:
+    for access in (tmp_store.read, tmp_store.size, tmp_store.local, tmp_store.read_json):
+        with pytest.raises(FileNotFoundError, match=r"gone/x\.json") as caught:
+            access("gone/x.json")
+        assert tmp_store.url in str(caught.value)
+    assert tmp_store.version("gone/x.json") is None
+
+
+def test_create_lets_exactly_one_writer_win(tmp_store: Store) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        wins = list(pool.map(lambda n: tmp_store.create("c/x", b"%d" % n), range(16)))
+    assert sum(wins) == 1
+    assert tmp_store.read("c/x") == b"%d" % wins.index(True)
+
+
+def test_replace_refuses_a_stale_version(tmp_store: Store) -> None:
+    tmp_store.replace("m/CURRENT", b"1", None)
+    first = tmp_store.version("m/CURRENT")
+    tmp_store.replace("m/CURRENT", b"2", first)
+    for stale in (first, None):
+        with pytest.raises(StoreConflict, match="m/CURRENT"):
+            tmp_store.replace("m/CURRENT", b"3", stale)
+    with pytest.raises(StoreConflict):
+        tmp_store.replace("m/ABSENT", b"3", first)
+    assert tmp_store.read("m/CURRENT") == b"2"
+
+
+def test_replace_counts_every_increment_of_concurrent_writers(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.write("n", b"0")
+
+    def increment(_: int) -> None:
+        while True:
+            version, value = store.version("n"), int(store.read("n"))
+            try:
+                return store.replace("n", b"%d" % (value + 1), version)
+            except StoreConflict:
+                continue
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(increment, range(20)))
+    # The value is read after its version, so a lost update would show as a smaller sum.
+    assert int(store.read("n")) == 20
+
+
+def test_a_listing_is_sorted_and_takes_any_prefix(tmp_store: Store) -> None:
+    names = ["s/label:depth@ab/shard-1.tar", "s/label:depth@ab/shard-2.tar", "s/x", "t"]
+    for name in reversed(names):
+        tmp_store.create(name, name.encode())
+    assert tmp_store.list("") == names
+    assert tmp_store.list("s/") == names[:3]
+    assert tmp_store.list("s/label:depth@ab/shard-1") == names[:1]
+    assert tmp_store.list("nothing/") == []
+    assert tmp_store.sizes("t") == {"t": 1}
+
+
+def test_a_pickled_store_opens_the_same_root(tmp_store: Store) -> None:
+    tmp_store.write("x", b"1")
+    assert pickle.loads(pickle.dumps(tmp_store)).read("x") == b"1"
+
+
+def test_a_local_copy_has_the_recorded_content(tmp_store: Store) -> None:
+    from hashlib import sha256
+
+    tmp_store.write("x.tar", b"payload")
+    digest = sha256(b"payload").hexdigest()
+    assert tmp_store.local("x.tar", digest).read_bytes() == b"payload"
+    assert tmp_store.local("x.tar").read_bytes() == b"payload"
+    tmp_store.write("x.tar", b"changed")
+    assert tmp_store.local("x.tar").read_bytes() == b"changed"
+
+
+def test_a_download_that_differs_from_its_digest_is_refused(s3_url: str) -> None:
+    store = Store(f"{s3_url}/tampered")
+    store.write("x", b"tampered")
+    with pytest.raises(ValueError, match="does not have sha256"):
+        store.local("x", "0" * 64)
+
+
+def test_json_is_canonical_and_a_broken_one_is_named(tmp_store: Store) -> None:
+    assert tmp_store.create_json("a.json", {"b": 1, "a": "ü"})
+    assert not tmp_store.create_json("a.json", {})
+    tmp_store.write_json("b.json", {"a": "ü", "b": 1})
+    assert tmp_store.read("a.json") == tmp_store.read("b.json")
+    tmp_store.write("a.json", b"{")
+    with pytest.raises(ValueError, match=r"a\.json is not valid JSON"):
+        tmp_store.read_json("a.json")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "a/../../b", "", "a\0b"])
+def test_paths_cannot_leave_the_root(tmp_path: Path, path: str) -> None:
+    with pytest.raises(ValueError, match="not a relative path"):
+        Store(str(tmp_path)).read(path)
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/x", "s3://", "https://x/y"])
+def test_urls_of_other_kinds_are_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"bucket|neither"):
+        Store(url)
+
+
+def test_paths_and_file_urls_name_the_same_root(tmp_path: Path) -> None:
+    odd = tmp_path / "a b%20c#d"
+    store = Store(str(odd))
+    store.write("x", b"1")
+    assert pickle.loads(pickle.dumps(store)).read("x") == b"1"
+    assert Store(f"file://{tmp_path}").url == Store(str(tmp_path)).url
+
+
+def test_a_service_without_conditional_writes_is_noticed(
+    s3_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(f"{s3_url}/unconditional")
+    backend = store._backend
+    put = backend._put_if
+    backend._put_if = lambda path, data, **condition: put(path, data)
+    assert store.create("x", b"1")
+    assert "ignores conditional writes" in caplog.text
+    assert not store.create("x", b"2")
+    store.replace("x", b"3", store.version("x"))
+    with pytest.raises(StoreConflict):
+        store.replace("x", b"4", "stale")
+    assert store.read("x") == b"3"
+
+
+def test_a_conflict_answer_is_asked_again(s3_url: str) -> None:
+    from botocore.exceptions import ClientError
+
+    store = Store(f"{s3_url}/busy")
+    fs, answers = store._backend.fs, ["409"] * 2
+    pipe = fs.pipe_file
+
+    def busy(path: str, data: bytes, **options: str) -> object:
+        if answers and path.endswith("x"):
+            answers.pop()
+            meta = {"HTTPStatusCode": 409}
+            cause = ClientError({"Error": {"Code": "409"}, "ResponseMetadata": meta}, "PutObject")
+            raise OSError("ConditionalRequestConflict") from cause
+        return pipe(path, data, **options)
+
+    fs.pipe_file = busy
+    assert store.create("x", b"1")
+    assert not answers
+
+
+def test_killing_a_writer_leaves_only_whole_objects(tmp_path: Path) -> None:
+    program = (
+        "import sys; from infra.store import Store; s = Store(sys.argv[1])\n"
+        "for n in range(10**6): s.create(f'c/{n:07d}', b'x' * 300_000); s.write('w', b'y' * n)"
+    )
+    root = Path(__file__).parents[2]
+    for round_ in range(3):
+        folder = tmp_path / str(round_)
+        process = subprocess.Popen([sys.executable, "-c", program, str(folder)], cwd=root)
+        deadline = time.monotonic() + 20
+        while len(Store(str(folder)).list("c/")) < 3 and time.monotonic() < deadline:
+            os.sched_yield()
+        process.kill()
+        process.wait()
+        sizes = Store(str(folder)).sizes()
+        assert len(sizes) >= 3
+        assert {size for path, size in sizes.items() if path != "w"} == {300_000}
+        assert set(Store(str(folder)).read("w")) <= {ord("y")}
