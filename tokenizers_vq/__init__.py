@@ -1,0 +1,1 @@
+"""Values to discrete tokens and back: learned VQ tokenizers, WordPiece text, sequences."""

@@ -1,0 +1,148 @@
+"""The value contract: what a modality's numbers mean to a tokenizer's network, and back.
+
+A codec is stored with its tokenizer, so decoded values come out in the unit that went in. Three
+forms of a value occur, N samples of H x W:
+
+    value    what `models.modalities` decodes: float depth in 0..1, unit normals, ids, uint8 RGB
+    packed   the smallest array that keeps it (float16 depth, int8 normals), for caches
+    tensor   what the network eats: float32 [N, C, H, W] around [-1, 1], or ids uint8 [N, H, W]
+
+Numbers of the released tokenizers: RGB and normals in [-1, 1] (not ImageNet statistics), depth by
+truncated standardisation; depth in metric units keeps its scale under `log` instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+Kind = Literal["rgb", "depth", "normal", "semseg", "feature"]
+Values = Sequence[NDArray[Any]] | NDArray[Any]
+
+_TRUNCATED = 0.1
+_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueCodec:
+    """How one modality's values become tensors."""
+
+    kind: Kind
+    """Which of the five value types."""
+    depth_mode: Literal["log", "standardise"] = "log"
+    """`log`: log of [near, 1] to [-1, 1]; `standardise`: each map to zero mean, unit variance."""
+    near: float = 0.01
+    """Least depth that `log` tells apart, as a share of the largest."""
+    mean: tuple[float, ...] = ()
+    """Mean of each feature channel."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each feature channel."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in _PACK:
+            raise ValueError(f"kind={self.kind!r}: choose one of {', '.join(_PACK)}")
+        if self.depth_mode not in ("log", "standardise"):
+            raise ValueError(f"depth_mode={self.depth_mode!r}: choose 'log' or 'standardise'")
+        if not 0 < self.near < 1:
+            raise ValueError(f"near={self.near} must lie between 0 and 1")
+        if self.kind == "feature" and not len(self.mean) == len(self.std) > 0:
+            raise ValueError("a feature codec needs mean and std of every channel")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The codec as JSON-ready values."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ValueCodec:
+        """The inverse of `to_dict`."""
+        return cls(**{**data, "mean": tuple(data["mean"]), "std": tuple(data["std"])})
+
+    def pack(self, value: NDArray[Any]) -> NDArray[Any]:
+        """One value [H, W(, C)] in its smallest form."""
+        return _PACK[self.kind](np.asarray(value))
+
+    def to_tensor(self, packed: NDArray[Any]) -> Tensor:
+        """Packed values [N, H, W(, C)] to a tensor [N, C, H, W], or ids [N, H, W]."""
+        tensor = torch.from_numpy(np.ascontiguousarray(packed))
+        match self.kind:
+            case "rgb":
+                return tensor.permute(0, 3, 1, 2).float() / 127.5 - 1
+            case "normal":
+                return F.normalize(tensor.permute(0, 3, 1, 2).float(), dim=1)
+            case "depth":
+                return self._depth(tensor.float())[:, None]
+            case "semseg":
+                return tensor
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return ((tensor.float() - mean) / std).permute(0, 3, 1, 2)
+
+    def from_tensor(self, output: Tensor) -> list[NDArray[Any]]:
+        """Network output [N, C, H, W] to values, in the types of the modality table."""
+        output = output.detach().float().cpu()
+        match self.kind:
+            case "rgb":
+                pixels = ((output + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+                return list(pixels.permute(0, 2, 3, 1).numpy())
+            case "normal":
+                return list(F.normalize(output, dim=1).permute(0, 2, 3, 1).numpy())
+            case "depth":
+                return list(self._distance(output[:, 0]).numpy())
+            case "semseg":
+                return list(output.argmax(1).to(torch.uint8).numpy())
+        features = output.permute(0, 2, 3, 1) * torch.tensor(self.std) + torch.tensor(self.mean)
+        return list(features.numpy())
+
+    def _depth(self, depth: Tensor) -> Tensor:
+        if self.depth_mode == "log":
+            return depth.clamp(self.near, 1).log() / -math.log(self.near) * 2 + 1
+        flat = depth.flatten(1).sort(dim=1).values
+        cut = int(flat.shape[1] * _TRUNCATED)
+        kept = flat[:, cut : flat.shape[1] - cut]
+        mean, var = kept.mean(1), kept.var(1)
+        return (depth - mean[:, None, None]) / (var[:, None, None] + _EPS).sqrt()
+
+    def _distance(self, output: Tensor) -> Tensor:
+        if self.depth_mode == "log":
+            return ((output.clamp(-1, 1) - 1) / 2 * -math.log(self.near)).exp()
+        # The scale is gone by construction; what is left is the order, stretched over 0..1.
+        low, high = output.amin((1, 2), keepdim=True), output.amax((1, 2), keepdim=True)
+        return (output - low) / (high - low).clamp(min=_EPS)
+
+
+def _pack_rgb(value: NDArray[Any]) -> NDArray[Any]:
+    return value.astype(np.uint8, copy=False)
+
+
+def _pack_depth(value: NDArray[Any]) -> NDArray[Any]:
+    return value.astype(np.float16)
+
+
+def _pack_normal(value: NDArray[Any]) -> NDArray[Any]:
+    return np.rint(np.clip(value, -1, 1) * 127).astype(np.int8)
+
+
+def _pack_feature(value: NDArray[Any]) -> NDArray[Any]:
+    return value.astype(np.float16, copy=False)
+
+
+_PACK = {
+    "rgb": _pack_rgb,
+    "depth": _pack_depth,
+    "normal": _pack_normal,
+    "semseg": _pack_rgb,
+    "feature": _pack_feature,
+}
+
+
+def feature_statistics(features: Values) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel over feature maps [h, w, C]."""
+    flat = np.concatenate([np.asarray(f, np.float32).reshape(-1, f.shape[-1]) for f in features])
+    return tuple(flat.mean(0).tolist()), tuple(np.maximum(flat.std(0), 1e-4).tolist())

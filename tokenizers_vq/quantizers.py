@@ -1,0 +1,129 @@
+"""Bottlenecks that turn latent vectors into integers: finite scalar quantisation and VQ.
+
+FSQ (Mentzer et al., arXiv 2309.15505) is the default: it has no codebook to collapse, no
+commitment loss and nothing to synchronise between replicas. Its levels are equally spaced, so a
+bell-shaped latent would leave the outer ones empty; the latent is normalised and squashed by
+2*sigmoid(1.6 z) - 1, which maps a Gaussian nearly onto a uniform (iFSQ). The VQ option has a
+learned codebook: cosine similarity, rotation trick, k-means start, dead codes replaced.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+DEAD_CODE = 2
+"""A VQ code whose moving count falls below this is replaced by a latent of the batch."""
+
+
+class Quantized(NamedTuple):
+    """What a bottleneck gives: latents [B, N, D], tokens int64 [B, N], an auxiliary loss []."""
+
+    latents: Tensor
+    tokens: Tensor
+    loss: Tensor
+
+
+class FiniteScalar(nn.Module):
+    """FSQ with matched activation; a token is the mixed-radix number of its levels.
+
+    Args:
+        dim: Width of the latents that come in and go out.
+        levels: Number of values per latent dimension; the vocabulary is their product.
+        jitter: Probability with which a dimension moves by one level in training, so that
+            the decoder forgives predictions that are nearly right.
+    """
+
+    def __init__(self, dim: int, levels: tuple[int, ...], jitter: float = 0.0) -> None:
+        super().__init__()
+        from vector_quantize_pytorch import FSQ
+
+        self.vocab_size = math.prod(levels)
+        self.jitter = jitter
+        self.down = nn.Linear(dim, len(levels))
+        # Unit variance over the batch keeps every level in use from the first step on; without
+        # it short trainings collapse to one code before the decoder has learned to listen.
+        self.norm = nn.BatchNorm1d(len(levels), affine=False)
+        self.up = nn.Linear(len(levels), dim)
+        self.fsq = FSQ(list(levels), preserve_symmetry=True, bound_hard_clamp=True)
+        step = torch.tensor([2.0 / (count - 1) for count in levels])
+        self.register_buffer("step", step, persistent=False)
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantises [B, N, D]; gradients pass straight through."""
+        with torch.autocast(z.device.type, enabled=False):
+            flat = self.norm(self.down(z.float()).flatten(0, -2)).unflatten(0, z.shape[:-1])
+            squashed = 2 * torch.sigmoid(1.6 * flat) - 1
+            codes, tokens = self.fsq(squashed)
+            if self.training and self.jitter > 0:
+                codes = self._jittered(codes)
+            return Quantized(self.up(codes), tokens.long(), z.new_zeros((), dtype=torch.float32))
+
+    def _jittered(self, codes: Tensor) -> Tensor:
+        chance = torch.rand_like(codes)
+        sign = (chance < self.jitter / 2).to(codes.dtype) - (
+            (chance >= self.jitter / 2) & (chance < self.jitter)
+        ).to(codes.dtype)
+        moved = codes + sign * self.step
+        return torch.where(moved.abs() <= 1 + 1e-4, moved, codes)
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """Latents [B, N, D] of tokens [B, N]."""
+        return self.up(self.fsq.indices_to_codes(tokens))
+
+
+class Codebook(nn.Module):
+    """VQ with a learned codebook of unit vectors.
+
+    Args:
+        dim: Width of the latents that come in and go out.
+        vocab_size: Number of codes.
+        code_dim: Width of a code; small (8 to 32) keeps the codebook in use.
+    """
+
+    def __init__(self, dim: int, vocab_size: int, code_dim: int = 16) -> None:
+        super().__init__()
+        from vector_quantize_pytorch import VectorQuantize
+
+        self.vocab_size = vocab_size
+        self.norm = nn.LayerNorm(dim)
+        self.vq = VectorQuantize(
+            dim=dim,
+            codebook_size=vocab_size,
+            codebook_dim=code_dim,
+            use_cosine_sim=True,
+            rotation_trick=True,
+            kmeans_init=True,
+            threshold_ema_dead_code=DEAD_CODE,
+            decay=0.99,
+            commitment_weight=0.25,
+        )
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantises [B, N, D]; the codebook follows by moving averages in training."""
+        with torch.autocast(z.device.type, enabled=False):
+            latents, tokens, loss = self.vq(self.norm(z.float()))
+        return Quantized(latents, tokens.long(), loss.sum())
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """Latents [B, N, D] of tokens [B, N]."""
+        return self.vq.get_output_from_indices(tokens)
+
+
+def code_statistics(tokens: Tensor, vocab_size: int) -> dict[str, float]:
+    """How much of a vocabulary is used.
+
+    Returns:
+        `usage`: share of codes that occur, in 0..1; `perplexity`: exp of the entropy of the
+        code histogram, in 1..vocab_size.
+    """
+    counts = torch.bincount(tokens.reshape(-1), minlength=vocab_size).double()
+    share = counts / counts.sum().clamp(min=1)
+    entropy = -(share * share.clamp(min=1e-12).log()).sum()
+    return {
+        "usage": float((counts > 0).double().mean()),
+        "perplexity": float(entropy.exp()),
+    }

@@ -1,0 +1,195 @@
+"""One interface to every learned tokenizer, and its files.
+
+    <folder>/config.json          network, value contract, modality
+    <folder>/model.safetensors    weights
+
+    tokenizer = load_tokenizer(store, "tokenizers/depth@1f2e3d4c")
+    tokens = tokenizer.encode_values(depth_maps)     # uint16 [B, N]
+    maps = tokenizer.decode_tokens(tokens)           # list of float32 [H, W] in 0..1
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from infra.machine import fast_bf16
+from tokenizers_vq.codec import ValueCodec, Values
+from tokenizers_vq.vqvae import VQVAE, VQConfig
+
+if TYPE_CHECKING:
+    from infra.store import Store
+
+FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_BATCH = 64
+
+
+class Tokenizer:
+    """A trained network with its value contract.
+
+    Args:
+        modality: Name of the modality whose values it takes.
+        net: The network; put in evaluation mode.
+        codec: The value contract.
+        precision: `bf16`, `fp32`, or `auto`, which takes bf16 where this machine is fast at it.
+
+    Raises:
+        ValueError: if the vocabulary does not fit uint16.
+    """
+
+    def __init__(
+        self, modality: str, net: VQVAE, codec: ValueCodec, precision: str = "auto"
+    ) -> None:
+        if net.config.vocab_size > 1 << 16:
+            raise ValueError(f"{modality}: {net.config.vocab_size} codes do not fit uint16 tokens")
+        self.modality = modality
+        self.net = net.eval()
+        self.codec = codec
+        self.bf16 = precision == "bf16" or (precision == "auto" and fast_bf16())
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of codes."""
+        return self.net.config.vocab_size
+
+    @property
+    def grid(self) -> int:
+        """Tokens per side at the native size."""
+        return self.net.config.grid
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a sample at the native size."""
+        return self.grid**2
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lies."""
+        return self.net.positions.device
+
+    def to(self, device: str | torch.device) -> Tokenizer:
+        """Moves the network; returns itself."""
+        self.net.to(device)
+        return self
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        kind = self.device.type
+        with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=self.bf16):
+            yield
+
+    def pack(self, values: Values) -> NDArray[Any]:
+        """Values to one packed array, which `encode_packed` takes; cheap to hand to a thread."""
+        return np.stack([self.codec.pack(value) for value in values])
+
+    def encode_packed(self, packed: NDArray[Any]) -> NDArray[np.uint16]:
+        """Packed values [B, H, W(, C)] to row-major tokens uint16 [B, N]."""
+        with self._inference():
+            parts = [
+                self.net.encode(self.codec.to_tensor(packed[i : i + _BATCH]).to(self.device))
+                for i in range(0, len(packed), _BATCH)
+            ]
+        return torch.cat(parts).flatten(1).cpu().numpy().astype(np.uint16)
+
+    def encode_values(self, values: Values) -> NDArray[np.uint16]:
+        """Values of equal size, as the modality's `decode` gives them, to tokens [B, N]."""
+        return self.encode_packed(self.pack(values))
+
+    def decode_output(self, tokens: NDArray[Any] | Tensor) -> Tensor:
+        """Tokens [B, N] to the network's output float32 [B, C, H, W] (logits for classes).
+
+        Raises:
+            ValueError: if N is no square or a token is outside the vocabulary.
+        """
+        grid = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=self.device)
+        side = math.isqrt(grid.shape[1])
+        if side * side != grid.shape[1]:
+            raise ValueError(f"{self.modality}: {grid.shape[1]} tokens do not form a square grid")
+        if grid.numel() and not 0 <= int(grid.min()) <= int(grid.max()) < self.vocab_size:
+            raise ValueError(f"{self.modality}: tokens must lie in 0..{self.vocab_size - 1}")
+        with self._inference():
+            grids = grid.unflatten(1, (side, side)).split(_BATCH)
+            parts = [self.net.decode(part) for part in grids]
+        return torch.cat(parts).float()
+
+    def decode_tokens(self, tokens: NDArray[Any] | Tensor) -> list[NDArray[Any]]:
+        """Tokens [B, N] to values in the types of the modality table."""
+        return self.codec.from_tensor(self.decode_output(tokens))
+
+    def files(self) -> dict[str, bytes]:
+        """The tokenizer as files, byte-identical for equal weights."""
+        from safetensors.torch import save
+
+        config = {
+            "format": FORMAT,
+            "modality": self.modality,
+            "network": self.net.config.to_dict(),
+            "codec": self.codec.to_dict(),
+        }
+        state = {name: value.cpu().contiguous() for name, value in self.net.state_dict().items()}
+        return {
+            CONFIG: json.dumps(config, indent=1, sort_keys=True).encode(),
+            WEIGHTS: save(state),
+        }
+
+    def save(self, folder: str | Path) -> str:
+        """Writes the files into a local folder and returns their fingerprint."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        files = self.files()
+        for name, data in files.items():
+            (Path(folder) / name).write_bytes(data)
+        return fingerprint(files)
+
+
+def fingerprint(files: dict[str, bytes]) -> str:
+    """sha256 over names and contents, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name}:{hashlib.sha256(files[name]).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def from_files(files: dict[str, bytes], precision: str = "auto") -> Tokenizer:
+    """A tokenizer from its two files.
+
+    Raises:
+        ValueError: if the format is unknown or the weights do not fit the network.
+    """
+    from safetensors.torch import load
+
+    config = json.loads(files[CONFIG])
+    if config.get("format") != FORMAT:
+        raise ValueError(f"tokenizer format {config.get('format')!r}; this version reads {FORMAT}")
+    net = VQVAE(VQConfig(**config["network"]))
+    try:
+        net.load_state_dict(load(files[WEIGHTS]))
+    except RuntimeError as error:
+        raise ValueError(f"{config['modality']}: weights do not fit the config: {error}") from None
+    return Tokenizer(config["modality"], net, ValueCodec.from_dict(config["codec"]), precision)
+
+
+def load_tokenizer(
+    source: Store | str | Path, path: str = "", precision: str = "auto"
+) -> Tokenizer:
+    """Loads from `path` of a store, or from a local folder.
+
+    Raises:
+        FileNotFoundError: if there is no tokenizer.
+    """
+    if isinstance(source, (str, Path)):
+        folder = Path(source) / path
+        files = {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    else:
+        files = {name: source.read(f"{path}/{name}") for name in (CONFIG, WEIGHTS)}
+    return from_files(files, precision)
