@@ -1,0 +1,15 @@
+"""Labelers: off-the-shelf networks that write modalities for images."""
+
+from models.labelers.base import Image, Labeler, LabelerSpec
+from models.labelers.registry import KINDS, PRESETS, load_labeler, preset, weights_revision
+
+__all__ = [
+    "KINDS",
+    "PRESETS",
+    "Image",
+    "Labeler",
+    "LabelerSpec",
+    "load_labeler",
+    "preset",
+    "weights_revision",
+]

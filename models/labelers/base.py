@@ -214,3 +214,25 @@ def stack(images: Sequence[Image]) -> Any:
     import torch
 
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def resize(maps: Any, images: Sequence[Image]) -> Any:
+    """Return maps [B, C, h, w] at the size of the images (bilinear, edges as pixel borders)."""
+    from torch.nn.functional import interpolate
+
+    size = images[0].shape[:2]
+    return maps if maps.shape[-2:] == size else interpolate(maps, size, mode="bilinear")
+
+
+def options_of(spec: LabelerSpec, **defaults: Any) -> dict[str, Any]:
+    """Return a specification's options over their defaults.
+
+    Raises:
+        ValueError: An option has no default, that is, it does not exist.
+    """
+    if unknown := sorted(set(spec.options) - set(defaults)):
+        raise ValueError(
+            f"labeler {spec.name!r} has no option {', '.join(unknown)}; "
+            + (f"it has {', '.join(sorted(defaults))}" if defaults else "it has none")
+        )
+    return defaults | spec.options

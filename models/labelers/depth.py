@@ -1,0 +1,43 @@
+"""Depth, from any network of `AutoModelForDepthEstimation`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from models.labelers.base import Image, Labeler, LabelerSpec, options_of, resize, stack
+
+
+class DepthLabeler(Labeler):
+    """Writes "depth": float32 [H, W] in 0..1, far is large.
+
+    Options:
+        scale: What the network predicts: "metric" (metres; the value is metres / max_depth) or
+            "inverse" (unscaled inverse depth, as Depth Anything and DPT; the value is 1 minus it,
+            stretched over the image's own range). Default "metric".
+        max_depth: Metres that become 1 (20). Only of "metric".
+    """
+
+    def __init__(self, spec: LabelerSpec) -> None:
+        import torch
+        from transformers import AutoImageProcessor, AutoModelForDepthEstimation
+
+        super().__init__(spec)
+        options = options_of(spec, scale="metric", max_depth=20.0)
+        self.scale, self.max_depth = options["scale"], float(options["max_depth"])
+        if self.scale not in ("metric", "inverse"):
+            raise ValueError(f"scale={self.scale!r} of a depth labeler: take 'metric' or 'inverse'")
+        self.processor = AutoImageProcessor.from_pretrained(**self.pretrained())
+        self.model = self.place(
+            AutoModelForDepthEstimation.from_pretrained(**self.pretrained(), dtype=torch.float32)
+        )
+
+    def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
+        inputs = self.processor(images=list(stack(images)), return_tensors="pt").to(self.device)
+        depth = resize(self.model(**inputs).predicted_depth[:, None].float(), images)[:, 0]
+        if self.scale == "metric":
+            value = depth / self.max_depth
+        else:
+            low, high = depth.amin((1, 2), keepdim=True), depth.amax((1, 2), keepdim=True)
+            value = 1 - (depth - low) / (high - low).clamp_min(1e-6)
+        return {"depth": list(value.clamp(0, 1).cpu().numpy())}

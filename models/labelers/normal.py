@@ -1,0 +1,38 @@
+"""Surface normals, from any network of `AutoModelForNormalEstimation`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from models.labelers.base import Image, Labeler, LabelerSpec, options_of, resize, stack
+
+
+class NormalLabeler(Labeler):
+    """Writes "normal": unit float32 [H, W, 3] in camera space (x right, y up, z to the viewer).
+
+    Options:
+        signs: Factors 1 or -1 that turn the network's axes into these ((1, 1, 1)).
+    """
+
+    def __init__(self, spec: LabelerSpec) -> None:
+        import torch
+        from transformers import AutoImageProcessor, AutoModelForNormalEstimation
+
+        super().__init__(spec)
+        signs = options_of(spec, signs=(1, 1, 1))["signs"]
+        if len(signs) != 3 or any(abs(sign) != 1 for sign in signs):
+            raise ValueError(f"signs={signs!r} of a normal labeler: take three of 1 and -1")
+        self.signs = torch.tensor(signs, dtype=torch.float32, device=self.device).view(1, 3, 1, 1)
+        self.processor = AutoImageProcessor.from_pretrained(**self.pretrained())
+        self.model = self.place(
+            AutoModelForNormalEstimation.from_pretrained(**self.pretrained(), dtype=torch.float32)
+        )
+
+    def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
+        from torch.nn.functional import normalize
+
+        inputs = self.processor(images=list(stack(images)), return_tensors="pt").to(self.device)
+        normals = normalize(self.model(**inputs).normals.float(), dim=1)
+        normals = normalize(resize(normals, images), dim=1) * self.signs
+        return {"normal": list(normals.permute(0, 2, 3, 1).contiguous().cpu().numpy())}

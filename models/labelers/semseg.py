@@ -1,0 +1,69 @@
+"""Semantic segmentation, from per-pixel classifiers and from universal segmenters.
+
+Per-pixel networks are those of `AutoModelForSemanticSegmentation` (SegFormer, UPerNet, BEiT,
+DPT, ...); universal ones those of `AutoModelForUniversalSegmentation` whose processor can write
+semantic maps (Mask2Former, EoMT, ...). The checkpoint's type decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from models.labelers.base import Image, Labeler, LabelerSpec, options_of, resize, stack
+
+MAX_CLASSES = 255
+"""Class ids are bytes, and 255 stands for "unlabelled"."""
+
+
+class SemsegLabeler(Labeler):
+    """Writes "semseg": uint8 [H, W] class ids of the checkpoint; it has no options.
+
+    Raises:
+        ValueError: The checkpoint knows more than `MAX_CLASSES` classes.
+    """
+
+    def __init__(self, spec: LabelerSpec) -> None:
+        import torch
+        from transformers import (
+            MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+            AutoConfig,
+            AutoImageProcessor,
+            AutoModelForSemanticSegmentation,
+            AutoModelForUniversalSegmentation,
+        )
+
+        super().__init__(spec)
+        options_of(spec)
+        config = AutoConfig.from_pretrained(**self.pretrained())
+        self.universal = type(config) not in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING
+        auto = (
+            AutoModelForUniversalSegmentation
+            if self.universal
+            else AutoModelForSemanticSegmentation
+        )
+        self.processor = AutoImageProcessor.from_pretrained(**self.pretrained())
+        self.model = self.place(auto.from_pretrained(**self.pretrained(), dtype=torch.float32))
+        self.names = [config.id2label[number] for number in sorted(config.id2label)]
+        if len(self.names) > MAX_CLASSES:
+            raise ValueError(
+                f"{spec.model_id} knows {len(self.names)} classes; semseg holds {MAX_CLASSES}"
+            )
+
+    def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
+        inputs = self.processor(images=list(stack(images)), return_tensors="pt").to(self.device)
+        if self.universal:
+            maps = self._universal(inputs, images)
+        else:
+            maps = list(resize(self.model(**inputs).logits.float(), images).argmax(1))
+        return {"semseg": [each.cpu().numpy().astype(np.uint8) for each in maps]}
+
+    def _universal(self, inputs: Any, images: Sequence[Image]) -> list[Any]:
+        outputs = self.model(pixel_values=inputs["pixel_values"])
+        if "patch_offsets" in inputs:  # EoMT cuts an image into windows and joins them again
+            outputs.patch_offsets = inputs["patch_offsets"]
+        return self.processor.post_process_semantic_segmentation(
+            outputs, target_sizes=[image.shape[:2] for image in images]
+        )
