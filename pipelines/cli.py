@@ -1,0 +1,239 @@
+"""The `fourm` command: every flow, and what a person wants to know of a dataset.
+
+Options of a command are the fields of its form in :mod:`pipelines.params`, so the command line and
+the Prefect UI offer the same. Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import typer
+from pydantic import BaseModel, ValidationError
+
+from pipelines import options, params
+
+if TYPE_CHECKING:
+    from infra.store import Store
+
+_Form = TypeVar("_Form", bound=BaseModel)
+
+EXAMPLES = """
+[bold]First steps[/bold]
+
+  fourm demo                                        the whole chain on rendered scenes, 30 minutes
+
+  fourm status --root data/demo                     what is done, what is left, and how fast it goes
+
+  fourm generate --root data/demo --from rgb=photo.jpg --to depth,caption
+
+[bold]Your own pictures[/bold], a TSV of url<TAB>caption
+
+  fourm ingest --root data/mine --source cc12m.tsv --limit 10000
+
+  fourm label --root data/mine --preset modern
+
+  fourm train-tokenizers --root data/mine, then tokenize, publish, train, evaluate
+
+Each command can be stopped with Ctrl-C, or killed, and continues where it was when run again.
+"""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Root = Annotated[str, typer.Option(help="Dataset: a folder, or s3://bucket/prefix.")]
+
+
+@app.callback(epilog=EXAMPLES)
+def _fourm() -> None:
+    """Image URLs in, a trained any-to-any model out: the data engine of 4M."""
+
+
+def _flow_command(name: str, form: type[BaseModel], example: str) -> None:
+    module = name.replace("-", "_")
+
+    def command(**given: Any) -> None:
+        with _sentences():
+            values = _validated(form, options.collect(form, given))
+        _run_flow(module, values)
+
+    command.__signature__ = options.signature(form)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in options.parameters(form)}
+    app.command(name, help=form.__doc__, epilog=f"Example:  {example}")(command)
+
+
+def _run_flow(module: str, values: BaseModel) -> None:
+    """Run a flow in this process, below a local Prefect server unless there is one."""
+    from pipelines.server import prefect_server
+    from tasks.chain import check
+
+    with _sentences():
+        check(module, values.model_dump())
+    _log_to_terminal()
+    with _sentences(code=1), prefect_server(_prefect_home(values)):
+        flow = getattr(importlib.import_module(f"pipelines.{module}"), f"{module}_flow")
+        result = flow(values)
+        typer.echo(result)
+
+
+def _log_to_terminal() -> None:
+    """Show the progress of this project; Prefect shows its own."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s | %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("fourm")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [handler]
+
+
+def _prefect_home(values: BaseModel) -> Path:
+    """The database of the UI lies beside a local dataset, else in ./data."""
+    root = str(getattr(values, "root", ""))
+    return (Path("data") if "://" in root else Path(root).parent) / "prefect"
+
+
+@contextmanager
+def _sentences(code: int = 2) -> Iterator[None]:
+    """Turn expected failures into one sentence, and Ctrl-C into a goodbye that says how to go on.
+
+    Args:
+        code: Exit status of a failure: 2 for a bad value that is found before work starts.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        typer.secho(f"fourm: {error}", fg="red", err=True)
+        raise typer.Exit(code) from None
+    except KeyboardInterrupt:
+        again = shlex.join(["fourm", *sys.argv[1:]])
+        typer.secho(f"\nStopped. What is committed is kept; resume with:  {again}", err=True)
+        raise typer.Exit(130) from None
+
+
+def _validated(form: type[_Form], values: dict[str, Any]) -> _Form:
+    try:
+        return form(**values)
+    except ValidationError as error:
+        raise ValueError("; ".join(options.sentence(e) for e in error.errors())) from None
+
+
+def _open(root: str) -> Store:
+    from infra.store import Store
+
+    store = Store(root)
+    if not store.exists("plan/plan.json"):
+        raise ValueError(f"there is no dataset at {root}; `fourm ingest --root {root}` makes one")
+    return store
+
+
+@app.command(epilog="Example:  fourm demo --scale tiny --root data/tiny")
+def demo(
+    scale: Annotated[
+        Literal["demo", "long", "tiny"],
+        typer.Option(help="demo: 30 minutes on two cores; long: 90; tiny: a few, as a smoke test."),
+    ] = "demo",
+    root: Root = "data/demo",
+    keep_ui: Annotated[bool, typer.Option(help="Keep the UI up at the end, until Ctrl-C.")] = False,
+) -> None:
+    """Run the whole chain on rendered scenes: ingest to a trained, measured model."""
+    from pipelines.demo import run_demo
+
+    _log_to_terminal()
+    with _sentences(code=1):
+        for line in run_demo(scale, root, keep_ui=keep_ui):
+            typer.echo(line)
+
+
+@app.command()
+def ui(root: Root = "data/demo") -> None:
+    """Show the runs of a dataset in Prefect's user interface, until Ctrl-C."""
+    import threading
+
+    from pipelines.server import prefect_server
+
+    with _sentences(code=1), prefect_server(_prefect_home(params.Where(root=root))) as url:
+        typer.echo(f"The UI is at {url}; Ctrl-C ends it.")
+        threading.Event().wait()
+
+
+@app.command(epilog="Example:  fourm status --root data/demo")
+def status(root: Root = "data/demo") -> None:
+    """Show done, failed, left, pace and estimated time of every stage, from the commits."""
+    from pipelines.status import table
+
+    with _sentences():
+        from rich.console import Console
+
+        Console().print(table(_open(root)))
+
+
+@app.command(epilog="Example:  fourm verify --root data/demo --deep")
+def verify(
+    root: Root = "data/demo",
+    deep: Annotated[bool, typer.Option(help="Read and hash every byte, not only sizes.")] = False,
+) -> None:
+    """Check that every commit and manifest is whole and true; exit status 1 if not."""
+    from infra.verify import verify as check_store
+
+    with _sentences():
+        report = check_store(_open(root), deep=deep)
+    for path, problem in report.problems:
+        typer.secho(f"{path}: {problem}", fg="red")
+    if report.problems:
+        typer.secho(f"{len(report.problems)} problems", fg="red", err=True)
+        raise typer.Exit(1)
+    typer.echo("everything that is committed is there and whole")
+
+
+@app.command(epilog="Example:  fourm generate --from rgb=photo.jpg --to depth,caption --out out")
+def generate(
+    source: Annotated[
+        list[str],
+        typer.Option("--from", help="modality=file or modality=text; repeat it for several."),
+    ],
+    to: Annotated[str, typer.Option(help="Modalities to predict, in this order: depth,caption.")],
+    root: Root = "data/demo",
+    out: Annotated[str, typer.Option(help="Folder for the pictures and texts.")] = "generated",
+    run: Annotated[str, typer.Option(help="Training run; empty takes the newest.")] = "",
+    samples: Annotated[int, typer.Option(min=1, help="Different results of each.")] = 1,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Predict any modalities from any others with a trained model; writes pictures and text."""
+    pairs = [item.partition("=") for item in source]
+    with _sentences():
+        for item, (_, equals, _) in zip(source, pairs, strict=True):
+            if not equals:
+                raise ValueError(f"--from {item!r} is not of the form modality=file-or-text")
+        values = _validated(
+            params.GenerateParams,
+            {
+                "root": root, "run": run, "samples": samples, "guidance": guidance, "seed": seed,
+                "conditions": {name.strip(): value for name, _, value in pairs},
+                "targets": [name.strip() for name in to.split(",") if name.strip()], "out": out,
+            },
+        )
+    _run_flow("generate", values)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+for _name, (_form, _example) in params.COMMANDS.items():
+    _flow_command(_name, _form, _example)
+
+if __name__ == "__main__":
+    main()

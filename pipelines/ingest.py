@@ -1,0 +1,48 @@
+"""Flow: the rows of a list become shards of pictures and captions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from infra import ui
+from infra.store import Store
+from pipelines.params import IngestOptions, IngestParams
+from pipelines.stages import run_jobs, stage_task
+from tasks import chain, fetch
+
+
+@stage_task("plan")
+def plan_rows(params: IngestParams) -> int:
+    """Cut the list into shards of rows, once and for all; returns their number."""
+    store = Store(params.root)
+    plan = fetch.make_plan(
+        store, params.source, shard_rows=params.shard_rows, limit=params.limit
+    )
+    choices = params.model_dump(include=set(IngestOptions.model_fields))
+    chain.remember(store, "ingest", choices)
+    return int(plan["num_shards"])
+
+
+@stage_task("fetch")
+def fetch_rows(params: IngestParams) -> list[dict[str, Any]]:
+    """Download and clean every planned row."""
+    store = Store(params.root)
+    dataset = chain.Chain(store)
+    job = fetch.fetch_job(dataset.plan, dataset.fetch_config)
+    rows = run_jobs(store, [job], params, "fetch")
+    fates = dataset.ledger.statuses(dataset.fetch).column("reason").value_counts().to_pylist()
+    table = sorted(
+        ({"fate": fate["values"], "rows": fate["counts"]} for fate in fates),
+        key=lambda line: -line["rows"],
+    )
+    ui.table("fetch-fates", table, "What became of the rows")
+    return rows
+
+
+@flow(name="ingest", description=IngestParams.__doc__)
+def ingest_flow(params: IngestParams) -> list[dict[str, Any]]:
+    """Download the pictures of a list into shards, with a fate for every row."""
+    plan_rows(params)
+    return fetch_rows(params)

@@ -1,0 +1,40 @@
+"""Flow: off-the-shelf networks look at every picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from infra.store import Store
+from pipelines import previews
+from pipelines.params import LabelOptions, LabelParams
+from pipelines.stages import run_jobs, stage_task
+from tasks import chain
+from tasks.label import label_job
+
+
+@stage_task("label")
+def label_pictures(params: LabelParams) -> list[dict[str, Any]]:
+    """Run every chosen labeler over every ingested shard, one after another on the same workers."""
+    store = Store(params.root)
+    dataset = chain.Chain(store)
+    shards = sorted(dataset.ledger.committed(dataset.fetch))
+    jobs = [label_job(spec, dataset.fetch, shards) for spec in dataset.labelers.values()]
+    return run_jobs(store, jobs, params, "label")
+
+
+@stage_task("label previews")
+def show_labels(params: LabelParams) -> None:
+    """A contact sheet of the first samples: each picture beside all of its labels."""
+    previews.show(chain.Chain(Store(params.root)))
+
+
+@flow(name="label", description=LabelParams.__doc__)
+def label_flow(params: LabelParams) -> list[dict[str, Any]]:
+    """Label every picture: depth, normals, classes, boxes, captions, features."""
+    choices = params.model_dump(include=set(LabelOptions.model_fields))
+    chain.remember(Store(params.root), "label", choices)
+    rows = label_pictures(params)
+    show_labels(params)
+    return rows

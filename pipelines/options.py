@@ -1,0 +1,120 @@
+"""Command line options out of a pydantic form: one definition for the UI and the terminal."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import types
+import typing
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+_SCALARS = (str, int, float, bool)
+
+
+def parameters(form: type[BaseModel]) -> list[inspect.Parameter]:
+    """One keyword for each field: scalars as they are, lists comma separated, others as JSON.
+
+    An option that is not given is None, so that the form's own default counts.
+    """
+    return [_parameter(name, field) for name, field in form.model_fields.items()]
+
+
+def signature(form: type[BaseModel]) -> inspect.Signature:
+    """The signature of :func:`parameters`."""
+    return inspect.Signature(parameters(form))
+
+
+def collect(form: type[BaseModel], given: dict[str, Any]) -> dict[str, Any]:
+    """The values for the form out of the options that were given.
+
+    Raises:
+        ValueError: An option that takes JSON holds something else.
+    """
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        kind = _bare(form.model_fields[name])
+        if get_origin(kind) is list:
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        elif isinstance(value, str) and _is_json(kind) and value.startswith(("{", "[")):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"--{_dashed(name)} takes JSON: {error}") from None
+        values[name] = value
+    return values
+
+
+def sentence(error: Any) -> str:
+    """One validation error of pydantic as a sentence that names the option."""
+    where = ".".join(str(part) for part in error["loc"]) or "options"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"--{_dashed(where)} is required"
+    text = f"{where}={error['input']!r}: {message}"
+    return text[:1].lower() + text[1:]
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    kind = _bare(field)
+    shown: Any = kind
+    note = field.description or ""
+    if get_origin(kind) is list:
+        choices = get_args(get_args(kind)[0]) if get_origin(get_args(kind)[0]) is Literal else ()
+        note += f" Comma separated{': ' + ', '.join(choices) if choices else ''}."
+        shown = str
+    elif _is_json(kind):
+        shown = str
+    required = field.is_required()
+    if not required:
+        note += f" [dim]\\[default: {_text(field.default)}][/dim]"
+    flags = [f"--{_dashed(name)}"]
+    if kind is bool:
+        flags = [f"--{_dashed(name)}/--no-{_dashed(name)}"]
+    option = typer.Option(*flags, help=note, show_default=False)
+    annotation = shown if required else shown | None if isinstance(shown, type) else _maybe(shown)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if required else None,
+        annotation=Annotated[annotation, option],
+    )
+
+
+def _maybe(kind: Any) -> Any:
+    return typing.Optional[kind]  # noqa: UP045 - `Literal | None` is no type for typer
+
+
+def _bare(field: FieldInfo) -> Any:
+    """The annotation without an optional None."""
+    kind = field.annotation
+    if get_origin(kind) in (Union, types.UnionType):
+        rest = [part for part in get_args(kind) if part is not type(None)]
+        return rest[0] if len(rest) == 1 else kind
+    return kind
+
+
+def _is_json(kind: Any) -> bool:
+    return kind not in _SCALARS and get_origin(kind) is not Literal
+
+
+def _text(default: Any) -> str:
+    if default is None or default is PydanticUndefined or default == "":
+        return "none"
+    if isinstance(default, BaseModel):
+        return str(getattr(default, "kind", default))
+    if isinstance(default, list | tuple):
+        return ",".join(str(item) for item in default) or "none"
+    return str(default)
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+

@@ -1,0 +1,67 @@
+"""Pictures of a labelled dataset for the UI: what the networks saw, beside what they said."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from infra import ui
+from infra.shards import TarIndex
+from models import modalities
+from models.modalities.det import draw
+from tasks.chain import Chain
+
+SIDE = 128
+"""Side of a picture in the sheet, pixels."""
+_AFTER_RGB = ("depth", "normal", "semseg", "clip", "det")
+
+
+def show(chain: Chain, samples: int = 6) -> None:
+    """Show the first samples of the first shard with every label as one contact sheet."""
+    names = ["rgb", *[name for name in _AFTER_RGB if name in chain.sources]]
+    shard = _first_shard(chain, [*names, "caption"])
+    if shard is None or not ui.in_run():
+        return
+    tars = {name: _open(chain, name, shard) for name in (*names, "caption")}
+    keys = tars["rgb"].keys[:samples]
+    rows = [[_picture(tars, name, key) for name in names] for key in keys]
+    titles = [[str(_value(tars, "caption", key)), *names[1:]] for key in keys]
+    sheet = ui.data_uri(ui.contact_sheet(rows, titles=titles))
+    captions = "\n".join(
+        f"1. {html.escape(str(_value(tars, 'caption', key)))}" for key in keys
+    )
+    ui.markdown(
+        "label-previews", f"## Labels of shard {shard}\n\n![labels]({sheet})\n\n{captions}\n"
+    )
+
+
+def _first_shard(chain: Chain, names: list[str]) -> int | None:
+    done = [chain.ledger.committed(chain.sources[name]) for name in names]
+    return min(set.intersection(*done), default=None)
+
+
+def _open(chain: Chain, name: str, shard: int) -> TarIndex:
+    path, _ = chain.ledger.open_output(chain.sources[name], shard, name)
+    return TarIndex(path)
+
+
+def _value(tars: dict[str, TarIndex], name: str, key: str) -> Any:
+    """The decoded value, None for a hole."""
+    modality = modalities.get(name)
+    if tars[name].ext(key) != modality.ext:
+        return None
+    return modality.decode(tars[name].read(key))
+
+
+def _picture(tars: dict[str, TarIndex], name: str, key: str) -> np.ndarray:
+    value = _value(tars, name, key)
+    if value is None:
+        return np.full((SIDE, SIDE, 3), 255, np.uint8)
+    if name == "det":
+        rendered = draw(value, modalities.get("rgb").render(_value(tars, "rgb", key)))
+    else:
+        rendered = modalities.get(name).render(value)
+    return np.asarray(Image.fromarray(rendered).resize((SIDE, SIDE), Image.Resampling.NEAREST))

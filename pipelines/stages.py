@@ -1,0 +1,97 @@
+"""What all flows share: one Prefect task for each stage, its retries, and its report.
+
+Never a task for a shard: Prefect's server records some ten tasks a second, a dataset has thousands
+of shards. A stage resumes from the ledger, so repeating its task costs only unfinished shards.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+
+from infra import ui
+from infra.machine import cores
+from infra.runner import Resources, StageJob, StageReport, SystemicFailure, run_stages
+from infra.store import Store
+from pipelines.params import Compute
+
+logger = logging.getLogger("fourm.flows")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_FINAL = (ValueError, TypeError, KeyError, FileNotFoundError, SystemicFailure, MemoryError)
+"""What another attempt cannot mend: bad values, or trouble that the runner has named already."""
+
+
+def stage_task(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """A Prefect task for a whole stage: infrastructure trouble is retried, bad values are not.
+
+    Results are not cached: the ledger knows what is done.
+    """
+    return task(
+        name=name,
+        retries=2,
+        retry_delay_seconds=[10, 60],
+        retry_jitter_factor=0.5,
+        retry_condition_fn=_worth_a_retry,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )
+
+
+def _worth_a_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    return not isinstance(state.result(raise_on_failure=False), _FINAL)
+
+
+def resources(compute: Compute) -> Resources:
+    """Workers of a stage: as many as asked, else one for each core, or GPU that it may occupy."""
+    available = getattr(compute.ray, "num_cpus", None) or cores()
+    gpus = getattr(compute.ray, "num_gpus", 0)
+    workers = compute.workers
+    if workers is None:
+        workers = max(1, int(gpus / compute.gpus)) if compute.gpus else available
+    threads = max(1, available // max(1, workers))
+    return Resources(
+        workers=workers, num_cpus=threads if workers else 1, num_gpus=compute.gpus, threads=threads
+    )
+
+
+def run_jobs(
+    store: Store, jobs: list[StageJob], compute: Compute, title: str
+) -> list[dict[str, Any]]:
+    """Run stages and show them: a progress bar meanwhile, a table at the end.
+
+    Returns:
+        A row for each stage: stage, done, skipped, quarantined, samples, dropped, per second.
+    """
+    reports = run_stages(
+        store, jobs, target=compute.ray, resources=resources(compute), on_progress=ui.follow(title)
+    )
+    rows = [_row(name, report) for name, report in reports.items()]
+    ui.table(f"{title}-stages", rows, f"Stages of {title}")
+    for row in rows:
+        logger.info("%s", ", ".join(f"{name} {value}" for name, value in row.items()))
+    return rows
+
+
+def _row(name: str, report: StageReport) -> dict[str, Any]:
+    return {
+        "stage": name,
+        "shards done": report.done,
+        "done before": report.skipped,
+        "quarantined": len(report.quarantined),
+        "samples": report.samples,
+        "dropped": ", ".join(f"{reason} {n}" for reason, n in report.drops.most_common()) or "none",
+        "samples per second": round(report.samples_per_second, 1),
+        "seconds": round(report.seconds, 1),
+    }
+
+
+def total_done(rows: list[dict[str, Any]]) -> int:
+    """Shards that a run of stages has done, 0 when there was nothing to do."""
+    return sum(row["shards done"] for row in rows)
