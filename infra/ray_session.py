@@ -102,6 +102,8 @@ def _init(target: Embedded | Existing) -> None:
 def _environment(target: Embedded | Existing) -> Iterator[None]:
     """Ray's environment variables for the session, unless the user has set them."""
     wanted = {"RAY_USAGE_STATS_ENABLED": "0"}
+    # Ray's core prints an error about constructor arguments for every actor of Ray Data.
+    wanted["RAY_BACKEND_LOG_LEVEL"] = "fatal"
     if isinstance(target, Embedded):
         # An embedded cluster listens on the loopback only and lives as long as this process.
         wanted["RAY_AUTH_MODE"] = "disabled"

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import sys
 import time
 import uuid
 from collections import Counter
@@ -29,7 +31,15 @@ from infra.ledger import Ledger, Stage
 from infra.overlap import pipelined, prefetch
 from infra.ray_session import Embedded, Existing, ray_session
 from infra.store import Store
-from infra.units import StageJob, SystemicFailure, UnitRunner, UnitStatus, Work, thread_limit
+from infra.units import (
+    StageJob,
+    SystemicFailure,
+    UnitRunner,
+    UnitStatus,
+    Work,
+    as_worker,
+    worker_variables,
+)
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -135,7 +145,7 @@ def run_stages(
     """Bring every shard of the jobs to commit or quarantine; stages run one after another.
 
     Nothing to do returns at once, without Ray. Interrupting (KeyboardInterrupt, or the exception
-    that Prefect raises on cancelling) stops the workers at once; the same call then resumes.
+    that Prefect raises on cancelling) ends Ray and the workers at once; the same call resumes.
 
     Returns:
         stage id -> report, in the order of the jobs.
@@ -217,9 +227,19 @@ def _snapshot(
 
 
 def _run_here(units: list[dict[str, int]], arguments: dict[str, Any]) -> Iterator[UnitStatus]:
-    with thread_limit(arguments["threads"]), closing(UnitRunner(**arguments)) as runner:
+    with as_worker(arguments["threads"], _run_id()), closing(UnitRunner(**arguments)) as runner:
         for unit in units:
             yield runner.run(**unit)
+
+
+def _run_id() -> str:
+    """Names the run in its commits: the Prefect flow run where there is one."""
+    run_id = os.environ.get("FOURM_RUN_ID", "")
+    if not run_id and "prefect" in sys.modules:
+        from prefect.runtime import flow_run
+
+        run_id = flow_run.id or ""
+    return run_id or uuid.uuid4().hex
 
 
 # --- Ray --------------------------------------------------------------------------------------
@@ -231,30 +251,22 @@ def _run_on_ray(
     target: Embedded | Existing,
     resources: Resources,
 ) -> Iterator[UnitStatus]:
-    """Status rows of the units as they finish; closing the iterator kills the workers."""
+    """Status rows of the units as they finish.
+
+    Closing the iterator ends the session that it began, and with it the workers at once. Workers
+    in a session of the caller's finish the unit at hand first.
+    """
     import ray
 
     with ray_session(target):
         workers = min(len(units), resources.workers)
         if isinstance(target, Embedded):
             workers = _that_fit(workers, resources, ray.cluster_resources())
-        prefix, names = f"unit-runner-{uuid.uuid4().hex[:8]}", []
-
-        def named_actor() -> dict[str, str]:
-            names.append(f"{prefix}-{len(names)}")
-            return {"name": names[-1]}
-
-        rows = _dataset(units, arguments, resources, workers, named_actor)
-        finished = False
-        try:
-            for batch in rows.iter_batches(batch_size=None, prefetch_batches=0):
-                columns = {name: column.tolist() for name, column in batch.items()}
-                for values in zip(*columns.values(), strict=True):
-                    yield UnitStatus(**dict(zip(columns, values, strict=True)))
-            finished = True
-        finally:
-            if not finished:
-                _kill(names)
+        rows = _dataset(units, arguments, resources, workers)
+        for batch in rows.iter_batches(batch_size=None, prefetch_batches=0):
+            columns = {name: column.tolist() for name, column in batch.items()}
+            for values in zip(*columns.values(), strict=True):
+                yield UnitStatus(**dict(zip(columns, values, strict=True)))
 
 
 def _dataset(
@@ -262,17 +274,17 @@ def _dataset(
     arguments: dict[str, Any],
     resources: Resources,
     workers: int,
-    named_actor: Callable[[], dict[str, str]],
 ) -> Dataset:
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # It warns that progress bars are off, as asked for below.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     source = ray.data.from_items(units, override_num_blocks=len(units))
     context = source.context
     context.enable_progress_bars = False
     # A unit may take hours, and a worker may wait for its GPU.
     context.execution_no_progress_timeout_s = -1
-    threads = str(resources.threads)
     return source.map_batches(
         UnitRunner,
         batch_size=1,
@@ -281,8 +293,7 @@ def _dataset(
         fn_constructor_kwargs=arguments,
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus or None,
-        ray_remote_args_fn=named_actor,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+        runtime_env={"env_vars": worker_variables(resources.threads, _run_id())},
     )
 
 
@@ -300,14 +311,3 @@ def _that_fit(wanted: int, resources: Resources, available: dict[str, float]) ->
     if fit < wanted:
         log.warning("room for %d of the %d workers asked for", fit, wanted)
     return fit
-
-
-def _kill(names: list[str]) -> None:
-    """Stop workers at once: without this Ray lets them finish the units they hold."""
-    import ray
-
-    for name in names:
-        try:
-            ray.kill(ray.get_actor(name), no_restart=True)
-        except ValueError:
-            continue  # it has ended, or was never placed

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
-from collections import defaultdict
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
+from infra.ledger import Commit, Ledger
 from infra.store import Store
-
-READERS = 16
-"""Threads that read commits: on S3 each read is a round trip."""
 
 
 @dataclass(frozen=True)
@@ -43,60 +37,42 @@ def status(store: Store) -> list[StageStatus]:
     Raises:
         FileNotFoundError: the store holds no plan, hence no dataset.
     """
-    total = int(store.read_json("plan/plan.json")["num_shards"])
-    commits = _by_stage(store.list("commits/"))
-    quarantine = _by_stage(store.list("quarantine/"))
-    found = []
-    with ThreadPoolExecutor(READERS) as pool:
-        for stage in sorted({*commits, *quarantine}):
-            records = list(pool.map(store.read_json, commits[stage].values()))
-            shards = quarantine[stage].keys() - commits[stage].keys()
-            found.append((_first(records), _summary(stage, records, total, len(shards))))
-    return [line for _, line in sorted(found, key=lambda pair: pair[0])]
+    ledger = Ledger(store)
+    total = int(ledger.read_plan()["num_shards"])
+    stages = {path.split("/")[1] for path in store.list("quarantine/")} | {*ledger.stage_ids()}
+    commits = {stage: list(ledger.commits(stage).values()) for stage in stages}
+    order = sorted(stages, key=lambda stage: (_first(commits[stage]), stage))
+    return [
+        _summary(stage, commits[stage], total, len(ledger.quarantined(stage))) for stage in order
+    ]
 
 
-def _by_stage(paths: Iterable[str]) -> defaultdict[str, dict[int, str]]:
-    """ "commits/<stage id>/shard-000123.json" -> {stage id: {123: path}}"""
-    found: defaultdict[str, dict[int, str]] = defaultdict(dict)
-    for path in paths:
-        match = re.fullmatch(r"[^/]+/(.+)/shard-(\d+)\.json", path)
-        if match:
-            found[match[1]][int(match[2])] = path
-    return found
+def _first(commits: list[Commit]) -> str:
+    return min((commit.created for commit in commits), default="~")
 
 
-def _first(records: list[dict[str, Any]]) -> str:
-    return min((record["created"] for record in records), default="~")
-
-
-def _summary(
-    stage: str, records: list[dict[str, Any]], total: int, quarantined: int
-) -> StageStatus:
-    drops: defaultdict[str, int] = defaultdict(int)
-    for record in records:
-        for reason, number in record["drops"].items():
-            drops[reason] += number
-    samples = sum(record["samples"] for record in records)
-    elapsed = _elapsed(records)
-    left = total - len(records) - quarantined
+def _summary(stage: str, commits: list[Commit], total: int, quarantined: int) -> StageStatus:
+    samples = sum(commit.samples for commit in commits)
+    elapsed = _elapsed(commits)
+    left = max(total - len(commits) - quarantined, 0)
     return StageStatus(
         stage=stage,
-        done=len(records),
+        done=len(commits),
         total=total,
         quarantined=quarantined,
         samples=samples,
-        drops=dict(drops),
-        seconds=sum(record["seconds"] for record in records),
+        drops=dict(sum((Counter(commit.drops) for commit in commits), Counter())),
+        seconds=sum(commit.seconds for commit in commits),
         rate=samples / elapsed if elapsed else 0.0,
-        eta=elapsed / len(records) * max(left, 0) if records else None,
+        eta=elapsed / len(commits) * left if commits else None,
     )
 
 
-def _elapsed(records: list[dict[str, Any]]) -> float:
+def _elapsed(commits: list[Commit]) -> float:
     """Wall-clock seconds from the start of the first shard to the last commit."""
-    if not records:
+    ends = [(datetime.fromisoformat(c.created).timestamp(), c.seconds) for c in commits]
+    if not ends:
         return 0.0
-    ends = [(datetime.fromisoformat(r["created"]).timestamp(), r["seconds"]) for r in records]
     return max(end for end, _ in ends) - min(end - seconds for end, seconds in ends)
 
 

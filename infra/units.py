@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from infra.ledger import MAX_ATTEMPTS, Ledger, ShardData, Stage
+from infra.ledger import MAX_ATTEMPTS, Commit, Ledger, ShardData, Stage
 from infra.store import Store
 
 log = logging.getLogger("fourm.runner")
@@ -122,7 +122,7 @@ class UnitRunner:
             number = self._ledger.attempt(stage, shard) - before
             if number > 1 and shard in self._ledger.committed(stage):
                 # The worker died, or another run was faster, after the commit.
-                return self._committed(job, shard)
+                return _committed(job, self._ledger.read_commit(stage, shard))
             if number > MAX_ATTEMPTS:
                 reason = f"{MAX_ATTEMPTS} attempts failed: {reason}"
                 self._ledger.quarantine(stage, shard, reason)
@@ -137,16 +137,24 @@ class UnitRunner:
                 log.exception("%s shard %d, attempt %d", stage.name, shard, number)
                 reason = f"{type(error).__name__}: {error}"
                 continue
-            self._ledger.commit(stage, shard, data, upstream_commits=self._upstream(stage, shard))
-            return self._committed(job, shard)
+            upstream = self._upstream(stage, shard)
+            try:
+                commit = self._ledger.commit(stage, shard, data, upstream_commits=upstream)
+            except ValueError as error:
+                # The work handed over outputs that do not agree; a failing store raises otherwise.
+                reason = f"{type(error).__name__}: {error}"
+                continue
+            return _committed(job, commit)
 
-    def _committed(self, job: int, shard: int) -> UnitStatus:
-        commit = self._ledger.commits(self._jobs[job].stage)[shard]
-        return UnitStatus(job, shard, "committed", commit.samples, json.dumps(commit.drops))
-
-    def _upstream(self, stage: Stage, shard: int) -> tuple[Any, ...]:
-        found = (self._ledger.commits(upstream).get(shard) for upstream in stage.upstream)
-        return tuple(commit for commit in found if commit is not None)
+    def _upstream(self, stage: Stage, shard: int) -> list[Commit]:
+        """What the shard was made from, as far as upstream stages work on the same shards."""
+        found = []
+        for upstream in stage.upstream:
+            try:
+                found.append(self._ledger.read_commit(upstream, shard))
+            except FileNotFoundError:
+                continue
+        return found
 
     def _work_of(self, job: int) -> Work:
         if self._current != job or self._work is None:
@@ -165,20 +173,35 @@ class UnitRunner:
         return self._work
 
 
+def _committed(job: int, commit: Commit) -> UnitStatus:
+    return UnitStatus(
+        job, commit.shard, "committed", commit.samples, drops=json.dumps(commit.drops)
+    )
+
+
 def _limit_torch(threads: int) -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(threads)
 
 
+def worker_variables(threads: int, run_id: str) -> dict[str, str]:
+    """Environment of a worker: OpenMP reads its threads when it loads, commits name the run."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "FOURM_RUN_ID": run_id,
+    }
+
+
 @contextmanager
-def thread_limit(threads: int) -> Iterator[None]:
-    """Limit OpenMP (read when a library loads) and torch to a number of threads, for a while."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    kept = {name: os.environ.get(name) for name in names}
+def as_worker(threads: int, run_id: str) -> Iterator[None]:
+    """Make this process a worker for a while: its environment and torch's threads."""
+    variables = worker_variables(threads, run_id)
+    kept = {name: os.environ.get(name) for name in variables}
     torch = sys.modules.get("torch")
     torch_threads = torch.get_num_threads() if torch is not None else 0
-    os.environ.update(dict.fromkeys(names, str(threads)))
+    os.environ.update(variables)
     _limit_torch(threads)
     try:
         yield

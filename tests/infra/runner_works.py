@@ -1,0 +1,64 @@
+"""Works for the runner's tests; workers import this module by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from infra.ledger import ShardData, Stage
+from infra.runner import SystemicFailure
+from infra.shards import sample_key, write_tar
+
+ROWS = 3
+
+
+class ToyWork:
+    """Writes ROWS small members a shard; misbehaves on the shards that the config names."""
+
+    def __init__(self, stage: Stage, config: dict[str, Any]) -> None:
+        self.stage, self.config = stage, config
+        if config.get("log"):
+            self.note("build")
+
+    def run(self, shard: int) -> ShardData:
+        config = self.config
+        if config.get("log"):
+            self.note(f"run {shard}")
+        if shard in config.get("kill", []):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if shard in config.get("fail", []):
+            raise ValueError(f"shard {shard} is broken")
+        if shard in config.get("systemic", []):
+            raise SystemicFailure("the network is down")
+        if shard in config.get("fail_once", []) and not self.marked(shard):
+            raise OSError("a hiccup")
+        time.sleep(config.get("seconds", 0))
+        keys = [sample_key(shard, row) for row in range(ROWS)]
+        content = f"{self.stage.fingerprint} {{}}"
+        members = [(f"{key}.txt", content.format(key).encode()) for key in keys]
+        statuses = [(key, "ok", "") for key in keys] + [(sample_key(shard, ROWS), "http_404", "")]
+        outputs = {name: write_tar(members) for name in self.stage.outputs}
+        return ShardData(keys=keys, outputs=outputs, statuses=statuses, seconds=0.1)
+
+    def marked(self, shard: int) -> bool:
+        path = Path(self.config["folder"]) / f"mark-{shard}"
+        existed = path.exists()
+        path.touch()
+        return existed
+
+    def note(self, text: str) -> None:
+        with (Path(self.config["folder"]) / "log").open("a") as file:
+            file.write(f"{self.stage.name} {text}\n")
+
+    def close(self) -> None:
+        if self.config.get("log"):
+            self.note("close")
+
+
+def build(store_url: str, stage: Stage, config: dict[str, Any]) -> ToyWork:
+    if config.get("unbuildable"):
+        raise FileNotFoundError("no weights")
+    return ToyWork(stage, config)

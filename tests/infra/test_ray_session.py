@@ -1,0 +1,50 @@
+"""An embedded Ray session leaves the process as it found it."""
+
+import os
+import signal
+
+import psutil
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from infra.ray_session import Embedded, Existing, RayTarget, ray_session
+
+
+def test_targets_are_told_apart_by_kind():
+    adapter = TypeAdapter(RayTarget)
+    assert adapter.validate_python({"kind": "embedded", "num_cpus": 2}) == Embedded(num_cpus=2)
+    target = adapter.validate_python({"kind": "existing", "address": "10.0.0.1:6379"})
+    assert target == Existing(address="10.0.0.1:6379")
+    with pytest.raises(ValidationError, match="num_cpus"):
+        Embedded(num_cpus=0)
+
+
+def test_session_keeps_handlers_and_environment_nests_and_leaves_no_process(monkeypatch):
+    import ray
+
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    own = psutil.Process()
+    before = set(own.children(recursive=True))
+    environment = dict(os.environ)
+
+    def handler(number: int, frame: object) -> None: ...
+
+    previous = signal.signal(signal.SIGTERM, handler)
+    try:
+        with ray_session(Embedded(num_cpus=1)):
+            assert signal.getsignal(signal.SIGTERM) is handler
+            assert os.environ["RAY_AUTH_MODE"] == "disabled"
+            assert ray.nodes()[0]["NodeManagerAddress"] == "127.0.0.1"
+            node = ray.get_runtime_context().get_node_id()
+            with ray_session(Embedded(num_cpus=1)):
+                assert ray.get_runtime_context().get_node_id() == node
+            assert ray.is_initialized(), "leaving a nested session stops nothing"
+            ray_processes = set(own.children(recursive=True)) - before
+            assert ray_processes
+        assert not ray.is_initialized()
+        assert signal.getsignal(signal.SIGTERM) is handler
+        assert not [p for p in ray_processes if p.is_running() and p.status() != "zombie"]
+        added = os.environ.keys() - environment.keys()
+        assert not {name for name in added if name.startswith("RAY_")}
+    finally:
+        signal.signal(signal.SIGTERM, previous)

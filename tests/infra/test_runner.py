@@ -1,0 +1,195 @@
+"""Every unit ends committed or quarantined, with the same bytes however it is run."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from infra import ray_session, units
+from infra.ledger import MAX_ATTEMPTS, Ledger, Stage
+from infra.ray_session import Embedded
+from infra.runner import Resources, StageJob, SystemicFailure, run_stages
+from infra.store import Store
+from tests.infra.runner_works import ROWS
+
+EMBEDDED = Embedded(num_cpus=2)
+HERE = Resources(workers=0)
+
+
+@pytest.fixture(autouse=True)
+def _no_wait(monkeypatch):
+    monkeypatch.setattr(units, "RETRY_SECONDS", 0.0)
+
+
+def toy_job(shards: int = 4, name: str = "label:toy", **config: object) -> StageJob:
+    stage = Stage(name=name, version=1, params={}, outputs=("toy",))
+    return StageJob(stage, "tests.infra.runner_works:build", config, tuple(range(shards)))
+
+
+def run(store: Store, *jobs: StageJob, resources: Resources = HERE, **keywords: object):
+    return run_stages(store, list(jobs), target=EMBEDDED, resources=resources, **keywords)
+
+
+def hashes(store: Store, job: StageJob) -> dict[int, str]:
+    commits = Ledger(store).commits(job.stage)
+    return {shard: commit.outputs["toy"]["sha256"] for shard, commit in commits.items()}
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+def test_all_shards_are_committed_and_counted(store):
+    job, seen = toy_job(4), []
+    report = run(store, job, on_progress=seen.append)[job.stage.id]
+    assert (report.done, report.skipped, report.failed) == (4, 0, 0)
+    assert report.samples == 4 * ROWS
+    assert report.drops == {"http_404": 4}
+    assert Ledger(store).committed(job.stage) == {0, 1, 2, 3}
+    assert [now.done for now in seen] == [1, 2, 3, 4]
+    assert seen[-1].eta == 0
+    assert "4/4 shards" in seen[-1].text
+
+
+def test_resume_runs_only_what_is_missing(store, tmp_path):
+    run(store, toy_job(2))
+    job = toy_job(4, log=True, folder=str(tmp_path))
+    report = run(store, job)[job.stage.id]
+    assert (report.done, report.skipped) == (2, 2)
+    assert (tmp_path / "log").read_text().split("\n")[1:3] == ["label:toy run 2", "label:toy run 3"]
+
+
+def test_nothing_to_do_does_not_start_ray(store, monkeypatch):
+    job = toy_job(2)
+    run(store, job)
+    monkeypatch.setattr(ray_session, "_init", pytest.fail)
+    report = run(store, job, resources=Resources(workers=2))[job.stage.id]
+    assert (report.done, report.skipped) == (0, 2)
+
+
+def test_a_hiccup_is_retried(store, tmp_path):
+    job = toy_job(2, fail_once=[1], folder=str(tmp_path))
+    assert run(store, job)[job.stage.id].done == 2
+
+
+def test_a_failing_unit_is_quarantined_with_its_reason(store):
+    job = toy_job(3, fail=[1])
+    report = run(store, job)[job.stage.id]
+    assert (report.done, report.failed) == (2, 1)
+    assert "ValueError: shard 1 is broken" in report.quarantined[1]
+    assert "shard 1 is broken" in Ledger(store).quarantined(job.stage)[1]
+    again = run(store, job)[job.stage.id]
+    assert (again.done, again.skipped, again.failed) == (0, 2, 0)
+    assert again.quarantined.keys() == {1}
+
+
+def test_systemic_failure_aborts_without_commit_or_quarantine(store):
+    job = toy_job(4, systemic=[1])
+    with pytest.raises(SystemicFailure, match="network is down"):
+        run(store, job)
+    ledger = Ledger(store)
+    assert ledger.committed(job.stage) == {0}
+    assert ledger.quarantined(job.stage) == {}
+    assert run(store, toy_job(4))[job.stage.id].done == 3
+
+
+def test_a_work_that_cannot_be_built_is_systemic_and_named(store):
+    match = r"label:toy \(tests.infra.runner_works:build\).*no weights"
+    with pytest.raises(SystemicFailure, match=match):
+        run(store, toy_job(1, unbuildable=True))
+
+
+def test_interrupting_often_quarantines_nothing(store, monkeypatch):
+    job = toy_job(2)
+    for _ in range(MAX_ATTEMPTS + 2):
+        with monkeypatch.context() as patch:
+            patch.setattr("tests.infra.runner_works.ToyWork.run", _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run(store, job)
+    assert run(store, job)[job.stage.id].done == 2
+
+
+def test_a_worker_keeps_one_work_and_closes_it(store, tmp_path):
+    config = {"log": True, "folder": str(tmp_path)}
+    run(store, toy_job(2, "label:a", **config), toy_job(2, "label:b", **config))
+    lines = (tmp_path / "log").read_text().split("\n")[:-1]
+    steps = ["build", "run 0", "run 1", "close"]
+    assert lines == [f"label:{name} {step}" for name in "ab" for step in steps]
+
+
+def test_threads_are_limited_during_the_run_alone(store, monkeypatch):
+    import torch
+
+    before, seen = torch.get_num_threads(), []
+    original = sys.modules["tests.infra.runner_works"].ToyWork.run
+
+    def spy(self, shard):
+        seen.append(torch.get_num_threads())
+        return original(self, shard)
+
+    monkeypatch.setattr("tests.infra.runner_works.ToyWork.run", spy)
+    run(store, toy_job(1), resources=Resources(workers=0, threads=before + 1))
+    assert seen == [before + 1]
+    assert torch.get_num_threads() == before
+
+
+def _interrupt(self: object, shard: int) -> None:
+    raise KeyboardInterrupt
+
+
+# --- on Ray -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def _importable():
+    """Workers import the works of these tests from this folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def _ray(_importable):
+    previous = signal.getsignal(signal.SIGTERM)
+    with ray_session.ray_session(EMBEDDED):
+        yield
+    assert signal.getsignal(signal.SIGTERM) is previous
+
+
+@pytest.mark.usefixtures("_ray")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ray_writes_the_same_bytes_as_this_process(tmp_path, workers):
+    jobs = [toy_job(3, "label:a"), toy_job(3, "label:b")]
+    here, there = Store(str(tmp_path / "here")), Store(str(tmp_path / "there"))
+    run(here, *jobs)
+    reports = run(there, *jobs, resources=Resources(workers=workers))
+    assert [report.done for report in reports.values()] == [3, 3]
+    assert [hashes(here, job) for job in jobs] == [hashes(there, job) for job in jobs]
+
+
+@pytest.mark.usefixtures("_ray")
+def test_a_unit_that_kills_its_worker_is_quarantined_and_the_run_completes(store):
+    job = toy_job(6, kill=[2], fail=[4])
+    report = run(store, job, resources=Resources(workers=2))[job.stage.id]
+    assert report.done == 4
+    assert "the worker died" in report.quarantined[2]
+    assert "shard 4 is broken" in report.quarantined[4]
+
+
+@pytest.mark.usefixtures("_ray")
+def test_systemic_failure_on_ray_aborts_without_commit_or_quarantine(store):
+    job = toy_job(8, systemic=list(range(8)))
+    with pytest.raises(SystemicFailure, match="network is down"):
+        run(store, job, resources=Resources(workers=2))
+    ledger = Ledger(store)
+    assert (ledger.committed(job.stage), ledger.quarantined(job.stage)) == (set(), {})
+
+
+@pytest.mark.usefixtures("_ray")
+def test_more_workers_than_cores_are_cut_and_too_large_ones_refused(store):
+    job = toy_job(2)
+    with pytest.raises(ValueError, match="needs 9 CPU and Ray has 2"):
+        run(store, job, resources=Resources(workers=1, num_cpus=9))
+    assert run(store, job, resources=Resources(workers=9, num_cpus=2))[job.stage.id].done == 2

@@ -1,0 +1,90 @@
+"""Cancelled and killed runs leave nothing behind and resume to the same bytes."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from infra.ledger import Ledger, Stage
+from infra.ray_session import Embedded
+from infra.runner import Resources, RunProgress, StageJob, run_stages
+from infra.store import Store
+
+EMBEDDED = Embedded(num_cpus=2)
+ROOT = Path(__file__).parents[2]
+
+
+def toy_job(shards: int, name: str = "label:toy", **config: object) -> StageJob:
+    stage = Stage(name=name, version=1, params={}, outputs=("toy",))
+    return StageJob(stage, "tests.infra.runner_works:build", config, tuple(range(shards)))
+
+
+def hashes(store: Store, job: StageJob) -> dict[int, str]:
+    commits = Ledger(store).commits(job.stage)
+    return {shard: commit.outputs["toy"]["sha256"] for shard, commit in commits.items()}
+
+
+def test_interrupting_a_run_ends_its_ray_at_once_and_resumes(tmp_path, monkeypatch):
+    def interrupt(now: RunProgress) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    store = Store(str(tmp_path / "store"))
+    quick, slow = toy_job(1, "label:quick"), toy_job(4, "label:slow", seconds=60)
+    before = set(psutil.Process().children(recursive=True))
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(
+            store,
+            [quick, slow],
+            target=EMBEDDED,
+            resources=Resources(workers=2),
+            on_progress=interrupt,
+        )
+    assert time.monotonic() - began < 45
+    assert not set(psutil.Process().children(recursive=True)) - before
+    jobs = [quick, toy_job(4, "label:slow")]
+    reports = run_stages(store, jobs, target=EMBEDDED, resources=Resources(workers=0))
+    assert [report.done for report in reports.values()] == [0, 4]
+
+
+DRIVER = """
+import sys
+from infra.store import Store
+from infra.runner import Resources, run_stages
+from tests.infra.test_runner_cancel import EMBEDDED, toy_job
+run_stages(Store(sys.argv[1]), [toy_job(12, seconds=0.5)], target=EMBEDDED,
+           resources=Resources(workers=2))
+"""
+
+
+@pytest.mark.chaos
+def test_killing_the_driver_again_and_again_ends_in_the_same_bytes(tmp_path):
+    store, undisturbed = Store(str(tmp_path / "store")), Store(str(tmp_path / "undisturbed"))
+    job = toy_job(12)
+    run_stages(undisturbed, [job], target=EMBEDDED, resources=Resources(workers=0))
+    kills = 0
+    while not (finished := _drive_for(store, 8.0 + kills)):
+        kills += 1
+        assert kills < 12, "the run makes no headway"
+    assert finished
+    assert kills > 0
+    assert hashes(store, job) == hashes(undisturbed, job)
+    assert Ledger(store).quarantined(job.stage) == {}
+
+
+def _drive_for(store: Store, seconds: float) -> bool:
+    """Run the driver in a process that is killed after some seconds; True if it finished."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, store.url], env=environment)
+    try:
+        assert driver.wait(seconds) == 0
+        return True
+    except subprocess.TimeoutExpired:
+        driver.kill()
+        driver.wait()
+        return False
