@@ -1,0 +1,187 @@
+"""Ingestion against a hostile local web: every row gets a fate, good rows get their bytes."""
+
+import asyncio
+import io
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from aiohttp import web
+from PIL import Image
+
+from infra.addresses import AddressPolicy
+from infra.download import DownloadPolicy
+from infra.ledger import Ledger
+from infra.runner import SystemicFailure
+from infra.shards import read_tar, sample_key
+from infra.store import Store
+from tasks.fetch import FetchConfig, FetchWork, fetch_stage, make_plan
+from tasks.pictures import PicturePolicy
+
+
+def jpeg(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+class HostileWeb:
+    """Answers by path; counts how often each was asked."""
+
+    def __init__(self) -> None:
+        self.asked: Counter[str] = Counter()
+        self.port = 0
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        kind, name = request.match_info["kind"], request.match_info["name"]
+        self.asked[request.path] += 1
+        if kind == "img":
+            return web.Response(body=jpeg(int(name)), content_type="image/jpeg")
+        if kind == "flaky" and self.asked[request.path] > 1:
+            return web.Response(body=jpeg(int(name)))
+        if kind == "flaky":
+            raise web.HTTPServiceUnavailable(headers={"Retry-After": "0"})
+        if kind == "status":
+            return web.Response(status=int(name))
+        if kind == "html":
+            return web.Response(text="<html></html>")
+        if kind == "redirect":
+            targets = {"private": "http://10.0.0.1/a.jpg", "file": "file:///etc/passwd",
+                       "loop": request.path, "good": "/img/77"}  # fmt: skip
+            raise web.HTTPFound(targets[name])
+        if kind == "optout":
+            return web.Response(body=jpeg(1), headers={"X-Robots-Tag": "noai"})
+        return await self._stream(request, kind)
+
+    async def _stream(self, request: web.Request, kind: str) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for _ in range(64 if kind == "endless" else 3):
+            await response.write(b"\xff" * (1 << 14))
+            if kind == "drip":
+                await asyncio.sleep(2)
+        return response
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Iterator[HostileWeb]:
+    site, loop, ready = HostileWeb(), asyncio.new_event_loop(), threading.Event()
+
+    async def start() -> None:
+        app = web.Application()
+        app.router.add_get("/{kind}/{name}", site.answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        tcp = web.TCPSite(runner, "127.0.0.1", 0)
+        await tcp.start()
+        site.port = runner.addresses[0][1]
+        ready.set()
+
+    loop.create_task(start())
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    ready.wait(10)
+    yield site
+    loop.call_soon_threadsafe(loop.stop)
+
+
+def config(port: int) -> FetchConfig:
+    allowed = AddressPolicy(frozenset({f"127.0.0.1:{port}"}))
+    return FetchConfig(
+        pictures=PicturePolicy(size=64),
+        downloads=DownloadPolicy(timeout=1.0, max_bytes=200_000, backoff=0.01, addresses=allowed),
+    )
+
+
+def ingest(root, lines: list[str], settings: FetchConfig, shard: int = 0):
+    source = root / "list.tsv"
+    source.write_text("\n".join(lines))
+    store = Store(str(root / "data"))
+    plan = make_plan(store, str(source), shard_rows=100)
+    work = FetchWork(store, settings.pictures, settings.downloads)
+    return Ledger(store), fetch_stage(plan, settings), work.run(shard)
+
+
+FATES = [
+    ("/img/1", "ok"),
+    ("/flaky/2", "ok"),
+    ("/redirect/good", "ok"),
+    ("/img/1", "duplicate"),
+    ("/status/404", "not_found"),
+    ("/status/410", "not_found"),
+    ("/status/403", "forbidden"),
+    ("/status/500", "server_error"),
+    ("/status/429", "rate_limited"),
+    ("/html/x", "not_image"),
+    ("/redirect/private", "blocked_address"),
+    ("/redirect/file", "blocked_address"),
+    ("/redirect/loop", "too_many_redirects"),
+    ("/optout/x", "opt_out"),
+    ("/endless/x", "too_large"),
+    ("/drip/x", "timeout"),
+]
+ELSEWHERE = [
+    ("http://169.254.169.254/latest/meta-data", "blocked_address"),
+    ("http://0x7f.1/a.jpg", "blocked_address"),
+    ("http://2130706433/a.jpg", "bad_url"),
+    ("file:///etc/passwd", "blocked_address"),
+    ("not a url", "blocked_address"),
+    ("http://[bad/", "bad_url"),
+]
+
+
+def test_every_row_gets_its_fate_and_good_rows_their_bytes(hostile, tmp_path):
+    base = f"http://127.0.0.1:{hostile.port}"
+    rows = [(base + path, fate) for path, fate in FATES] + ELSEWHERE
+    lines = [f"{url}\tcaption {i}" for i, (url, _) in enumerate(rows)]
+    ledger, stage, data = ingest(tmp_path, lines, config(hostile.port))
+    fates = {key: reason for key, reason, _ in data.statuses}
+    assert fates == {sample_key(0, i): fate for i, (_, fate) in enumerate(rows)}
+    pictures = dict(read_tar(data.outputs["rgb"]))
+    assert pictures[f"{data.keys[0]}.jpg"] == jpeg(1)
+    captions = dict(read_tar(data.outputs["caption"]))
+    assert captions[f"{data.keys[1]}.txt"] == b"caption 1"
+    assert ledger.commit(stage, 0, data).samples == 3
+    assert hostile.asked["/status/404"] == 1  # what no retry can mend is not retried
+    assert hostile.asked["/status/500"] == 3
+
+
+def test_fetching_the_same_rows_again_gives_the_same_bytes(hostile, tmp_path):
+    lines = [f"http://127.0.0.1:{hostile.port}/img/{i}\tc" for i in range(40)]
+    _, _, first = ingest(tmp_path, lines, config(hostile.port))
+    _, _, second = ingest(tmp_path, lines, config(hostile.port))
+    assert first.outputs == second.outputs
+    assert first.keys == sorted(first.keys)
+
+
+def test_equal_pictures_under_different_urls_are_marked_as_duplicates(hostile, tmp_path):
+    lines = [f"http://127.0.0.1:{hostile.port}/img/5?copy={i}\tc" for i in range(3)]
+    _, _, data = ingest(tmp_path, lines, config(hostile.port))
+    assert [reason for _, reason, _ in data.statuses] == ["ok", "duplicate", "duplicate"]
+
+
+def test_a_network_that_is_down_stops_the_run_instead_of_marking_rows_done(tmp_path):
+    lines = [f"http://127.0.0.1:9/{i}.jpg\tc" for i in range(30)]
+    with pytest.raises(SystemicFailure, match="30 of 30 rows"):
+        ingest(tmp_path, lines, config(9))
+
+
+def test_a_plan_never_changes_and_planning_again_is_free(tmp_path):
+    source = tmp_path / "list.tsv"
+    source.write_text("".join(f"http://example.org/{i}.jpg\tc {i}\n" for i in range(25)))
+    store = Store(str(tmp_path / "data"))
+    plan = make_plan(store, str(source), shard_rows=10)
+    assert (plan["rows"], plan["num_shards"]) == (25, 3)
+    assert make_plan(store, str(source), shard_rows=10) == plan
+    with pytest.raises(ValueError, match="a plan never changes"):
+        make_plan(store, str(source), shard_rows=5)
+
+
+def test_an_empty_list_is_refused(tmp_path):
+    source = tmp_path / "list.tsv"
+    source.write_text("\n\n")
+    with pytest.raises(ValueError, match="holds no rows"):
+        make_plan(Store(str(tmp_path / "data")), str(source), shard_rows=10)
