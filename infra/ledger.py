@@ -1,0 +1,306 @@
+"""The record of what is done: a stage's shard exists once its commit exists.
+
+A unit of work is published in three steps: the tars are checked and put at addresses that hold
+their hash, then the statuses of the samples likewise, then the commit is created if it is absent.
+Dying anywhere before the last step leaves objects that nobody refers to; two workers at the same
+shard end with the first one's commit. So resuming is a subtraction: planned - committed -
+quarantined, each from one listing, and there is no lock and no database.
+
+Statuses are addressed by content like the tars, so that a slower worker whose downloads went
+otherwise cannot overwrite what the winner's commit describes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from os import environ
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.blocks import BlockReader, is_blocks
+from infra.shards import key_digest, member_keys, scan_tar, shard_name
+from infra.stages import Commit, ShardData, Stage
+from infra.store import Store, json_bytes
+
+MAX_ATTEMPTS = 3
+"""Attempts after which a unit that never commits is quarantined."""
+
+OK = "ok"
+"""Status of a sample that has its output; any other is a reason class."""
+
+STATUS_SCHEMA = pa.schema(
+    [("key", pa.string()), ("reason", pa.string()), ("detail", pa.string()), ("shard", pa.int32())]
+)
+
+_READERS = 32
+_T, _R = TypeVar("_T"), TypeVar("_R")
+
+
+class Ledger:
+    """Plan, commits, attempts and quarantine of a dataset. Picklable as its store is."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def write_plan(self, plan: dict[str, Any]) -> None:
+        """Records what is to be fetched, once.
+
+        Raises:
+            ValueError: the dataset has another plan, or the plan lacks "num_shards".
+        """
+        if not isinstance(plan.get("num_shards"), int):
+            raise ValueError('a plan needs "num_shards"')
+        data = json_bytes(plan)
+        if not self.store.create("plan/plan.json", data):
+            if self.store.read("plan/plan.json") != data:
+                raise ValueError(
+                    f"{self.store.url} was planned otherwise, and plans do not change; "
+                    "choose another root for another source or shard size"
+                )
+
+    def read_plan(self) -> dict[str, Any]:
+        """The plan. Raises FileNotFoundError before `write_plan`."""
+        return self.store.read_json("plan/plan.json")
+
+    def stage_ids(self) -> list[str]:
+        """Ids of all stages with at least one commit."""
+        return sorted({path.split("/")[1] for path in self.store.list("commits/")})
+
+    def committed(self, stage: Stage | str) -> set[int]:
+        """Shards that are done, from one listing."""
+        return set(self._numbered(f"commits/{_id(stage)}/"))
+
+    def commits(self, stage: Stage | str) -> dict[int, Commit]:
+        """Shard -> commit of everything that is done.
+
+        Raises:
+            ValueError: a commit of another stage lies in this one's place.
+        """
+        paths = self._numbered(f"commits/{_id(stage)}/")
+        read = _parallel(lambda item: self._read(stage, item[1]), sorted(paths.items()))
+        return dict(zip(sorted(paths), read, strict=True))
+
+    def read_commit(self, stage: Stage | str, shard: int) -> Commit:
+        """One commit. Raises FileNotFoundError when the shard is not done."""
+        try:
+            return self._read(stage, commit_path(_id(stage), shard))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{_id(stage)} has not committed shard {shard}") from error
+
+    def commit(
+        self,
+        stage: Stage,
+        shard: int,
+        data: ShardData,
+        *,
+        upstream_commits: Iterable[Commit] = (),
+    ) -> Commit:
+        """Publishes a shard; the first of several writers wins.
+
+        Returns:
+            The commit that stands: ours, or that of whoever was first.
+
+        Raises:
+            ValueError: outputs, keys and statuses do not agree; nothing is published.
+            TornShard: an output is not a whole tar.
+        """
+        _check(stage, shard, data)
+        name = shard_name(shard)
+        outputs = {
+            modality: self._put(f"shards/{stage.directory(modality)}/{name}", tar, "tar")
+            for modality, tar in sorted(data.outputs.items())
+        }
+        rows = _status_parquet(shard, data.statuses)
+        status = self._put(f"status/{stage.id}/{name}", rows, "parquet")
+        commit = Commit(
+            stage=stage.id,
+            fingerprint=stage.fingerprint,
+            shard=shard,
+            outputs=outputs,
+            status=status,
+            samples=len(data.keys),
+            key_digest=key_digest(data.keys),
+            drops=count_drops(reason for _, reason, _ in data.statuses),
+            seconds=round(data.seconds, 3),
+            samples_per_second=round(len(data.keys) / max(data.seconds, 1e-6), 2),
+            model=stage.model,
+            revision=stage.revision,
+            code_version=code_version(),
+            run_id=environ.get("FOURM_RUN_ID", ""),
+            upstream={
+                f"{c.stage}/{c.shard}": {m: o["sha256"] for m, o in c.outputs.items()}
+                for c in upstream_commits
+            },
+            created=_now(),
+            info=data.info,
+        )
+        if self.store.create_json(commit_path(stage.id, shard), asdict(commit)):
+            return commit
+        return self.read_commit(stage, shard)
+
+    def attempt(self, stage: Stage, shard: int) -> int:
+        """Records that work on a shard begins; returns how often it has begun, this time included.
+
+        Written before the work, so that it also counts attempts that kill their worker.
+        """
+        prefix = f"attempts/{stage.id}/{shard_name(shard)}."
+        number = len(self.store.list(prefix)) + 1
+        while not self.store.create_json(f"{prefix}{number}", {"created": _now()}):
+            number += 1
+        return number
+
+    def quarantine(self, stage: Stage, shard: int, reason: str) -> None:
+        """Sets a shard aside with the reason; `todo` leaves it out until `release`."""
+        path = f"quarantine/{stage.id}/{shard_name(shard)}.json"
+        self.store.write_json(path, {"reason": reason, "created": _now()})
+
+    def quarantined(self, stage: Stage | str) -> dict[int, str]:
+        """Shard -> reason of what was set aside."""
+        paths = self._numbered(f"quarantine/{_id(stage)}/")
+        read = _parallel(lambda item: self.store.read_json(item[1]), sorted(paths.items()))
+        return {n: entry["reason"] for n, entry in zip(sorted(paths), read, strict=True)}
+
+    def release(self, stage: Stage, shard: int) -> None:
+        """Forgets a shard's attempts and quarantine, so that it is tried again."""
+        for path in self.store.list(f"attempts/{stage.id}/{shard_name(shard)}."):
+            self.store.delete(path)
+        self.store.delete(f"quarantine/{stage.id}/{shard_name(shard)}.json")
+
+    def todo(self, stage: Stage, shards: Iterable[int]) -> list[int]:
+        """What is left of `shards`, in their order: neither committed nor quarantined."""
+        done = self.committed(stage) | set(self._numbered(f"quarantine/{stage.id}/"))
+        return [shard for shard in shards if shard not in done]
+
+    def open_output(self, stage: Stage, shard: int, modality: str) -> tuple[Path, str]:
+        """A committed tar as a local file, and its sha256.
+
+        Raises:
+            FileNotFoundError: the shard is not committed.
+            ValueError: the stage does not write the modality.
+        """
+        stage.directory(modality)
+        output = self.read_commit(stage, shard).outputs[modality]
+        return self.store.local(output["path"], output["sha256"]), output["sha256"]
+
+    def statuses(self, stage: Stage | str) -> pa.Table:
+        """One row for each sample of the committed shards: key, reason, detail, shard."""
+        commits = self.commits(stage).values()
+        tables = _parallel(lambda commit: read_statuses(self.store, commit), commits)
+        return pa.concat_tables(tables) if tables else STATUS_SCHEMA.empty_table()
+
+    def _numbered(self, prefix: str) -> dict[int, str]:
+        """Shard number -> path of the records under a prefix."""
+        paths = [p for p in self.store.list(prefix) if p.endswith(".json")]
+        return {int(p.removesuffix(".json").rpartition("-")[2]): p for p in paths}
+
+    def _read(self, stage: Stage | str, path: str) -> Commit:
+        commit = Commit.from_dict(self.store.read_json(path))
+        if isinstance(stage, Stage) and commit.fingerprint != stage.fingerprint:
+            raise ValueError(f"{self.store.full(path)} is a commit of {commit.stage}")
+        return commit
+
+    def _put(self, stem: str, data: bytes, extension: str) -> dict[str, Any]:
+        digest = hashlib.sha256(data).hexdigest()
+        path = f"{stem}.{digest[:12]}.{extension}"
+        self.store.write(path, data)
+        return {"path": path, "sha256": digest, "bytes": len(data)}
+
+
+def commit_path(stage_id: str, shard: int) -> str:
+    """Where a commit lies."""
+    return f"commits/{stage_id}/{shard_name(shard)}.json"
+
+
+def read_keys(tar: bytes, source: str) -> list[str]:
+    """Ordered keys of a label tar or a token tar. Raises TornShard for a damaged one."""
+    members = scan_tar(tar, source)
+    if is_blocks(members):
+        return BlockReader.from_bytes(tar, source).keys
+    return member_keys(members, source)
+
+
+def read_statuses(store: Store, commit: Commit) -> pa.Table:
+    """Statuses of one shard, one row for each sample."""
+    return pq.read_table(pa.BufferReader(store.read(commit.status["path"])))
+
+
+def count_drops(reasons: Iterable[str]) -> dict[str, int]:
+    """Reason -> number of samples, "ok" left out."""
+    return dict(sorted(Counter(reason for reason in reasons if reason != OK).items()))
+
+
+@cache
+def code_version() -> str:
+    """Installed version of the package, and the commit when it runs from a checkout."""
+    try:
+        version = metadata.version("fourm")
+    except metadata.PackageNotFoundError:
+        version = "0"
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return version
+    command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return version
+    return f"{version}+g{done.stdout.strip()}"
+
+
+def _check(stage: Stage, shard: int, data: ShardData) -> None:
+    where = f"{stage.id} shard {shard}"
+    if sorted(data.outputs) != sorted(stage.outputs):
+        raise ValueError(f"{where}: outputs {sorted(data.outputs)}, not {sorted(stage.outputs)}")
+    known = {key: reason for key, reason, _ in data.statuses}
+    if len(known) != len(data.statuses) or len(set(data.keys)) != len(data.keys):
+        raise ValueError(f"{where}: a key occurs twice")
+    kept = set(data.keys)
+    if lost := [key for key, reason in known.items() if reason == OK and key not in kept]:
+        raise ValueError(f"{where}: {lost[0]} is ok but has no output")
+    if unknown := kept - known.keys():
+        raise ValueError(f"{where}: {min(unknown)} has an output but no status")
+    for modality, tar in data.outputs.items():
+        found = read_keys(tar, f"{where} {modality}")
+        if found != data.keys:
+            difference = first_difference(found, data.keys)
+            raise ValueError(f"{where}: {modality} has other keys than the shard: {difference}")
+
+
+def first_difference(left: Sequence[str], right: Sequence[str]) -> str:
+    """Where two lists of keys part, in words."""
+    for at, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return f"sample {at} is {a} here and {b} there"
+    return f"{len(left)} samples here and {len(right)} there"
+
+
+def _status_parquet(shard: int, statuses: list[tuple[str, str, str]]) -> bytes:
+    columns = list(zip(*statuses, strict=True)) or [(), (), ()]
+    table = pa.table([*map(list, columns), [shard] * len(statuses)], schema=STATUS_SCHEMA)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def _parallel(call: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(call, items))
+
+
+def _id(stage: Stage | str) -> str:
+    return stage if isinstance(stage, str) else stage.id
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
