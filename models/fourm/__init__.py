@@ -1,0 +1,1 @@
+"""The 4M network: configuration, batch, masking, model, released checkpoints."""

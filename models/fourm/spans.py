@@ -1,0 +1,88 @@
+"""Span masking of text (T5's, as 4M uses it), vectorised over a batch.
+
+B samples, L positions. Every maximal run of removed tokens becomes the next sentinel in the input;
+the target lists each sentinel with its run and ends with the next unused sentinel. Sequences are
+rectangles padded with 0 beside their lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from models.fourm.spec import NUM_SENTINELS, PAD_ID, SENTINEL_0
+
+Ragged = tuple[np.ndarray, np.ndarray]
+"""ids [B,L] and lengths [B]."""
+RETRY_DECAY = 0.9
+
+
+def span_mask(ids: np.ndarray, length: np.ndarray, keep: np.ndarray) -> tuple[Ragged, Ragged]:
+    """Splits sequences ids [B,L] by keep [B,L] (True stays) into (inputs, targets)."""
+    b, width = ids.shape
+    inside = np.arange(width) < length[:, None]
+    kept, removed = inside & keep, inside & ~keep
+    starts = removed & ~np.pad(removed, ((0, 0), (1, 0)))[:, :-1]
+    run = np.cumsum(starts, 1)
+    emitted = kept | starts
+    inputs = np.full((b, width), PAD_ID, np.int64)
+    row, col = np.nonzero(emitted)
+    value = np.where(kept, ids, SENTINEL_0 + run)
+    inputs[row, np.cumsum(emitted, 1)[row, col] - 1] = value[row, col]
+    targets = np.full((b, 2 * width + 1), PAD_ID, np.int64)
+    place = np.cumsum(removed, 1) + run - 1
+    row, col = np.nonzero(removed)
+    targets[row, place[row, col]] = ids[row, col]
+    row, col = np.nonzero(starts)
+    targets[row, place[row, col] - 1] = SENTINEL_0 + run[row, col]
+    runs = run[:, -1] if width else np.zeros(b, np.int64)
+    total = removed.sum(1) + runs
+    targets[np.arange(b), total] = SENTINEL_0 + runs + 1
+    return (inputs, emitted.sum(1)), (targets, total + 1)
+
+
+def fit_inputs(
+    ids: np.ndarray, length: np.ndarray, probability: np.ndarray, budget: np.ndarray,
+    draw: Callable[[int], np.ndarray],
+) -> tuple[Ragged, Ragged]:
+    """Span masks until every input fits its `budget` [B]: tokens stay with `probability` [B],
+    lowered by a tenth at each new attempt; `draw(attempt)` gives uniforms [B,L].
+
+    With budget 0 the input is empty and everything is a target.
+    """
+    keep = (draw(0) < probability[:, None]) & (budget > 0)[:, None]
+    attempt = 0
+    while True:
+        inputs, targets = span_mask(ids, length, keep)
+        long = (inputs[1] > budget) & (budget > 0)
+        if not long.any():
+            break
+        attempt += 1
+        probability = np.where(long, probability * RETRY_DECAY, probability)
+        keep = np.where(long[:, None], draw(attempt) < probability[:, None], keep)
+    visible = np.where(budget > 0, inputs[1], 0)
+    return (np.where(budget[:, None] > 0, inputs[0], PAD_ID), visible), targets
+
+
+def cut_targets(targets: Ragged, budget: np.ndarray, choice: np.ndarray) -> Ragged:
+    """Cuts targets longer than `budget` [B] ids to a stretch that starts at a sentinel.
+
+    `choice` [B] is the index of the sentinel to start from; where less than the budget remains
+    from there, the earliest sentinel whose rest fits is used. Sentinels inside text never occur:
+    they are ids the text tokenizer does not emit.
+    """
+    ids, length = targets
+    inside = np.arange(ids.shape[1]) < length[:, None]
+    sentinel = inside & (ids > SENTINEL_0) & (ids < SENTINEL_0 + NUM_SENTINELS)
+    number = np.cumsum(sentinel, 1) - 1
+    last = np.maximum(1, sentinel.sum(1) - 1) - 1
+    wanted = sentinel & (number == np.minimum(choice, last)[:, None])
+    start = wanted.argmax(1)
+    fits = sentinel & (length[:, None] - np.arange(ids.shape[1]) <= budget[:, None])
+    start = np.where(length - start < budget, fits.argmax(1), start)
+    start = np.where(length > budget, start, 0)
+    length = np.minimum(length - start, budget)
+    column = np.arange(ids.shape[1])
+    shifted = np.take_along_axis(ids, np.minimum(column + start[:, None], ids.shape[1] - 1), 1)
+    return np.where(column < length[:, None], shifted, PAD_ID), length
