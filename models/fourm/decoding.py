@@ -9,7 +9,7 @@ conditions once, whatever the number of copies.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -160,6 +160,8 @@ def _branches(
     config: FourMConfig, shown: Mapping[str, Shown], target: str, decoding: Decoding
 ) -> tuple[dict[str, Shown], tuple[float, ...]]:
     """The inputs of all branches below one another, unconditional first, and their weights."""
+    if not config.by_name[target].is_input:
+        shown = {name: part for name, part in shown.items() if name != target}
     conditions = set(shown) - {target}
     weights = decoding.guidance
     if isinstance(weights, Mapping):
@@ -278,7 +280,8 @@ def _draw_grid(
         raise ValueError(f"{spec.name}: every row must miss the same number of tokens")
     if not int(missing[0]):
         ids = shown[spec.name].values.repeat_interleave(copies, 0)
-        return Drawn(ids, torch.ones(ids.shape, device=device), missing.new_full((len(ids),), length))
+        lengths = missing.new_full((len(ids),), length)
+        return Drawn(ids, torch.ones(ids.shape, device=device), lengths)
     counts = token_schedule(decoding.schedule, decoding.steps, int(missing[0]))
     heats = temperature_schedule(decoding.temperature_schedule, decoding.temperature, counts)
     # One random order for all copies of a row: their first step is then one forward pass.
@@ -385,8 +388,3 @@ def as_condition(config: FourMConfig, target: str, drawn: Drawn) -> Shown:
     inside = place < drawn.lengths.unsqueeze(1)
     ended = ((drawn.ids == EOS_ID) & inside).cumsum(1) - ((drawn.ids == EOS_ID) & inside).int()
     return Shown(drawn.ids, inside & (ended == 0))
-
-
-def with_guidance(decoding: Decoding, guidance: float | Mapping[str, float]) -> Decoding:
-    """The same decoding under another guidance."""
-    return replace(decoding, guidance=guidance)

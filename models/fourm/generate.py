@@ -139,7 +139,8 @@ class Generator:
         for start in range(0, rows, step):
             chosen = slice(start, start + step)
             shown = self.show({name: values[chosen] for name, values in conditions.items()})
-            parts.append(self._draw(shown, specs, settings or {}, seeds[chosen], num_samples, chain))
+            own = seeds[chosen]
+            parts.append(self._draw(shown, specs, settings or {}, own, num_samples, chain))
         drawn = {spec.name: _joined([part[spec.name] for part in parts]) for spec in specs}
         return {
             name: self._generated(spec, drawn[spec.name], num_samples, similarity)

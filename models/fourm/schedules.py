@@ -6,6 +6,7 @@ Pure functions of plain numbers, as the released models are decoded.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Literal
 
 TokenSchedule = Literal["cosine", "linear"]
@@ -32,12 +33,12 @@ def token_schedule(kind: TokenSchedule, steps: int, tokens: int) -> list[int]:
         raise ValueError(f"a schedule needs steps and tokens, not {steps} steps for {tokens}")
     if kind == "linear":
         edges = [tokens * i // steps for i in range(steps + 1)]
-        counts = sorted((b - a for a, b in zip(edges, edges[1:], strict=False)), reverse=True)
+        counts = sorted((b - a for a, b in pairwise(edges)), reverse=True)
         return [count for count in counts if count]
     if kind != "cosine":
         raise ValueError(f"unknown token schedule {kind!r}; choose from cosine, linear")
     share = [0.5 * (1 + math.cos(math.pi * i / steps)) for i in range(steps)]
-    counts = [round(tokens * (a - b)) for a, b in zip(share, share[1:], strict=False)]
+    counts = [round(tokens * (a - b)) for a, b in pairwise(share)]
     counts.append(tokens - sum(counts))
     if counts[-1] < 0:
         raise ValueError(

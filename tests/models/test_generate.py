@@ -1,0 +1,281 @@
+"""Generation: schedules, sampling, the decode loop, and values out of values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from models.fourm.decoding import (
+    LAST,
+    Decoding,
+    Drawn,
+    Shown,
+    Step,
+    as_condition,
+    draw,
+    gather_inputs,
+)
+from models.fourm.ensemble import combine, vote_boxes
+from models.fourm.generate import Generator, read_boxes
+from models.fourm.model import FourM
+from models.fourm.sampling import filtered, sample, uniform
+from models.fourm.schedules import temperature_schedule, token_schedule
+from models.fourm.spec import FourMConfig, ModalitySpec
+from tokenizers_vq.text import TextTokenizer, train_text_tokenizer
+
+GRID, CODES = 16, 11
+
+
+@pytest.fixture(scope="module")
+def text() -> TextTokenizer:
+    corpus = ["a large red metal cube left of a small sphere"] * 3
+    return train_text_tokenizer(corpus, class_names=("cube", "sphere"), bins=8, vocab_size=320)
+
+
+@pytest.fixture(scope="module")
+def model(text: TextTokenizer) -> FourM:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    specs = (
+        ModalitySpec(name="rgb@64", kind="pixels", max_tokens=GRID, is_target=False),
+        ModalitySpec(name="tok_rgb@64", kind="img", max_tokens=GRID, vocab_size=CODES),
+        ModalitySpec(name="tok_depth@64", kind="img", max_tokens=GRID, vocab_size=CODES),
+        ModalitySpec(name="caption", kind="seq", max_tokens=12, vocab_size=text.vocab_size),
+        ModalitySpec(name="det", kind="seq", max_tokens=12, vocab_size=text.vocab_size),
+    )
+    config = FourMConfig(
+        modalities=specs, dim=32, encoder_depth=2, decoder_depth=2, num_heads=2
+    )
+    net = FourM(config).eval()
+    with torch.no_grad():  # spread the scores, so that random weights are not undecided
+        net.heads.weight.mul_(40)
+    return net
+
+
+class FakeTokenizer:
+    """Codes are mean grey levels of patches."""
+
+    def encode_values(self, values: list[np.ndarray]) -> np.ndarray:
+        grey = np.stack(values).reshape(len(values), 4, 16, 4, 16, 3).mean((2, 4, 5))
+        return np.minimum(grey * CODES / 256, CODES - 1).reshape(len(values), -1).astype(np.uint16)
+
+    def decode_tokens(self, tokens: np.ndarray) -> list[np.ndarray]:
+        grid = tokens.reshape(-1, 4, 4).repeat(16, 1).repeat(16, 2)
+        return list((grid / CODES).astype(np.float32))
+
+
+def grid(rows: int, seed: int = 0) -> Shown:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, CODES, (rows, GRID), generator=generator)
+    return Shown(ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "tokens", "expected"),
+    [
+        ("cosine", 5, 16, [2, 4, 5, 4, 1]),
+        ("cosine", 8, 196, [7, 21, 32, 38, 38, 32, 21, 7]),
+        ("linear", 5, 16, [4, 3, 3, 3, 3]),
+        ("linear", 20, 16, [1] * 16),
+    ],
+)
+def test_token_schedules_are_those_of_the_released_models(
+    kind: str, steps: int, tokens: int, expected: list[int]
+) -> None:
+    assert token_schedule(kind, steps, tokens) == expected
+
+
+def test_temperature_schedules_are_those_of_the_released_models() -> None:
+    counts = token_schedule("cosine", 8, 196)
+    onex = [4.83928571, 3.56176151, 2.59690743, 1.8238914, 1.22614094, 0.80829252, 0.57091788, 0.5]
+    assert temperature_schedule("onex:0.5:0.5", 5.0, counts) == pytest.approx(onex)
+    linear = [5.0, 4.82142857, 4.28571429, 3.46938776, 2.5, 1.53061224, 0.71428571, 0.17857143]
+    assert temperature_schedule("linear", 5.0, counts) == pytest.approx(linear)
+    assert temperature_schedule("constant", 5.0, counts) == [5.0] * 8
+
+
+def test_unknown_schedules_and_impossible_ones_name_the_choices() -> None:
+    with pytest.raises(ValueError, match="cosine, linear"):
+        token_schedule("square", 2, 4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="constant, linear, onex"):
+        temperature_schedule("onex:a", 1.0, [1])
+    with pytest.raises(ValueError, match="maskgit, roar, autoregressive"):
+        Decoding(order="diffusion")  # type: ignore[arg-type]
+
+
+def test_noise_belongs_to_its_seed_and_stream() -> None:
+    both = uniform([3, 7], 2, 5)
+    assert torch.equal(both[1], uniform([7], 2, 5)[0])
+    assert not torch.equal(uniform([7], 2, 5), uniform([7], 3, 5))
+    many = uniform(range(100), 0, 1000)
+    assert float(many.min()) > 0
+    assert float(many.max()) < 1
+    assert abs(float(many.mean()) - 0.5) < 0.005
+
+
+def test_filters_keep_the_likely_tokens_of_untempered_logits() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    assert torch.isfinite(filtered(logits, top_k=2)).tolist() == [[True, True, False, False]]
+    assert torch.isfinite(filtered(logits, top_k=0.25)).tolist() == [[True, False, False, False]]
+    assert torch.isfinite(filtered(logits, top_p=0.7)).tolist() == [[True, True, False, False]]
+
+
+def test_samples_follow_their_probabilities_and_greedy_takes_the_best() -> None:
+    logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(4000, 3)
+    tokens, sure = sample(logits, uniform([0], 0, 4000)[0], 1.0)
+    shares = torch.bincount(tokens, minlength=3) / 4000
+    assert torch.allclose(shares, torch.tensor([0.6, 0.3, 0.1]), atol=0.03)
+    assert torch.allclose(sure, torch.tensor([0.6, 0.3, 0.1])[tokens])
+    assert sample(logits, torch.full((4000,), 0.99), 0.0)[0].unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("order", ["maskgit", "roar"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_row_comes_out_the_same_whatever_it_is_batched_with(
+    model: FourM, order: str, guidance: float
+) -> None:
+    decoding = Decoding(order=order, steps=3, guidance=guidance)  # type: ignore[arg-type]
+    shown = grid(3)
+    together = draw(model, {"tok_rgb@64": shown}, "tok_depth@64", decoding, [5, 6, 7])
+    last = {"tok_rgb@64": shown.rows(torch.tensor([2]))}
+    alone = draw(model, last, "tok_depth@64", decoding, [7])
+    assert torch.equal(together.ids[2:], alone.ids)
+    assert bool((together.confidence > 0).all())
+
+
+def test_cached_decoding_equals_one_pass_over_the_whole_sequence(model: FourM) -> None:
+    steps: list[Step] = []
+    shown = {"tok_rgb@64": grid(1)}
+    decoding = Decoding(order="autoregressive", temperature=0.0)
+    drawn = draw(model, shown, "caption", decoding, [0], observe=steps.append)
+    fed = torch.cat([torch.tensor([[LAST - 1]]), drawn.ids], 1)[:, : len(steps)]
+    index = model.config.index("caption")
+    opened = Shown(fed[:, :1], torch.ones(1, 1, dtype=torch.bool))
+    with torch.inference_mode():
+        encoded = model.encode(gather_inputs(model.config, shown | {"caption": opened}))
+        place = torch.arange(fed.shape[1])[None]
+        y = model.decode(encoded, fed, torch.full_like(fed, index), place, place + 1)
+        whole = model.logits(y, model.config.by_name["caption"])
+    cached = torch.cat([step.logits for step in steps], 1)
+    assert torch.allclose(whole, cached, atol=1e-4)
+
+
+def test_rows_of_a_sequence_end_on_their_own(model: FourM) -> None:
+    decoding = Decoding(order="autoregressive", temperature=1.0, guidance=1.5)
+    shown = grid(24)
+    drawn = draw(model, {"tok_rgb@64": shown}, "caption", decoding, list(range(24)))
+    for row in (0, 11, 23):
+        one = {"tok_rgb@64": shown.rows(torch.tensor([row]))}
+        alone = draw(model, one, "caption", decoding, [row])
+        assert torch.equal(drawn.ids[row], alone.ids[0])
+        assert drawn.lengths[row] == alone.lengths[0]
+    assert not bool((drawn.ids == LAST).any())
+
+
+def test_copies_differ_and_the_first_is_the_single_sample(model: FourM) -> None:
+    for target, order in (("tok_depth@64", "maskgit"), ("caption", "autoregressive")):
+        decoding = Decoding(order=order, steps=2, temperature=4.0)  # type: ignore[arg-type]
+        shown = {"tok_rgb@64": grid(2)}
+        many = draw(model, shown, target, decoding, [1, 2], copies=3)
+        one = draw(model, shown, target, decoding, [1, 2])
+        assert torch.equal(many.ids[0], one.ids[0])
+        assert torch.equal(many.ids[3], one.ids[1])
+        assert not torch.equal(many.ids[0], many.ids[1])
+
+
+def test_guidance_is_the_formula_over_branches(model: FourM) -> None:
+    steps: list[Step] = []
+    caption = Shown(torch.full((1, 3), 210), torch.ones(1, 3, dtype=torch.bool))
+    shown = {"tok_rgb@64": grid(1), "caption": caption}
+    scale = Decoding(order="maskgit", guidance=3.0)
+    draw(model, shown, "tok_depth@64", scale, [0], observe=steps.append)
+    base, conditional = steps[0].branches
+    assert torch.allclose(steps[0].logits, base + 3.0 * (conditional - base), atol=1e-4)
+    weights = Decoding(order="maskgit", guidance={"tok_rgb@64": 1.5, "caption": -0.5})
+    draw(model, shown, "tok_depth@64", weights, [0], observe=steps.append)
+    base, first, second = steps[1].branches
+    expected = base + 1.5 * (first - base) - 0.5 * (second - base)
+    assert torch.allclose(steps[1].logits, expected, atol=1e-4)
+
+
+def test_a_finished_text_is_a_condition_through_its_end(model: FourM) -> None:
+    drawn = Drawn(torch.tensor([[9, 8, 3, 7, 0]]), torch.ones(1, 5), torch.tensor([4]))
+    part = as_condition(model.config, "caption", drawn)
+    assert part.visible.tolist() == [[True, True, True, False, False]]
+
+
+def test_orders_that_do_not_fit_and_inputs_as_targets_are_refused(model: FourM) -> None:
+    with pytest.raises(ValueError, match="its order is autoregressive"):
+        draw(model, {}, "caption", Decoding(order="roar"), [0])
+    with pytest.raises(ValueError, match="cannot be generated"):
+        draw(model, {}, "rgb@64", Decoding(order="roar"), [0])
+
+
+@pytest.fixture(scope="module")
+def generator(model: FourM, text: TextTokenizer) -> Generator:
+    fake = FakeTokenizer()
+    return Generator(model, {"rgb": fake, "depth": fake}, text, bf16=False)  # type: ignore
+
+
+def test_values_in_values_out_over_a_chain(generator: Generator) -> None:
+    images = [np.full((64, 64, 3), level, np.uint8) for level in (10, 200, 90)]
+    found = generator.generate(
+        {"rgb": images}, ["depth", "caption", "det"], num_samples=2, batch_size=4
+    )
+    assert [len(group) for group in found["depth"].samples] == [2, 2, 2]
+    assert found["depth"].values[0].shape == (64, 64)
+    assert isinstance(found["caption"].values[0], str)
+    assert "instances" in found["det"].values[0]
+    again = generator.generate({"rgb": images[1:2]}, ["depth", "caption"], num_samples=2, seeds=[1])
+    assert np.array_equal(again["depth"].tokens, found["depth"].tokens[2:4])
+    assert again["caption"].values[0] == found["caption"].values[1]
+
+
+def test_absent_conditions_of_single_rows_stay_unseen(generator: Generator) -> None:
+    shown = generator.show({"caption": ["a red cube", None], "det": [None, None]})
+    assert list(shown) == ["caption"]
+    assert shown["caption"].visible.any(1).tolist() == [True, False]
+
+
+def test_unknown_names_list_the_choices(generator: Generator) -> None:
+    image = [np.zeros((64, 64, 3), np.uint8)]
+    with pytest.raises(ValueError, match="'edges' cannot be generated; choose from caption"):
+        generator.generate({"rgb": image}, ["edges"])
+    with pytest.raises(ValueError, match="'clip' cannot be an input; choose from caption"):
+        generator.generate({"clip": image}, ["depth"])
+    with pytest.raises(ValueError, match="of one length"):
+        generator.generate({"rgb": image, "caption": ["a", "b"]}, ["depth"])
+    with pytest.raises(ValueError, match="resize the input"):
+        generator.generate({"rgb": [np.zeros((32, 32, 3), np.uint8)]}, ["depth"])
+
+
+def test_boxes_are_read_with_their_confidence(text: TextTokenizer) -> None:
+    good = text.encode("v0=0 v1=1 v2=6 v3=7 cube")
+    broken = text.encode("v0=6 v1=1 v2=2 v3=7 sphere v0=1 v1=1 cube")
+    confidence = np.full(len(good + broken), 0.25)
+    boxes = read_boxes(good + broken, confidence, text)
+    assert [box["class_name"] for box in boxes] == ["cube"]
+    assert boxes[0]["box"] == pytest.approx([0, 1 / 7, 6 / 7, 1])
+    assert boxes[0]["score"] == pytest.approx(0.25)
+
+
+def test_samples_combine_as_their_modality_asks() -> None:
+    assert combine("depth", [np.zeros((1, 1)), np.ones((1, 1))])[0, 0] == pytest.approx(0.5)
+    normals = [np.array([[[1.0, 0, 0]]]), np.array([[[0, 0, 1.0]]])]
+    assert combine("normal", normals)[0, 0] == pytest.approx([2**-0.5, 0, 2**-0.5])
+    classes = [np.full((1, 1), c, np.uint8) for c in (5, 2, 5)]
+    assert combine("semseg", classes).tolist() == [[5]]
+    assert combine("caption", ["a b", "a b c", "x"]) in ("a b", "a b c")
+
+
+def test_boxes_are_voted_for() -> None:
+    def seen(*boxes: tuple[float, ...]) -> dict:
+        return {"instances": [{"box": list(b), "class_name": "cube", "score": 0.9} for b in boxes]}
+
+    near, off = (0.1, 0.1, 0.5, 0.5), (0.6, 0.6, 0.9, 0.9)
+    voted = vote_boxes([seen(near), seen((0.12, 0.1, 0.5, 0.52), off), seen(near)])["instances"]
+    assert len(voted) == 2
+    assert voted[0]["score"] > 0.9 > 0.4 > voted[1]["score"]
+    assert voted[0]["box"] == pytest.approx([0.1067, 0.1, 0.5, 0.5067], abs=1e-3)
+    assert vote_boxes([seen(), seen()]) == {"instances": []}
