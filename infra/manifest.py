@@ -1,0 +1,260 @@
+"""Immutable, versioned lists of commits: what training reads.
+
+Publishing proves that every shard holds the same keys in the same order in all modalities, by the
+key digests of the commits; a missing label is a hole inside its shard and therefore no gap here.
+Adding a modality is a new manifest over the same objects; nothing is copied.
+
+    manifests/<name>/v0001.json     created once, never changed
+    manifests/<name>/CURRENT        the version to use, moved with compare-and-swap
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+from infra.ledger import Ledger, first_difference, read_keys
+from infra.stages import Commit, Stage
+from infra.store import Store, StoreConflict, json_bytes
+
+
+class ManifestError(ValueError):
+    """The shards cannot be published, or a manifest does not hold together."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One version of a dataset.
+
+    Args:
+        name: the dataset's name.
+        version: counts from 1.
+        modalities: modality -> {stage, fingerprint, model, revision}.
+        entries: shard -> {samples, key_digest, outputs: {modality: {path, sha256, bytes}}}.
+        splits: split -> its shards, sorted; every shard is in at most one.
+        tokenizers: name -> whatever identifies it.
+        meta: anything training needs to know: crops, specification, ...
+    """
+
+    name: str
+    version: int
+    modalities: dict[str, dict[str, Any]]
+    entries: dict[int, dict[str, Any]]
+    splits: dict[str, list[int]]
+    tokenizers: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def shards(self, split: str | None = None) -> list[int]:
+        """Sorted shards of a split, all of them for None. Raises ValueError for another split."""
+        if split is None:
+            return sorted(self.entries)
+        if split not in self.splits:
+            raise ValueError(f"{self.name} has splits {sorted(self.splits)}, not {split!r}")
+        return list(self.splits[split])
+
+    def samples(self, shard: int) -> int:
+        """Samples of a shard, holes included."""
+        return self._entry(shard)["samples"]
+
+    def path(self, modality: str, shard: int) -> str:
+        """Path of a tar inside the store."""
+        return self._output(modality, shard)["path"]
+
+    def sha256(self, modality: str, shard: int) -> str:
+        """Hex digest of a tar."""
+        return self._output(modality, shard)["sha256"]
+
+    def key_digest(self, shard: int) -> str:
+        """Digest of a shard's ordered keys, see `infra.shards.key_digest`."""
+        return self._entry(shard)["key_digest"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON value that `from_dict` turns into an equal manifest."""
+        entries = {str(shard): entry for shard, entry in self.entries.items()}
+        return {**vars(self), "entries": entries}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Manifest:
+        """The manifest of a JSON value. Raises ManifestError when it is none."""
+        try:
+            entries = {int(shard): entry for shard, entry in value["entries"].items()}
+            return cls(**{**value, "entries": entries})
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ManifestError(f"not a manifest: {error!r}") from error
+
+    def _entry(self, shard: int) -> dict[str, Any]:
+        if shard not in self.entries:
+            raise ValueError(f"{self.name} v{self.version} has no shard {shard}")
+        return self.entries[shard]
+
+    def _output(self, modality: str, shard: int) -> dict[str, Any]:
+        if modality not in self.modalities:
+            raise ValueError(f"{self.name} has {sorted(self.modalities)}, not {modality!r}")
+        return self._entry(shard)["outputs"][modality]
+
+
+def publish(
+    ledger: Ledger,
+    name: str,
+    stages: Mapping[str, Stage],
+    shards: Iterable[int],
+    *,
+    splits: Mapping[str, Sequence[int]] | None = None,
+    tokenizers: Mapping[str, Any] | None = None,
+    meta: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Writes the next version of a manifest and makes it the current one.
+
+    Args:
+        stages: modality -> the stage that wrote it.
+        splits: split -> shards; everything is "train" when not given.
+
+    Returns:
+        The manifest. When the latest version has exactly this content, that version.
+
+    Raises:
+        ManifestError: a shard lacks a modality, or two modalities hold other keys; the sentence
+            names the shard, the modalities and the first key that differs.
+        ValueError: the splits overlap, or name shards that are not published.
+    """
+    shards = sorted(set(shards))
+    if not name or "/" in name or not stages or not shards:
+        raise ValueError("a manifest needs a name without '/', a modality and at least one shard")
+    cut = {"train": shards} if splits is None else splits
+    content = {
+        "name": name,
+        "modalities": {
+            modality: {
+                "stage": stage.id,
+                "fingerprint": stage.fingerprint,
+                "model": stage.model,
+                "revision": stage.revision,
+            }
+            for modality, stage in sorted(stages.items())
+        },
+        "entries": _entries(ledger, stages, shards),
+        "splits": _checked_splits(cut, shards),
+        "tokenizers": dict(tokenizers or {}),
+        "meta": dict(meta or {}),
+    }
+    # As JSON gives it back, so that tuples in `meta` do not make equal content look new.
+    manifest = _write_version(ledger.store, name, json.loads(json_bytes(content)))
+    _move_current(ledger.store, name, manifest.version)
+    return manifest
+
+
+def load_manifest(store: Store, name: str, version: int | None = None) -> Manifest:
+    """A version of a manifest, the current one for None.
+
+    Raises:
+        FileNotFoundError: there is none; names the URL.
+        ManifestError: the object is not the manifest it should be.
+    """
+    if version is None:
+        version = int(store.read_json(_current_path(name))["version"])
+    manifest = Manifest.from_dict(store.read_json(_version_path(name, version)))
+    if (manifest.name, manifest.version) != (name, version):
+        where = store.full(_version_path(name, version))
+        raise ManifestError(f"{where} is {manifest.name} v{manifest.version}")
+    return manifest
+
+
+def manifest_names(store: Store) -> list[str]:
+    """Names of all published manifests."""
+    return sorted({path.split("/")[1] for path in store.list("manifests/")})
+
+
+def versions(store: Store, name: str) -> list[int]:
+    """All versions of a manifest, ascending."""
+    found = (re.search(r"/v(\d+)\.json$", path) for path in store.list(f"manifests/{name}/v"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _entries(
+    ledger: Ledger, stages: Mapping[str, Stage], shards: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    # One listing and one read for each commit, also where a stage writes several modalities.
+    by_stage = {stage.id: ledger.commits(stage) for stage in set(stages.values())}
+    entries: dict[str, dict[str, Any]] = {}
+    for shard in shards:
+        commits: dict[str, Commit] = {}
+        for modality, stage in sorted(stages.items()):
+            stage.directory(modality)  # refuses a modality that the stage does not write
+            if shard not in by_stage[stage.id]:
+                raise ManifestError(
+                    f"shard {shard} lacks {modality}: {stage.id} has not committed it; "
+                    "finish the stage, or publish without this shard"
+                )
+            commits[modality] = by_stage[stage.id][shard]
+        _check_aligned(ledger.store, shard, commits)
+        first = next(iter(commits.values()))
+        entries[str(shard)] = {
+            "samples": first.samples,
+            "key_digest": first.key_digest,
+            "outputs": {modality: commit.outputs[modality] for modality, commit in commits.items()},
+        }
+    return entries
+
+
+def _check_aligned(store: Store, shard: int, commits: Mapping[str, Commit]) -> None:
+    for (left, a), (right, b) in combinations(commits.items(), 2):
+        if a.key_digest != b.key_digest:
+            sides = [
+                read_keys(store.read(commit.outputs[modality]["path"]), modality)
+                for modality, commit in ((left, a), (right, b))
+            ]
+            raise ManifestError(
+                f"shard {shard}: {left} ({a.stage}) and {right} ({b.stage}) hold other keys: "
+                f"{first_difference(*sides)} ({left} here, {right} there)"
+            )
+
+
+def _checked_splits(
+    splits: Mapping[str, Sequence[int]], shards: Sequence[int]
+) -> dict[str, list[int]]:
+    owner: dict[int, str] = {}
+    published = set(shards)
+    for split, members in splits.items():
+        for shard in members:
+            if shard not in published:
+                raise ValueError(f"split {split!r} names shard {shard}, which is not published")
+            if shard in owner:
+                raise ValueError(f"shard {shard} is in both {owner[shard]!r} and {split!r}")
+            owner[shard] = split
+    return {split: sorted(members) for split, members in splits.items()}
+
+
+def _write_version(store: Store, name: str, content: dict[str, Any]) -> Manifest:
+    latest = max(versions(store, name), default=0)
+    if latest:
+        published = load_manifest(store, name, latest)
+        if published == Manifest.from_dict(content | {"version": latest}):
+            return published
+    manifest = Manifest.from_dict(content | {"version": latest + 1})
+    if store.create_json(_version_path(name, manifest.version), manifest.to_dict()):
+        return manifest
+    return _write_version(store, name, content)  # somebody else took the number: look again
+
+
+def _move_current(store: Store, name: str, version: int) -> None:
+    """Points CURRENT at the version unless it already points there or further."""
+    while True:
+        expected = store.version(_current_path(name))
+        if expected is not None and store.read_json(_current_path(name))["version"] >= version:
+            return
+        try:
+            return store.replace(_current_path(name), b'{"version": %d}\n' % version, expected)
+        except StoreConflict:
+            continue
+
+
+def _version_path(name: str, version: int) -> str:
+    return f"manifests/{name}/v{version:04d}.json"
+
+
+def _current_path(name: str) -> str:
+    return f"manifests/{name}/CURRENT"

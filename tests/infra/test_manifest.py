@@ -1,0 +1,135 @@
+"""Contracts of the manifests: aligned or refused, immutable, moved by compare-and-swap."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from infra.ledger import Ledger, ShardData, Stage
+from infra.manifest import (
+    ManifestError,
+    load_manifest,
+    manifest_names,
+    publish,
+    versions,
+)
+from infra.shards import key_digest, sample_key, write_tar
+from infra.store import Store
+
+RGB = Stage("fetch", 1, {}, ("rgb",))
+DEPTH = Stage("label:depth", 1, {}, ("depth",), (RGB,), "org/depth", "abc")
+STAGES = {"rgb": RGB, "depth": DEPTH}
+
+
+def fill(ledger: Ledger, stage: Stage, shard: int, rows: list[int]) -> None:
+    keys = [sample_key(shard, row) for row in rows]
+    tars = {modality: write_tar((f"{key}.x", b"") for key in keys) for modality in stage.outputs}
+    ledger.commit(stage, shard, ShardData(keys, tars, [(key, "ok", "") for key in keys], 1.0))
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return _filled(Store(str(tmp_path)))
+
+
+def _filled(store: Store) -> Ledger:
+    filled = Ledger(store)
+    for stage in STAGES.values():
+        for shard in range(3):
+            fill(filled, stage, shard, [0, 1])
+    return filled
+
+
+def test_a_manifest_lists_what_training_reads(tmp_store: Store) -> None:
+    ledger = _filled(tmp_store)
+    splits = {"train": [1, 0], "val": [2]}
+    published = publish(
+        ledger, "cc", STAGES, [2, 0, 1], splits=splits, tokenizers={"depth": {"id": 1}},
+        meta={"crops": [4, 1]},
+    )
+    manifest = load_manifest(ledger.store, "cc")
+    assert manifest == published
+    assert (manifest.name, manifest.version) == ("cc", 1)
+    assert (manifest.shards("train"), manifest.shards("val")) == ([0, 1], [2])
+    assert manifest.shards() == [0, 1, 2]
+    assert manifest.samples(0) == 2
+    assert manifest.key_digest(2) == key_digest([sample_key(2, 0), sample_key(2, 1)])
+    assert manifest.meta == {"crops": [4, 1]}
+    path, sha256 = manifest.path("depth", 1), manifest.sha256("depth", 1)
+    assert ledger.store.local(path, sha256) == ledger.open_output(DEPTH, 1, "depth")[0]
+    assert manifest.modalities["depth"]["model"] == "org/depth"
+    for wrong in (
+        lambda: manifest.shards("test"), lambda: manifest.path("clip", 0),
+        lambda: manifest.samples(9),
+    ):
+        with pytest.raises(ValueError, match="cc"):
+            wrong()
+
+
+def test_equal_content_is_the_same_version_and_other_content_the_next(ledger: Ledger) -> None:
+    for _ in range(2):
+        assert publish(ledger, "cc", STAGES, range(3), meta={"size": (1, 2)}).version == 1
+    assert publish(ledger, "cc", {"rgb": RGB}, range(3)).version == 2
+    assert load_manifest(ledger.store, "cc").version == 2
+    assert load_manifest(ledger.store, "cc", 1).modalities.keys() == STAGES.keys()
+    assert manifest_names(ledger.store) == ["cc"]
+
+
+def test_a_death_before_current_moved_is_repaired_by_publishing_again(ledger: Ledger) -> None:
+    publish(ledger, "cc", {"rgb": RGB}, range(3))
+    old = ledger.store.read("manifests/cc/CURRENT")
+    publish(ledger, "cc", STAGES, range(3))
+    ledger.store.write("manifests/cc/CURRENT", old)
+    assert publish(ledger, "cc", STAGES, range(3)).version == 2
+    assert load_manifest(ledger.store, "cc").version == 2
+
+
+def test_publishers_at_once_end_with_every_version_and_the_latest_current(
+    tmp_store: Store,
+) -> None:
+    ledger = _filled(tmp_store)
+    with ThreadPoolExecutor(4) as pool:
+        done = list(
+            pool.map(lambda n: publish(ledger, "cc", STAGES, [0], meta={"n": n}), range(4))
+        )
+    assert sorted(m.version for m in done) == versions(ledger.store, "cc") == [1, 2, 3, 4]
+    assert load_manifest(ledger.store, "cc").version == 4
+
+
+def test_a_missing_modality_is_named(ledger: Ledger) -> None:
+    fill(ledger, RGB, 3, [0, 1])
+    with pytest.raises(ManifestError, match=r"shard 3 lacks depth: label:depth@"):
+        publish(ledger, "cc", STAGES, range(4))
+    with pytest.raises(ValueError, match="writes"):
+        publish(ledger, "cc", {"clip": RGB}, [0])
+    assert versions(ledger.store, "cc") == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [([1, 0], "sample 0 is"), ([0], "1 samples here and 2 there")]
+)
+def test_other_keys_are_refused_and_named(
+    ledger: Ledger, rows: list[int], message: str
+) -> None:
+    fill(ledger, RGB, 3, [0, 1])
+    fill(ledger, DEPTH, 3, rows)
+    with pytest.raises(ManifestError, match=rf"shard 3: depth .* and rgb .*{message}"):
+        publish(ledger, "cc", STAGES, range(4))
+
+
+def test_splits_must_part_the_published_shards(ledger: Ledger) -> None:
+    with pytest.raises(ValueError, match="in both"):
+        publish(ledger, "cc", STAGES, range(3), splits={"train": [0, 1], "val": [1]})
+    with pytest.raises(ValueError, match="not published"):
+        publish(ledger, "cc", STAGES, [0], splits={"train": [0], "val": [1]})
+    with pytest.raises(ValueError, match="at least one shard"):
+        publish(ledger, "cc", STAGES, [])
+
+
+def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="manifests/cc/CURRENT"):
+        load_manifest(store, "cc")
+    store.write("manifests/cc/v0001.json", b'{"entries": {}}')
+    with pytest.raises(ManifestError, match="not a manifest"):
+        load_manifest(store, "cc", 1)
