@@ -86,16 +86,35 @@ def _init(target: Embedded | Existing) -> None:
     if isinstance(target, Existing):
         ray.init(address=target.address, **common)
         return
-    ray.init(
-        # "local" never joins a cluster that happens to run on this machine.
-        address="local",
-        num_cpus=target.num_cpus,
-        num_gpus=target.num_gpus,
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        _node_ip_address="127.0.0.1",
-        **common,
-    )
+    with _loopback_allowed():
+        ray.init(
+            # "local" never joins a cluster that happens to run on this machine.
+            address="local",
+            num_cpus=target.num_cpus,
+            num_gpus=target.num_gpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+            **common,
+        )
+
+
+@contextmanager
+def _loopback_allowed() -> Iterator[None]:
+    """Let Ray listen on 127.0.0.1 alone.
+
+    On Linux it takes the machine's own address instead and then listens on every interface,
+    unless it believes to be on a system without clusters. It reads that belief from the
+    environment at its first import, which may be long past.
+    """
+    from ray._private import ray_constants
+
+    kept = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = kept
 
 
 @contextmanager
@@ -107,6 +126,7 @@ def _environment(target: Embedded | Existing) -> Iterator[None]:
     if isinstance(target, Embedded):
         # An embedded cluster listens on the loopback only and lives as long as this process.
         wanted["RAY_AUTH_MODE"] = "disabled"
+        wanted["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for Ray's own child processes
     added = [name for name in wanted if name not in os.environ]
     os.environ.update({name: wanted[name] for name in added})
     try:

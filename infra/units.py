@@ -127,8 +127,6 @@ class UnitRunner:
                 reason = f"{MAX_ATTEMPTS} attempts failed: {reason}"
                 self._ledger.quarantine(stage, shard, reason)
                 return UnitStatus(job, shard, "quarantined", reason=reason)
-            if number > 1:
-                time.sleep(RETRY_SECONDS * 2 ** (number - 2))
             try:
                 data = self._work_of(job).run(shard)
             except SystemicFailure:
@@ -136,6 +134,7 @@ class UnitRunner:
             except Exception as error:
                 log.exception("%s shard %d, attempt %d", stage.name, shard, number)
                 reason = f"{type(error).__name__}: {error}"
+                time.sleep(RETRY_SECONDS * 2 ** (number - 1) if number < MAX_ATTEMPTS else 0)
                 continue
             upstream = self._upstream(stage, shard)
             try:

@@ -40,7 +40,7 @@ def test_session_keeps_handlers_and_environment_nests_and_leaves_no_process(monk
                 assert ray.get_runtime_context().get_node_id() == node
             assert ray.is_initialized(), "leaving a nested session stops nothing"
             ray_processes = set(own.children(recursive=True)) - before
-            assert ray_processes
+            _listen_on_loopback_only(ray_processes)
         assert not ray.is_initialized()
         assert signal.getsignal(signal.SIGTERM) is handler
         assert not [p for p in ray_processes if p.is_running() and p.status() != "zombie"]
@@ -48,3 +48,13 @@ def test_session_keeps_handlers_and_environment_nests_and_leaves_no_process(monk
         assert not {name for name in added if name.startswith("RAY_")}
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _listen_on_loopback_only(processes: set[psutil.Process]) -> None:
+    """Without authentication nobody else may reach the cluster."""
+    addresses = set()
+    for process in processes:
+        connections = process.net_connections(kind="tcp")
+        addresses |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
