@@ -67,7 +67,7 @@ class ValueCodec:
 
     def pack(self, value: NDArray[Any]) -> NDArray[Any]:
         """One value [H, W(, C)] in its smallest form."""
-        return _PACK[self.kind](np.asarray(value))
+        return pack_value(self.kind, value)
 
     def to_tensor(self, packed: NDArray[Any]) -> Tensor:
         """Packed values [N, H, W(, C)] to a tensor [N, C, H, W], or ids [N, H, W]."""
@@ -140,6 +140,11 @@ _PACK = {
     "semseg": _pack_rgb,
     "feature": _pack_feature,
 }
+
+
+def pack_value(kind: Kind, value: NDArray[Any]) -> NDArray[Any]:
+    """One value [H, W(, C)] in its smallest form."""
+    return _PACK[kind](np.asarray(value))
 
 
 def feature_statistics(features: Values) -> tuple[tuple[float, ...], tuple[float, ...]]:

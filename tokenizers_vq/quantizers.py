@@ -27,6 +27,35 @@ class Quantized(NamedTuple):
     loss: Tensor
 
 
+class Whitening(nn.Module):
+    """Zero mean, unit variance and no correlation between the dimensions, over the batch.
+
+    It keeps all levels of all dimensions in use from the first step on. Without it a training of
+    a minute ends with one code, and with variances alone with a twentieth of them, as every
+    dimension learns the same easiest thing. Cholesky factors move smoothly from step to step,
+    where eigenvectors would swap.
+    """
+
+    def __init__(self, dim: int, momentum: float = 0.05, eps: float = 1e-4) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("cov", torch.eye(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] float32 to the same shape; moving statistics serve outside training."""
+        mean, cov = self.mean, self.cov
+        if self.training:
+            flat = x.flatten(0, -2)
+            mean = flat.mean(0)
+            cov = (flat - mean).T @ (flat - mean) / len(flat)
+            self.mean.lerp_(mean.detach(), self.momentum)
+            self.cov.lerp_(cov.detach(), self.momentum)
+        factor = torch.linalg.cholesky(cov + self.eps * torch.eye(len(cov), device=x.device))
+        centred = (x - mean).flatten(0, -2).T
+        return torch.linalg.solve_triangular(factor, centred, upper=False).T.reshape(x.shape)
+
+
 class FiniteScalar(nn.Module):
     """FSQ with matched activation; a token is the mixed-radix number of its levels.
 
@@ -44,9 +73,7 @@ class FiniteScalar(nn.Module):
         self.vocab_size = math.prod(levels)
         self.jitter = jitter
         self.down = nn.Linear(dim, len(levels))
-        # Unit variance over the batch keeps every level in use from the first step on; without
-        # it short trainings collapse to one code before the decoder has learned to listen.
-        self.norm = nn.BatchNorm1d(len(levels), affine=False)
+        self.whiten = Whitening(len(levels))
         self.up = nn.Linear(len(levels), dim)
         self.fsq = FSQ(list(levels), preserve_symmetry=True, bound_hard_clamp=True)
         step = torch.tensor([2.0 / (count - 1) for count in levels])
@@ -55,8 +82,7 @@ class FiniteScalar(nn.Module):
     def forward(self, z: Tensor) -> Quantized:
         """Quantises [B, N, D]; gradients pass straight through."""
         with torch.autocast(z.device.type, enabled=False):
-            flat = self.norm(self.down(z.float()).flatten(0, -2)).unflatten(0, z.shape[:-1])
-            squashed = 2 * torch.sigmoid(1.6 * flat) - 1
+            squashed = 2 * torch.sigmoid(1.6 * self.whiten(self.down(z.float()))) - 1
             codes, tokens = self.fsq(squashed)
             if self.training and self.jitter > 0:
                 codes = self._jittered(codes)

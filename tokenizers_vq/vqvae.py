@@ -21,9 +21,6 @@ from torch import Tensor, nn
 
 from tokenizers_vq.quantizers import Codebook, FiniteScalar, Quantized
 
-DETAIL = 4
-"""Pixels per side of the cells on which the convolutional stem and head work."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class VQConfig:
@@ -34,19 +31,17 @@ class VQConfig:
     image_size: int = 128
     """Pixels per side the positions are made for; other multiples of `patch` also work."""
     patch: int = 16
-    """Pixels per token and side; 1 for feature maps, else a multiple of 4."""
+    """Pixels per token and side; 1 for feature maps."""
     num_classes: int = 0
     """Above 0 the values are class ids in and logits out."""
     width: int = 256
     """Transformer width."""
-    encoder_depth: int = 2
+    encoder_depth: int = 1
     """Blocks before the bottleneck."""
-    decoder_depth: int = 4
+    decoder_depth: int = 2
     """Blocks after the bottleneck."""
     heads: int = 4
     """Attention heads."""
-    stem: int = 64
-    """Channels of the convolutions at a quarter of the resolution."""
     quantizer: str = "fsq"
     """`fsq` or `vq`."""
     levels: tuple[int, ...] = (8, 5, 5, 5)
@@ -60,8 +55,6 @@ class VQConfig:
         object.__setattr__(self, "levels", tuple(self.levels))
         if self.quantizer not in ("fsq", "vq"):
             raise ValueError(f"quantizer={self.quantizer!r}: choose 'fsq' or 'vq'")
-        if self.patch != 1 and self.patch % DETAIL:
-            raise ValueError(f"patch={self.patch}: use 1 or a multiple of {DETAIL}")
         if self.image_size % self.patch:
             raise ValueError(f"image_size={self.image_size} is not a multiple of {self.patch}")
         if self.width % (4 * self.heads):
@@ -136,61 +129,30 @@ def sincos_positions(width: int, height: int, breadth: int, base: int) -> Tensor
 
 
 class Stem(nn.Module):
-    """Values [B, C, H, W] to patch features [B, D, h, w]."""
+    """Values [B, C, H, W] to tokens [B, h, w, D], patches laid out (c ph pw)."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
-        if config.patch == 1:
-            self.layers = nn.Sequential(nn.Conv2d(config.channels, config.width, 1))
-            return
-        if not config.stem:
-            self.layers = nn.Sequential(
-                nn.PixelUnshuffle(config.patch),
-                nn.Conv2d(config.channels * config.patch**2, config.width, 1),
-            )
-            return
-        rest = config.patch // DETAIL
-        self.layers = nn.Sequential(
-            nn.Conv2d(config.channels, config.stem, DETAIL, stride=DETAIL),
-            nn.GELU(),
-            nn.Conv2d(config.stem, config.stem, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(config.stem, config.width, rest, stride=rest),
-        )
+        self.patch = config.patch
+        self.proj = nn.Linear(config.channels * config.patch**2, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, D, h, w]."""
-        return self.layers(x.contiguous(memory_format=torch.channels_last))
+        """[B, C, H, W] to [B, h, w, D]."""
+        return self.proj(F.pixel_unshuffle(x, self.patch).permute(0, 2, 3, 1))
 
 
 class Head(nn.Module):
-    """Decoder features [B, D, h, w] to values [B, C, H, W], patches laid out (c ph pw)."""
+    """Decoder features [B, h, w, D] to values [B, C, H, W], patches laid out (c ph pw)."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
+        self.patch = config.patch
         out = config.num_classes or config.channels
-        if config.patch == 1:
-            self.layers = nn.Sequential(nn.Conv2d(config.width, out, 1))
-            return
-        if not config.stem:
-            self.layers = nn.Sequential(
-                nn.Conv2d(config.width, out * config.patch**2, 1), nn.PixelShuffle(config.patch)
-            )
-            return
-        rest = config.patch // DETAIL
-        self.layers = nn.Sequential(
-            nn.Conv2d(config.width, config.stem * rest * rest, 1),
-            nn.PixelShuffle(rest),
-            nn.GELU(),
-            nn.Conv2d(config.stem, config.stem, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(config.stem, out * DETAIL * DETAIL, 3, padding=1),
-            nn.PixelShuffle(DETAIL),
-        )
+        self.proj = nn.Linear(config.width, out * config.patch**2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, D, h, w] to [B, C, H, W]."""
-        return self.layers(x.contiguous(memory_format=torch.channels_last))
+        """[B, h, w, D] to [B, C, H, W]."""
+        return F.pixel_shuffle(self.proj(x).permute(0, 3, 1, 2), self.patch)
 
 
 class VQVAE(nn.Module):
@@ -233,8 +195,9 @@ class VQVAE(nn.Module):
             x = (x[:, :, :, None] == ids).to(self.classes.dtype) @ self.classes
             x = x.permute(0, 3, 1, 2)
         x = self.stem(x)
-        height, breadth = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2) + self._positions(height, breadth)
+        height, breadth = x.shape[1:3]
+        x = x.flatten(1, 2)
+        # No positions before the bottleneck: a code then means the same wherever it stands.
         for block in self.encoder:
             x = block(x)
         return self.quantizer(x), height, breadth
@@ -243,8 +206,7 @@ class VQVAE(nn.Module):
         x = latents + self._positions(height, breadth)
         for block in self.decoder:
             x = block(x)
-        x = self.norm(x).transpose(1, 2).unflatten(2, (height, breadth))
-        return self.head(x).float()
+        return self.head(self.norm(x).unflatten(1, (height, breadth))).float()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
         """Values [B, C, H, W] (ids [B, H, W] for classes) to reconstruction and codes."""

@@ -1,0 +1,258 @@
+"""Tokenizing: every modality of every sample becomes rows of token blocks, several crops each.
+
+One unit reads one label shard. A thread decodes and crops ahead while the network encodes; the
+windows are a pure function of (key, crop index), so modalities agree without a crop file. A
+missing label stays a hole: a null in every column, under the same key.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from infra.blocks import BlockWriter, Column
+from infra.ledger import OK, Ledger, ShardData, Stage
+from infra.overlap import prefetch
+from infra.runner import StageJob
+from infra.shards import MISSING_EXT, TarIndex
+from infra.store import Store
+from models import modalities
+from models.crops import CropPolicy, crop_box
+from tasks.tokenizer_data import Aspects, aspect_of
+from tasks.train_tokenizers import TEXT, TokenizerInfo
+from tokenizers_vq.sequences import MIN_SCORE, det_to_string
+
+if TYPE_CHECKING:
+    from tokenizers_vq.text import TextTokenizer
+    from tokenizers_vq.tokenizer import Tokenizer
+
+VERSION = 1
+SEQUENCES = ("caption", "det")
+"""Modalities written as text; all others need a learned tokenizer."""
+
+_GROUP = 32  # samples decoded ahead as one group
+_Row = tuple[str, dict[str, np.ndarray | list[int] | None], str]
+
+
+def output_name(modality: str) -> str:
+    """Name of a modality's tokens: tok_depth; sequences keep their name."""
+    return modality if modality in SEQUENCES else f"tok_{modality}"
+
+
+def token_stage(
+    modality: str,
+    tokenizer: TokenizerInfo,
+    policy: CropPolicy,
+    upstream: Stage,
+    *,
+    min_score: float = MIN_SCORE,
+) -> Stage:
+    """The stage that tokenizes one modality.
+
+    Args:
+        modality: Whose values are tokenized.
+        tokenizer: Of that modality, or the text tokenizer.
+        policy: Crops of the token set.
+        upstream: The stage that wrote the values.
+        min_score: Least confidence of a box that is written.
+
+    Raises:
+        ValueError: if the stage upstream does not write the modality or the tokenizer is
+            another's.
+    """
+    if modality not in upstream.outputs:
+        raise ValueError(f"{upstream.id} writes {', '.join(upstream.outputs)}, not {modality!r}")
+    expected = TEXT if modality in SEQUENCES else modality
+    if tokenizer.modality != expected:
+        raise ValueError(f"{modality!r} needs the {expected} tokenizer, not {tokenizer.modality}'s")
+    params: dict[str, Any] = {"crops": asdict(policy)}
+    if modality == "det":
+        params["min_score"] = min_score
+    return Stage(
+        name=f"tokens:{modality}",
+        version=VERSION,
+        params=params,
+        outputs=(output_name(modality),),
+        upstream=(upstream,),
+        model=tokenizer.path,
+        revision=tokenizer.fingerprint,
+    )
+
+
+def token_jobs(
+    stages: Iterable[Stage],
+    shards: Sequence[int],
+    *,
+    precision: str = "auto",
+    device: str = "auto",
+) -> list[StageJob]:
+    """The stages of `token_stage` as work for the stage runner."""
+    config = {"precision": precision, "device": device}
+    return [
+        StageJob(stage, "tasks.tokenize:build_work", config, tuple(shards)) for stage in stages
+    ]
+
+
+def build_work(store_url: str, stage: Stage, config: dict[str, Any]) -> TokenizeWork:
+    """The worker's side of `token_jobs`.
+
+    Raises:
+        ValueError: if the stored tokenizer is not the one of the stage.
+    """
+    store = Store(store_url)
+    modality = stage.name.partition(":")[2]
+    if modality in SEQUENCES:
+        return TokenizeWork(store, stage, _Text(store, stage, modality))
+    return TokenizeWork(store, stage, _Learned(store, stage, config))
+
+
+class TokenizeWork:
+    """Tokenizes one shard of one modality at a time."""
+
+    def __init__(self, store: Store, stage: Stage, encoder: _Learned | _Text) -> None:
+        self._ledger = Ledger(store)
+        self._stage, self._encoder = stage, encoder
+        self._modality = stage.name.partition(":")[2]
+        self._policy = CropPolicy(**stage.params["crops"])
+        self._columns = [f"crop{i}" for i in range(self._policy.num_crops)]
+
+    def run(self, shard: int) -> ShardData:
+        """Reads one label shard and returns its token shard."""
+        began = time.monotonic()
+        metadata = {
+            "modality": self._stage.outputs[0],
+            "tokenizer": self._stage.model,
+            "tokenizer_fingerprint": self._stage.revision,
+            "vocab_size": str(self._encoder.vocab_size),
+        }
+        column = Column("uint16", self._encoder.length)
+        writer = BlockWriter(dict.fromkeys(self._columns, column), metadata)
+        statuses: list[tuple[str, str, str]] = []
+        groups = prefetch(self._groups(shard), depth=2)
+        for key, row, reason in self._encoder.encode(groups, self._columns):
+            writer.add(key, row)
+            statuses.append((key, reason, ""))
+        keys = [key for key, _, _ in statuses]
+        reasons = Counter(reason for _, reason, _ in statuses)
+        return ShardData(
+            keys=keys,
+            outputs={self._stage.outputs[0]: writer.finish()},
+            statuses=statuses,
+            seconds=time.monotonic() - began,
+            info={"holes": len(keys) - reasons[OK], "crops": self._policy.num_crops},
+        )
+
+    def _groups(self, shard: int) -> Iterator[list[tuple[str, list[Any] | None, str]]]:
+        """Groups of (key, one prepared value per crop or None for a hole, status)."""
+        upstream = self._stage.upstream[0]
+        path, sha256 = self._ledger.open_output(upstream, shard, self._modality)
+        index = TarIndex(path, sha256=sha256)
+        aspects = Aspects(self._ledger, upstream, shard)
+        keys = iter(index.keys)
+        while group := list(islice(keys, _GROUP)):
+            yield [self._sample(index, key, aspects) for key in group]
+
+    def _sample(
+        self, index: TarIndex, key: str, aspects: Aspects
+    ) -> tuple[str, list[Any] | None, str]:
+        if index.ext(key) == MISSING_EXT:
+            return key, None, "missing_label"
+        modality = modalities.get(self._modality)
+        value = modality.decode(index.read(key))
+        if self._modality == "caption":
+            return key, [value] * self._policy.num_crops, OK
+        aspect = aspect_of(self._modality, value, key, aspects)
+        boxes = (crop_box(self._policy, key, i, aspect) for i in range(self._policy.num_crops))
+        crops = [modality.crop(value, box, self._policy.size) for box in boxes]
+        return key, [self._encoder.prepare(crop) for crop in crops], OK
+
+
+class _Learned:
+    """Encodes maps in batches of all crops of a group."""
+
+    def __init__(self, store: Store, stage: Stage, config: dict[str, Any]) -> None:
+        import torch
+
+        from tokenizers_vq.tokenizer import fingerprint, load_tokenizer
+
+        self._tokenizer: Tokenizer = load_tokenizer(
+            store, stage.model, config.get("precision", "auto")
+        )
+        _require(fingerprint(self._tokenizer.files()), stage)
+        device = config.get("device", "auto")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._tokenizer.to(device)
+        self.vocab_size = self._tokenizer.vocab_size
+        self.length: int | None = self._tokenizer.num_tokens
+
+    def prepare(self, value: np.ndarray) -> np.ndarray:
+        """Packs a crop, in the reading thread."""
+        return self._tokenizer.codec.pack(value)
+
+    def encode(
+        self, groups: Iterable[list[tuple[str, list[Any] | None, str]]], columns: list[str]
+    ) -> Iterator[_Row]:
+        """(key, tokens by column, status) of every sample in order."""
+        for group in groups:
+            packed = [crop for _, crops, _ in group for crop in crops or ()]
+            tokens = iter(self._tokenizer.encode_packed(np.stack(packed)) if packed else ())
+            for key, crops, reason in group:
+                row = {name: None if crops is None else next(tokens) for name in columns}
+                yield key, row, reason
+
+
+class _Text:
+    """Encodes captions and boxes."""
+
+    def __init__(self, store: Store, stage: Stage, modality: str) -> None:
+        from tokenizers_vq.text import FILE, TextTokenizer
+        from tokenizers_vq.tokenizer import fingerprint
+
+        data = store.read(f"{stage.model}/{FILE}")
+        _require(fingerprint({FILE: data}), stage)
+        self._tokenizer: TextTokenizer = TextTokenizer.from_bytes(data)
+        self._modality, self._min_score = modality, stage.params.get("min_score", MIN_SCORE)
+        self.vocab_size = self._tokenizer.vocab_size
+        self.length: int | None = None
+
+    def prepare(self, value: Any) -> str:
+        """Writes the boxes of a crop as text."""
+        return det_to_string(
+            value["instances"], bins=self._tokenizer.bins, min_score=self._min_score
+        )
+
+    def encode(
+        self, groups: Iterable[list[tuple[str, list[str] | None, str]]], columns: list[str]
+    ) -> Iterator[_Row]:
+        """(key, ids by column, status) of every sample in order."""
+        for group in groups:
+            # Crops share captions, so each text is encoded once.
+            texts = list(dict.fromkeys(text for _, crops, _ in group for text in crops or ()))
+            ids = dict(zip(texts, self._tokenizer.encode_batch(texts), strict=True))
+            for key, crops, reason in group:
+                values = [None] * len(columns) if crops is None else [ids[text] for text in crops]
+                yield key, dict(zip(columns, values, strict=True)), reason
+
+
+def _require(found: str, stage: Stage) -> None:
+    if found != stage.revision:
+        raise ValueError(
+            f"{stage.model} is not the tokenizer of {stage.id}: its fingerprint is {found[:12]}, "
+            f"expected {stage.revision[:12]}"
+        )
+
+
+def tokenizer_infos(store: Store, paths: Mapping[str, str]) -> dict[str, TokenizerInfo]:
+    """Reads back the records of stored tokenizers, modality to folder."""
+    return {
+        name: TokenizerInfo(**json.loads(store.read(f"{path}/info.json")))
+        for name, path in paths.items()
+    }

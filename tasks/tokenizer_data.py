@@ -1,0 +1,128 @@
+"""Labels as training data of tokenizers: read once, cropped once, kept small in memory."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from infra.ledger import Ledger, Stage
+from infra.shards import MISSING_EXT, TarIndex
+from infra.store import Store
+from models import modalities
+from models.crops import crop_box
+
+if TYPE_CHECKING:
+    from tasks.tokenizer_recipes import TokenizerRecipe
+
+
+def read_values(
+    ledger: Ledger, stage: Stage, shard: int, name: str, keys: Sequence[str] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """(key, value) of a committed shard in order; the value of a hole is None.
+
+    Raises:
+        FileNotFoundError: if the stage has not committed the shard.
+    """
+    path, _ = ledger.open_output(stage, shard, name)
+    index = TarIndex(path)
+    decode = modalities.get(name).decode
+    for key in index.keys if keys is None else keys:
+        hole = index.ext(key) == MISSING_EXT
+        yield key, None if hole else decode(index.read(key))
+
+
+def source_of_pictures(stage: Stage) -> Stage | None:
+    """The nearest stage upstream, itself included, that wrote rgb."""
+    if "rgb" in stage.outputs:
+        return stage
+    return next((s for s in map(source_of_pictures, stage.upstream) if s is not None), None)
+
+
+class Aspects:
+    """Width / height of the pictures of a shard, which every crop window depends on.
+
+    Maps carry their own shape; boxes and feature grids do not, so the picture's header is read.
+    """
+
+    def __init__(self, ledger: Ledger, stage: Stage, shard: int) -> None:
+        source = source_of_pictures(stage)
+        self._index = TarIndex(ledger.open_output(source, shard, "rgb")[0]) if source else None
+
+    def __call__(self, key: str) -> float:
+        """The aspect ratio of a sample; 1 where no picture is known."""
+        if self._index is None or key not in self._index:
+            return 1.0
+        if self._index.ext(key) == MISSING_EXT:
+            return 1.0
+        with Image.open(io.BytesIO(self._index.read(key)), formats=("JPEG", "PNG")) as image:
+            return image.width / image.height
+
+
+def aspect_of(name: str, value: Any, key: str, aspects: Aspects) -> float:
+    """Width / height of the picture that a value belongs to."""
+    if modalities.get(name).kind in ("image", "map"):
+        return value.shape[1] / value.shape[0]
+    return aspects(key)
+
+
+def load_crops(
+    store: Store,
+    name: str,
+    stage: Stage,
+    recipe: TokenizerRecipe,
+    shards: Sequence[int],
+    *,
+    held_out: int,
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Training crops, packed [N, H, W(, C)], and held-out centre crops as values.
+
+    The last shard is held out; of a single shard its last tenth. Each sample gives one crop,
+    sample i crop i modulo their number, so that all crops occur and memory stays bounded by
+    `recipe.max_samples`.
+
+    Raises:
+        ValueError: if there is not a single label.
+    """
+    from tokenizers_vq.codec import pack_value
+
+    ledger = Ledger(store)
+    share = -(-recipe.max_samples // max(1, len(shards) - 1))
+    train: list[np.ndarray] = []  # packed at once: as floats they would take four times the memory
+    for shard in shards[:-1]:
+        crops = _cropped(ledger, name, stage, recipe, shard, share)
+        train += [pack_value(recipe.kind, value) for value in crops]
+    several = len(shards) > 1
+    limit = held_out if several else share
+    last = list(_cropped(ledger, name, stage, recipe, shards[-1], limit, centred=several))
+    if not several:
+        cut = max(1, len(last) * 9 // 10)
+        train = [pack_value(recipe.kind, value) for value in last[:cut]]
+        last = last[cut:] or last
+    if not train or not last:
+        raise ValueError(f"{stage.id} holds no {name} in shards {list(shards)}")
+    return np.stack(train[: recipe.max_samples]), last[:held_out]
+
+
+def _cropped(
+    ledger: Ledger,
+    name: str,
+    stage: Stage,
+    recipe: TokenizerRecipe,
+    shard: int,
+    limit: int,
+    *,
+    centred: bool = False,
+) -> Iterator[np.ndarray]:
+    policy, modality = recipe.crops, modalities.get(name)
+    aspects = Aspects(ledger, stage, shard)
+    for number, (key, value) in enumerate(read_values(ledger, stage, shard, name)):
+        if number >= limit:
+            return
+        if value is not None:
+            index = 0 if centred else number % policy.num_crops
+            box = crop_box(policy, key, index, aspect_of(name, value, key, aspects))
+            yield modality.crop(value, box, policy.size)

@@ -1,0 +1,157 @@
+"""Recipes of tokenizers: network, value contract and training budget in one frozen object.
+
+`tokenizer_recipe("depth")` is the recipe of the embedded world: 128 px, 64 tokens. About a minute
+of one core each; a network for photographs takes the same recipe with more steps, a wider
+network and other levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from models.crops import CropPolicy
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tasks.trainer import TrainConfig
+    from tokenizers_vq.codec import ValueCodec
+    from tokenizers_vq.vqvae import VQConfig
+
+Kind = Literal["rgb", "depth", "normal", "semseg", "feature"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRecipe:
+    """Everything that decides what a learned tokenizer becomes."""
+
+    kind: Kind
+    """Value type: decides loss, contract and metric."""
+    size: int = 128
+    """Side of the crops in pixels."""
+    patch: int = 16
+    """Pixels per token and side; ignored by feature maps, whose cells are the tokens."""
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    """FSQ levels; the vocabulary is their product."""
+    quantizer: Literal["fsq", "vq"] = "fsq"
+    """Bottleneck; `vq` takes as many codes as `levels` multiply to."""
+    width: int = 256
+    """Transformer width."""
+    encoder_depth: int = 1
+    """Blocks before the bottleneck."""
+    decoder_depth: int = 2
+    """Blocks after the bottleneck."""
+    jitter: float = 0.0
+    """Probability of moving an FSQ level by one in training."""
+    num_classes: int = 0
+    """Classes of semseg; 0 takes the largest id of the training labels."""
+    depth_mode: Literal["log", "standardise"] = "log"
+    """Depth in metric units keeps its scale under `log`."""
+    steps: int = 500
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Crops a step."""
+    lr: float = 5e-3
+    """Peak learning rate; Muon for hidden matrices, AdamW for the rest."""
+    min_scale: float = 0.8
+    """Least share of the image that a training crop covers."""
+    max_samples: int = 4000
+    """Crops kept in memory."""
+    seed: int = 0
+    """Seed of weights and batches."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        if self.steps < 1 or self.batch_size < 1 or self.max_samples < 1:
+            raise ValueError("steps, batch_size and max_samples must be positive")
+
+    @property
+    def crops(self) -> CropPolicy:
+        """Crops drawn for training."""
+        return CropPolicy(num_crops=4, min_scale=self.min_scale, size=self.size)
+
+    def resolved(self, packed: np.ndarray) -> VQConfig:
+        """The network for these values; packed [N, H, W(, C)]."""
+        import math
+
+        from tokenizers_vq.vqvae import VQConfig
+
+        feature = self.kind == "feature"
+        channels = {"rgb": 3, "depth": 1, "normal": 3, "semseg": 8}
+        num_classes = 0
+        if self.kind == "semseg":
+            num_classes = self.num_classes or int(packed[packed != 255].max(initial=0)) + 1
+        return VQConfig(
+            channels=packed.shape[-1] if feature else channels[self.kind],
+            image_size=packed.shape[1] if feature else self.size,
+            patch=1 if feature else self.patch,
+            num_classes=num_classes,
+            width=self.width,
+            encoder_depth=self.encoder_depth,
+            decoder_depth=self.decoder_depth,
+            quantizer=self.quantizer,
+            levels=self.levels,
+            codebook_size=math.prod(self.levels),
+            jitter=self.jitter,
+        )
+
+    def codec(self, packed: np.ndarray) -> ValueCodec:
+        """The value contract for these values."""
+        from tokenizers_vq.codec import ValueCodec, feature_statistics
+
+        if self.kind != "feature":
+            return ValueCodec(kind=self.kind, depth_mode=self.depth_mode)
+        mean, std = feature_statistics(packed)
+        return ValueCodec(kind="feature", mean=mean, std=std)
+
+    def training(self, threads: int = 0) -> TrainConfig:
+        """What the trainer is told."""
+        from tasks.trainer import TrainConfig
+
+        return TrainConfig(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            min_lr_ratio=0.02,
+            warmup_steps=min(30, self.steps // 10),
+            weight_decay=0.01,
+            seed=self.seed,
+            checkpoint_seconds=30,
+            threads=threads,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRecipe:
+    """Everything that decides what the text tokenizer becomes."""
+
+    bins: int = 1000
+    """Coordinate bins per axis; 64 tell 2 px apart at 128."""
+    vocab_size: int = 30_000
+    """Upper bound of the vocabulary."""
+    class_names: tuple[str, ...] = ()
+    """Class names that become tokens even if no box shows them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_names", tuple(self.class_names))
+
+
+_RECIPES = {
+    "rgb": TokenizerRecipe(kind="rgb", levels=(7, 5, 5, 5, 5)),
+    "depth": TokenizerRecipe(kind="depth"),
+    "normal": TokenizerRecipe(kind="normal"),
+    "semseg": TokenizerRecipe(kind="semseg"),
+    "clip": TokenizerRecipe(kind="feature"),
+}
+
+
+def tokenizer_recipe(name: str, **changes: Any) -> TokenizerRecipe:
+    """The recipe of a modality, with changes.
+
+    Raises:
+        ValueError: if the modality has no learned tokenizer.
+    """
+    if name not in _RECIPES:
+        raise ValueError(f"no tokenizer recipe for {name!r}; choose from {', '.join(_RECIPES)}")
+    return replace(_RECIPES[name], **changes)

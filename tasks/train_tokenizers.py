@@ -1,0 +1,343 @@
+"""Training tokenizers: labels of a few shards in, one folder a modality under `tokenizers/` out.
+
+    <root>/tokenizers/depth@1f2e3d4c/{config.json,model.safetensors,info.json}
+    <root>/tokenizers/text@5a6b7c8d/{tokenizer.json,info.json}
+
+The eight digits hash recipe, labels and shards, so a rerun finds what is there and a changed
+recipe never overwrites it. `info.json` is created last, and only then the tokenizer exists; a
+killed training goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from infra import ui
+from infra.ledger import Ledger, Stage
+from infra.store import Store
+from models import modalities
+from tasks.tokenizer_data import load_crops, read_values
+from tasks.tokenizer_recipes import TextRecipe, TokenizerRecipe
+from tasks.trainer import Task, Trainer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from infra.ray_session import RayTarget
+    from tokenizers_vq.codec import ValueCodec
+    from tokenizers_vq.tokenizer import Tokenizer
+    from tokenizers_vq.vqvae import VQConfig
+
+logger = logging.getLogger("fourm.tokenizers")
+
+VERSION = 1
+INFO = "info.json"
+TEXT = "text"
+_SHOWN = 6
+_HELD_OUT = 200
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What a stored tokenizer is and how good it is."""
+
+    modality: str
+    path: str
+    """Folder in the store."""
+    fingerprint: str
+    """sha256 of its files."""
+    vocab_size: int
+    num_tokens: int
+    """Tokens of a sample; 0 where it varies."""
+    metrics: dict[str, float]
+    """Quality on held-out samples, code usage and perplexity."""
+    seconds: float
+
+
+class ReconstructionTask(Task):
+    """What the one trainer needs to know about a tokenizer."""
+
+    def __init__(
+        self, recipe: TokenizerRecipe, network: VQConfig, codec: ValueCodec, train: np.ndarray
+    ) -> None:
+        self.recipe, self.network, self.codec, self.train = recipe, network, codec, train
+
+    def build_model(self) -> nn.Module:
+        """A fresh network."""
+        from tokenizers_vq.vqvae import VQVAE
+
+        return VQVAE(self.network)
+
+    def batch(self, step: int, rank: int, world: int) -> torch.Tensor:
+        """Values of the crops drawn for this step, as the network eats them."""
+        rng = np.random.default_rng((self.recipe.seed, step))
+        rows = rng.integers(0, len(self.train), self.recipe.batch_size)[rank::world]
+        return self.codec.to_tensor(self.train[rows])
+
+    def loss(
+        self, model: nn.Module, batch: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Reconstruction plus the bottleneck's own loss."""
+        from tokenizers_vq.losses import LOSSES
+
+        output, quantized = model(batch)
+        return LOSSES[self.codec.kind](output, batch) + quantized.loss, {}
+
+    def is_hidden(self, name: str) -> bool:
+        """Matrices of the transformer blocks are updated by Muon."""
+        return name.startswith(("encoder.", "decoder."))
+
+
+def tokenizer_path(
+    name: str, recipe: TokenizerRecipe | TextRecipe, stages: Sequence[Stage], shards: Sequence[int]
+) -> str:
+    """Where the tokenizer of this recipe on these labels is stored."""
+    content = {
+        "version": VERSION,
+        "recipe": asdict(recipe),
+        "stages": [stage.fingerprint for stage in stages],
+        "shards": list(shards),
+    }
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return f"tokenizers/{name}@{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def train_tokenizers(
+    store: Store,
+    stages: Mapping[str, Stage],
+    recipes: Mapping[str, TokenizerRecipe],
+    *,
+    shards: Sequence[int],
+    text: TextRecipe | None = None,
+    target: RayTarget | None = None,
+    workers: int = 0,
+    on_progress: Progress | None = None,
+) -> dict[str, TokenizerInfo]:
+    """Trains what is not there yet and returns all tokenizers by modality.
+
+    Args:
+        store: The dataset.
+        stages: Modality to the stage that wrote its values.
+        recipes: Modality to the recipe of its learned tokenizer.
+        shards: Shards whose labels are read; the last one is held out where there are several.
+        text: Also trains the text tokenizer (key `text`) on `caption` and the classes of `det`.
+        target: Where Ray runs, if `workers` is not 0.
+        workers: Tokenizers trained at the same time, a core each; 0 trains one after another
+            in this process.
+        on_progress: Called with (modality, step, steps), in this process only.
+
+    Raises:
+        ValueError: if a modality has no stage, or its labels are all missing.
+    """
+    if missing := sorted(recipes.keys() - stages.keys()):
+        raise ValueError(f"no labels for {missing[0]!r}; labelled are {', '.join(sorted(stages))}")
+    if not shards:
+        raise ValueError("no shards to train tokenizers on: label some first")
+    found: dict[str, TokenizerInfo] = {}
+    if text is not None:
+        found[TEXT] = train_text(store, stages, text, shards=shards)
+    todo = {}
+    for name, recipe in recipes.items():
+        path = tokenizer_path(name, recipe, [stages[name]], shards)
+        if store.exists(f"{path}/{INFO}"):
+            found[name] = TokenizerInfo(**store.read_json(f"{path}/{INFO}"))
+        else:
+            todo[name] = recipe
+    if todo and workers:
+        found |= _train_on_ray(store, stages, todo, shards, target, workers)
+    for name in todo.keys() - found.keys():
+        found[name] = train_tokenizer(
+            store, name, stages[name], todo[name], shards=shards, on_progress=on_progress
+        )
+    ui.table("tokenizers", [_row(info) for info in found.values()], "Tokenizers")
+    return found
+
+
+def _row(info: TokenizerInfo) -> dict[str, Any]:
+    metrics = {name: round(value, 4) for name, value in info.metrics.items()}
+    return {"modality": info.modality, "codes": info.vocab_size, "path": info.path, **metrics}
+
+
+def _train_on_ray(
+    store: Store,
+    stages: Mapping[str, Stage],
+    recipes: Mapping[str, TokenizerRecipe],
+    shards: Sequence[int],
+    target: RayTarget | None,
+    workers: int,
+) -> dict[str, TokenizerInfo]:
+    """One Ray task a tokenizer, at most `workers` at a time."""
+    import ray
+
+    from infra.ray_session import Embedded, ray_session
+
+    found: dict[str, TokenizerInfo] = {}
+    with ray_session(target or Embedded()):
+        remote = ray.remote(num_cpus=1, max_retries=2)(train_tokenizer)
+        waiting, running = list(recipes), {}
+        bar = ui.progress("train tokenizers")
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    name = waiting.pop(0)
+                    ref = remote.remote(
+                        store, name, stages[name], recipes[name], shards=list(shards), threads=1
+                    )
+                    running[ref] = name
+                for ref in ray.wait(list(running), timeout=1.0)[0]:
+                    found[running.pop(ref)] = ray.get(ref)
+                names = ", ".join(running.values())
+                bar.update(len(found), len(recipes), f"training {names}" if names else "")
+        finally:
+            for ref in running:
+                ray.cancel(ref, force=True)
+    return found
+
+
+def train_tokenizer(
+    store: Store,
+    name: str,
+    stage: Stage,
+    recipe: TokenizerRecipe,
+    *,
+    shards: Sequence[int],
+    threads: int = 0,
+    on_progress: Progress | None = None,
+) -> TokenizerInfo:
+    """Trains one learned tokenizer, or finds it done.
+
+    Args:
+        store: The dataset.
+        name: Modality.
+        stage: The stage that wrote its values.
+        recipe: Network, loss and budget.
+        shards: As in `train_tokenizers`.
+        threads: CPU threads; 0 leaves torch's choice.
+        on_progress: Called with (modality, step, steps).
+    """
+    from tokenizers_vq.tokenizer import Tokenizer
+
+    path = tokenizer_path(name, recipe, [stage], shards)
+    if store.exists(f"{path}/{INFO}"):
+        return TokenizerInfo(**store.read_json(f"{path}/{INFO}"))
+    began = time.monotonic()
+    train, held_out = load_crops(store, name, stage, recipe, shards, held_out=_HELD_OUT)
+    codec, network = recipe.codec(train), recipe.resolved(train)
+    task = ReconstructionTask(recipe, network, codec, train)
+    run = f"runs/{path}"
+    trainer = Trainer(store, run, task, recipe.training(threads))
+
+    def report(step: int, steps: int, _: dict[str, float]) -> None:
+        if on_progress:
+            on_progress(name, step, steps)
+
+    result = trainer.fit(report)
+    tokenizer = Tokenizer(name, result.model, codec)
+    metrics = evaluate_tokenizer(tokenizer, held_out)
+    info = _publish(store, path, tokenizer, metrics, time.monotonic() - began)
+    trainer.checkpoints.clear()
+    logger.info("%s: %s", path, metrics)
+    return info
+
+
+def _publish(
+    store: Store, path: str, tokenizer: Tokenizer, metrics: dict[str, float], seconds: float
+) -> TokenizerInfo:
+    from tokenizers_vq.tokenizer import fingerprint
+
+    files = tokenizer.files()
+    for file, data in files.items():
+        if not store.create(f"{path}/{file}", data):
+            files[file] = store.read(f"{path}/{file}")  # another worker was first: theirs counts
+    info = TokenizerInfo(
+        modality=tokenizer.modality,
+        path=path,
+        fingerprint=fingerprint(files),
+        vocab_size=tokenizer.vocab_size,
+        num_tokens=tokenizer.num_tokens,
+        metrics=metrics,
+        seconds=round(seconds, 2),
+    )
+    store.create_json(f"{path}/{INFO}", asdict(info))
+    return TokenizerInfo(**store.read_json(f"{path}/{INFO}"))
+
+
+def evaluate_tokenizer(tokenizer: Tokenizer, held_out: list[np.ndarray]) -> dict[str, float]:
+    """Task metric of the reconstruction, code usage and perplexity; shows before and after."""
+    import torch
+
+    from tokenizers_vq.quality import reconstruction_quality
+    from tokenizers_vq.quantizers import code_statistics
+
+    tokens = tokenizer.encode_values(held_out)
+    decoded = tokenizer.decode_tokens(tokens)
+    kind = tokenizer.codec.kind
+    metrics = reconstruction_quality(kind, decoded, held_out)
+    metrics |= code_statistics(torch.from_numpy(tokens.astype(np.int64)), tokenizer.vocab_size)
+    render = modalities.get(tokenizer.modality).render
+    pairs = zip(held_out[:_SHOWN], decoded[:_SHOWN], strict=True)
+    images = [
+        (title, render(value))
+        for pair in pairs
+        for title, value in zip(("before", "after"), pair, strict=True)
+    ]
+    ui.gallery(f"tokenizer-{tokenizer.modality}", images, f"{tokenizer.modality}: {kind} codes")
+    return metrics
+
+
+def train_text(
+    store: Store, stages: Mapping[str, Stage], recipe: TextRecipe, *, shards: Sequence[int]
+) -> TokenizerInfo:
+    """Trains WordPiece on the captions, with the class names that occur in the boxes."""
+    from tokenizers_vq.text import FILE, train_text_tokenizer
+    from tokenizers_vq.tokenizer import fingerprint
+
+    used = [stages[name] for name in ("caption", "det") if name in stages]
+    path = tokenizer_path(TEXT, recipe, used, shards)
+    if store.exists(f"{path}/{INFO}"):
+        return TokenizerInfo(**store.read_json(f"{path}/{INFO}"))
+    began = time.monotonic()
+    ledger = Ledger(store)
+    names = set(recipe.class_names)
+    for value in _all_values(ledger, stages, "det", shards):
+        names.update(instance["class_name"] for instance in value["instances"])
+    tokenizer = train_text_tokenizer(
+        _all_values(ledger, stages, "caption", shards),
+        class_names=names,
+        bins=recipe.bins,
+        vocab_size=recipe.vocab_size,
+    )
+    data = tokenizer.to_bytes()
+    store.create(f"{path}/{FILE}", data)
+    info = TokenizerInfo(
+        modality=TEXT,
+        path=path,
+        fingerprint=fingerprint({FILE: data}),
+        vocab_size=tokenizer.vocab_size,
+        num_tokens=0,
+        metrics={"bins": tokenizer.bins, "classes": len(tokenizer.class_names)},
+        seconds=round(time.monotonic() - began, 2),
+    )
+    store.create_json(f"{path}/{INFO}", asdict(info))
+    return TokenizerInfo(**store.read_json(f"{path}/{INFO}"))
+
+
+def _all_values(
+    ledger: Ledger, stages: Mapping[str, Stage], name: str, shards: Sequence[int]
+) -> Iterator[Any]:
+    if name in stages:
+        for shard in shards:
+            for _, value in read_values(ledger, stages[name], shard, name):
+                if value is not None:
+                    yield value

@@ -1,0 +1,191 @@
+"""Learned tokenizers: shapes, value contracts, files, code statistics."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tokenizers_vq.codec import ValueCodec, feature_statistics
+from tokenizers_vq.losses import LOSSES
+from tokenizers_vq.quality import reconstruction_quality
+from tokenizers_vq.quantizers import FiniteScalar, Whitening, code_statistics
+from tokenizers_vq.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from tokenizers_vq.vqvae import VQVAE, VQConfig, attention, sincos_positions
+
+torch.set_num_threads(1)
+RNG = np.random.default_rng(0)
+SIZE = 32
+
+
+def values(kind: str, count: int = 3):
+    if kind == "rgb":
+        return [RNG.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8) for _ in range(count)]
+    if kind == "depth":
+        return [RNG.uniform(0.05, 1, (SIZE, SIZE)).astype(np.float32) for _ in range(count)]
+    if kind == "semseg":
+        return [RNG.integers(0, 5, (SIZE, SIZE), dtype=np.uint8) for _ in range(count)]
+    if kind == "feature":
+        return [RNG.normal(3, 2, (4, 4, 6)).astype(np.float16) for _ in range(count)]
+    normal = RNG.normal(size=(count, SIZE, SIZE, 3)).astype(np.float32)
+    return list(normal / np.linalg.norm(normal, axis=-1, keepdims=True))
+
+
+def codec(kind: str) -> ValueCodec:
+    if kind != "feature":
+        return ValueCodec(kind=kind)
+    mean, std = feature_statistics(values("feature"))
+    return ValueCodec(kind=kind, mean=mean, std=std)
+
+
+def config(kind: str, **changes) -> VQConfig:
+    small = {"image_size": SIZE, "patch": 8, "width": 32, "heads": 2}
+    if kind == "feature":
+        small |= {"image_size": 4, "patch": 1}
+    channels = {"rgb": 3, "depth": 1, "normal": 3, "semseg": 4, "feature": 6}[kind]
+    classes = 5 if kind == "semseg" else 0
+    return VQConfig(channels=channels, num_classes=classes, **(small | changes))
+
+
+KINDS = ("rgb", "depth", "normal", "semseg", "feature")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_and_decoded_values_have_the_contract_s_types(kind):
+    tokenizer = Tokenizer("any", VQVAE(config(kind)), codec(kind), "fp32")
+    given = values(kind)
+    tokens = tokenizer.encode_values(given)
+    assert tokens.dtype == np.uint16
+    assert tokens.shape == (3, tokenizer.num_tokens) == (3, 16)
+    assert tokens.max() < tokenizer.vocab_size == 1000
+    decoded = tokenizer.decode_tokens(tokens)
+    assert decoded[0].shape == given[0].shape
+    if kind in ("rgb", "semseg"):
+        assert decoded[0].dtype == np.uint8
+    if kind == "normal":
+        assert np.allclose(np.linalg.norm(decoded[0], axis=-1), 1, atol=1e-3)
+    if kind == "depth":
+        assert (decoded[0] > 0).all()
+        assert (decoded[0] <= 1).all()
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "semseg"])
+def test_the_value_contract_inverts_itself(kind):
+    contract, given = codec(kind), values(kind)
+    packed = np.stack([contract.pack(value) for value in given])
+    for ours, theirs in zip(contract.from_tensor(contract.to_tensor(packed)), given, strict=True):
+        assert np.allclose(ours.astype(np.float32), theirs.astype(np.float32), atol=0.01, rtol=0.01)
+
+
+def test_class_ids_come_back_from_their_logits_and_255_is_ignored():
+    ids = torch.tensor([[[0, 2], [255, 1]]], dtype=torch.uint8)
+    logits = 20.0 * F.one_hot(ids.long().clamp(max=2), 3).permute(0, 3, 1, 2)
+    assert LOSSES["semseg"](logits, ids) < 1e-6
+    assert codec("semseg").from_tensor(logits)[0].tolist() == [[0, 2], [2, 1]]
+
+
+def test_standardised_depth_drops_the_tails_before_its_statistics():
+    depth = np.linspace(0.2, 0.8, 100, dtype=np.float32).reshape(1, 10, 10)
+    outlier = depth.copy()
+    outlier[0, -1, -1] = 1.0
+    contract = ValueCodec(kind="depth", depth_mode="standardise")
+    plain, spoilt = contract.to_tensor(depth), contract.to_tensor(outlier)
+    assert torch.allclose(plain[0, 0, :9], spoilt[0, 0, :9])
+    assert abs(plain.mean()) < 0.05
+
+
+@pytest.mark.parametrize("quantizer", ["fsq", "vq"])
+def test_decoding_tokens_equals_the_forward_pass(quantizer):
+    net = VQVAE(config("depth", quantizer=quantizer, codebook_size=64)).eval()
+    x = torch.rand(2, 1, SIZE, SIZE)
+    with torch.no_grad():
+        output, quantized = net(x)
+        tokens = net.encode(x)
+        assert tokens.shape == (2, 4, 4)
+        assert torch.equal(tokens.flatten(1), quantized.tokens)
+        assert torch.allclose(net.decode(tokens), output, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantizer", ["fsq", "vq"])
+def test_gradients_reach_the_stem_through_the_bottleneck(quantizer):
+    net = VQVAE(config("rgb", quantizer=quantizer, codebook_size=64)).train()
+    output, quantized = net(torch.rand(4, 3, SIZE, SIZE))
+    (output.square().mean() + quantized.loss).backward()
+    assert net.stem.proj.weight.grad.abs().sum() > 0
+
+
+def test_other_sizes_use_interpolated_positions():
+    net = VQVAE(config("depth")).eval()
+    assert net.encode(torch.rand(1, 1, 64, 48)).shape == (1, 8, 6)
+    base, double = sincos_positions(32, 4, 4, 4), sincos_positions(32, 8, 8, 4)
+    middle = double.view(4, 2, 4, 2, 32).mean((1, 3)).view(16, 32)
+    assert (middle - base).abs().max() < 0.05
+
+
+def test_written_out_attention_equals_the_kernel():
+    q, k, v = torch.randn(3, 2, 2, 9, 8)
+    expected = F.scaled_dot_product_attention(q, k, v)
+    assert torch.allclose(attention(q, k, v), expected, atol=1e-5)
+
+
+def test_whitened_latents_are_uncorrelated_and_use_every_level():
+    whiten = Whitening(3).train()
+    mixed = torch.randn(4, 500, 3) @ torch.tensor([[3.0, 1, 0], [0, 0.1, 0], [1, 1, 5]]) + 7
+    out = whiten(mixed).flatten(0, 1)
+    assert torch.allclose(out.T @ out / len(out), torch.eye(3), atol=0.02)
+    quantizer = FiniteScalar(3, (5, 5, 5)).train()
+    tokens = quantizer(mixed).tokens
+    assert code_statistics(tokens, 125)["usage"] > 0.9
+
+
+def test_jitter_moves_codes_by_one_level_at_most_and_never_outside():
+    quantizer = FiniteScalar(4, (8, 5, 5, 5), jitter=1.0).train()
+    codes = torch.tensor([[-1.0, 0.0, 1.0, 0.5]]).expand(50, 4)
+    moved = quantizer._jittered(codes)
+    assert moved.abs().max() <= 1
+    assert ((moved - codes).abs() <= quantizer.step + 1e-6).all()
+    assert (moved != codes).any()
+
+
+def test_saved_files_load_to_the_same_tokens_and_fingerprint(tmp_path):
+    tokenizer = Tokenizer("depth", VQVAE(config("depth")), codec("depth"), "fp32")
+    print_of_files = tokenizer.save(tmp_path / "t")
+    again = load_tokenizer(tmp_path / "t", precision="fp32")
+    given = values("depth")
+    assert (again.encode_values(given) == tokenizer.encode_values(given)).all()
+    assert fingerprint(again.files()) == print_of_files
+    assert again.codec == tokenizer.codec
+
+
+def test_wrong_tokens_are_refused_with_the_valid_range():
+    tokenizer = Tokenizer("depth", VQVAE(config("depth")), codec("depth"), "fp32")
+    with pytest.raises(ValueError, match=r"0\.\.999"):
+        tokenizer.decode_tokens(np.full((1, 16), 1000, np.uint16))
+    with pytest.raises(ValueError, match="square"):
+        tokenizer.decode_tokens(np.zeros((1, 15), np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"quantizer": "lfq"}, "fsq"), ({"patch": 7}, "multiple"), ({"width": 33}, "width")],
+)
+def test_networks_that_cannot_be_built_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        config("rgb", **change)
+
+
+def test_code_statistics_of_hand_made_counts():
+    stats = code_statistics(torch.tensor([[0, 0, 1, 1]]), 4)
+    assert stats == {"usage": 0.5, "perplexity": pytest.approx(2.0)}
+
+
+def test_quality_of_hand_made_values():
+    two = np.full((2, 2), 0.5, np.float32)
+    depth = reconstruction_quality("depth", [two * 1.1], [two])
+    assert depth == {"abs_rel": pytest.approx(0.1, abs=1e-5), "delta1": 1.0}
+    up, side = np.zeros((1, 1, 3), np.float32), np.zeros((1, 1, 3), np.float32)
+    up[..., 2], side[..., 0] = 1, 1
+    assert reconstruction_quality("normal", [up], [side]) == {"mean_angle": pytest.approx(90)}
+    pred, true = np.array([[0, 1]], np.uint8), np.array([[0, 255]], np.uint8)
+    assert reconstruction_quality("semseg", [pred], [true]) == {"miou": 1.0}
+    white = np.full((2, 2, 3), 255, np.uint8)
+    assert reconstruction_quality("rgb", [white * 0], [white]) == {"psnr": pytest.approx(0)}

@@ -1,0 +1,84 @@
+"""What a reconstruction is worth, in the unit of its task instead of the training loss.
+
+Every function takes a predicted and a true value of the modality table and returns sums, so that
+results add up over any number of samples: `{"name": (sum, weight)}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenizers_vq.codec import Kind
+from tokenizers_vq.losses import UNLABELLED
+
+Array = NDArray[Any]
+Sums = dict[str, tuple[float, float]]
+
+_EPS = 1e-6
+
+
+def _rgb(pred: Array, true: Array) -> Sums:
+    error = (pred.astype(np.float32) - true.astype(np.float32)) / 255
+    return {"psnr": (-10 * float(np.log10(max(float((error**2).mean()), 1e-10))), 1)}
+
+
+def _depth(pred: Array, true: Array) -> Sums:
+    true, pred = np.maximum(true, _EPS), np.maximum(pred, _EPS)
+    ratio = np.maximum(pred / true, true / pred)
+    return {
+        "abs_rel": (float((np.abs(pred - true) / true).sum()), true.size),
+        "delta1": (float((ratio < 1.25).sum()), true.size),
+    }
+
+
+def _normal(pred: Array, true: Array) -> Sums:
+    cosine = np.clip((pred * true).sum(-1), -1, 1)
+    return {"mean_angle": (float(np.degrees(np.arccos(cosine)).sum()), cosine.size)}
+
+
+def _semseg(pred: Array, true: Array) -> Sums:
+    known = true != UNLABELLED
+    sums: Sums = {}
+    for label in np.union1d(pred[known], true[known]):
+        ours, theirs = pred[known] == label, true[known] == label
+        sums[f"iou_{label}"] = (float((ours & theirs).sum()), float((ours | theirs).sum()))
+    return sums
+
+
+def _feature(pred: Array, true: Array) -> Sums:
+    pred, true = pred.astype(np.float32), true.astype(np.float32)
+    norms = np.linalg.norm(pred, axis=-1) * np.linalg.norm(true, axis=-1)
+    cosine = (pred * true).sum(-1) / np.maximum(norms, _EPS)
+    return {"cosine": (float(cosine.sum()), cosine.size)}
+
+
+_MEASURES = {
+    "rgb": _rgb,
+    "depth": _depth,
+    "normal": _normal,
+    "semseg": _semseg,
+    "feature": _feature,
+}
+
+def reconstruction_quality(
+    kind: Kind, preds: Iterable[Array], trues: Iterable[Array]
+) -> dict[str, float]:
+    """Task metrics of reconstructions against the values that were encoded.
+
+    Returns:
+        rgb: `psnr` in dB; depth: `abs_rel`, `delta1`; normal: `mean_angle` in degrees; semseg:
+        `miou` over the classes that occur; feature: `cosine`.
+    """
+    totals: dict[str, tuple[float, float]] = {}
+    for pred, true in zip(preds, trues, strict=True):
+        for name, (value, weight) in _MEASURES[kind](pred, true).items():
+            before = totals.get(name, (0.0, 0.0))
+            totals[name] = (before[0] + value, before[1] + weight)
+    means = {name: value / weight for name, (value, weight) in totals.items() if weight}
+    if kind == "semseg":
+        return {"miou": float(np.mean(list(means.values()))) if means else 0.0}
+    return means
