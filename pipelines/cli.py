@@ -61,7 +61,17 @@ def _fourm() -> None:
     """Image URLs in, a trained any-to-any model out: the data engine of 4M."""
 
 
-def _flow_command(name: str, form: type[BaseModel], example: str) -> None:
+_NEXT = {
+    "ingest": "label",
+    "label": "train-tokenizers",
+    "train_tokenizers": "tokenize",
+    "tokenize": "publish",
+    "publish": "train",
+    "train": "evaluate",
+}
+
+
+def _flow_command(name: str, form: type[params.Where], example: str) -> None:
     module = name.replace("-", "_")
 
     def command(**given: Any) -> None:
@@ -74,32 +84,24 @@ def _flow_command(name: str, form: type[BaseModel], example: str) -> None:
     app.command(name, help=form.__doc__, epilog=f"Example:  {example}")(command)
 
 
-def _run_flow(module: str, values: BaseModel) -> None:
+def _run_flow(module: str, values: params.Where) -> None:
     """Run a flow in this process, below a local Prefect server unless there is one."""
     from pipelines.server import prefect_server
     from tasks.chain import check
 
     with _sentences():
         check(module, values.model_dump())
-    _log_to_terminal()
-    with _sentences(code=1), prefect_server(_prefect_home(values)):
+    # Prefect's console shows our own loggers too, from this level on.
+    logging.getLogger("fourm").setLevel(logging.INFO)
+    with _sentences(code=1), prefect_server(_prefect_home(values.root)):
         flow = getattr(importlib.import_module(f"pipelines.{module}"), f"{module}_flow")
-        result = flow(values)
-        typer.echo(result)
+        flow(values)
+    if following := _NEXT.get(module):
+        typer.echo(f"Next:  fourm {following} --root {shlex.quote(values.root)}")
 
 
-def _log_to_terminal() -> None:
-    """Show the progress of this project; Prefect shows its own."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s | %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("fourm")
-    logger.setLevel(logging.INFO)
-    logger.handlers = [handler]
-
-
-def _prefect_home(values: BaseModel) -> Path:
+def _prefect_home(root: str) -> Path:
     """The database of the UI lies beside a local dataset, else in ./data."""
-    root = str(getattr(values, "root", ""))
     return (Path("data") if "://" in root else Path(root).parent) / "prefect"
 
 
@@ -147,11 +149,12 @@ def demo(
     keep_ui: Annotated[bool, typer.Option(help="Keep the UI up at the end, until Ctrl-C.")] = False,
 ) -> None:
     """Run the whole chain on rendered scenes: ingest to a trained, measured model."""
-    from pipelines.demo import run_demo
+    from pipelines.demo import prepare, run_demo
 
-    _log_to_terminal()
+    with _sentences():
+        chosen = prepare(scale, root)
     with _sentences(code=1):
-        for line in run_demo(scale, root, keep_ui=keep_ui):
+        for line in run_demo(chosen, keep_ui=keep_ui):
             typer.echo(line)
 
 
@@ -162,7 +165,7 @@ def ui(root: Root = "data/demo") -> None:
 
     from pipelines.server import prefect_server
 
-    with _sentences(code=1), prefect_server(_prefect_home(params.Where(root=root))) as url:
+    with _sentences(code=1), prefect_server(_prefect_home(root)) as url:
         typer.echo(f"The UI is at {url}; Ctrl-C ends it.")
         threading.Event().wait()
 

@@ -11,7 +11,7 @@ from pipelines import previews
 from pipelines.params import LabelOptions, LabelParams
 from pipelines.stages import run_jobs, stage_task
 from tasks import chain
-from tasks.label import label_job
+from tasks.label import label_jobs
 
 
 @stage_task("label")
@@ -20,7 +20,7 @@ def label_pictures(params: LabelParams) -> list[dict[str, Any]]:
     store = Store(params.root)
     dataset = chain.Chain(store)
     shards = sorted(dataset.ledger.committed(dataset.fetch))
-    jobs = [label_job(spec, dataset.fetch, shards) for spec in dataset.labelers.values()]
+    jobs = label_jobs(dataset.labelers.values(), dataset.fetch, shards)
     return run_jobs(store, jobs, params, "label")
 
 

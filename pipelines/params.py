@@ -83,6 +83,9 @@ class LabelOptions(Form):
         "modern", description="scenes: the shipped tiny teachers; modern: networks of the hub."
     )
     labelers: list[LabelerName] = Field(ALL_LABELERS, description="Labels to make.")
+    models: dict[LabelerName, str] = Field(
+        {}, description="Other networks: {'depth': 'hub/id@revision'} or a folder."
+    )
     batch_size: int | None = Field(
         None, ge=1, description="Pictures a forward pass; none: the preset's."
     )
@@ -97,9 +100,14 @@ class TokenizerOptions(Form):
 
     modalities: list[DenseName] = Field(ALL_DENSE, description="Dense modalities to tokenize.")
     size: int = Field(128, ge=32, description="Side of the pictures that tokenizers see, pixels.")
-    steps: int = Field(2000, ge=1, description="Optimizer steps of each tokenizer.")
-    batch_size: int = Field(32, ge=1, description="Crops of a step.")
-    max_shards: int = Field(8, ge=1, description="Shards of the training set that are used.")
+    steps: int | None = Field(
+        None, ge=1, description="Optimizer steps of each tokenizer; none: its recipe's."
+    )
+    max_shards: int = Field(8, ge=1, description="Shards that they learn from, at most.")
+    max_samples: int = Field(4000, ge=1, description="Crops that they learn from, at most.")
+    changes: dict[DenseName, dict[str, Any]] = Field(
+        {}, description="Changes of recipes: {'rgb': {'width': 512, 'steps': 20000}}."
+    )
     coordinate_bins: int = Field(
         1000, ge=8, le=1000, description="Bins of box coordinates; the released models have 1000."
     )
@@ -206,7 +214,7 @@ class EndToEndParams(Compute, Where):
 
 SHARED = frozenset({*Where.model_fields, *Compute.model_fields})
 
-COMMANDS: dict[str, tuple[type[Form], str]] = {
+COMMANDS: dict[str, tuple[type[Where], str]] = {
     "ingest": (IngestParams, "fourm ingest --root data/mine --source cc12m.tsv --limit 10000"),
     "label": (LabelParams, "fourm label --root data/mine --labelers depth,caption"),
     "train-tokenizers": (TrainTokenizersParams, "fourm train-tokenizers --root data/mine"),

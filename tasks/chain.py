@@ -9,6 +9,7 @@ what was made under the old ones stays, and counts again when the choice is take
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.ledger import Ledger, Stage
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from models.crops import CropPolicy
     from models.labelers.base import LabelerSpec
     from tasks.fetch import FetchConfig
+    from tasks.tokenizer_recipes import TextRecipe, TokenizerRecipe
+    from tasks.train_tokenizers import TokenizerInfo
 
 FILE = "dataset.json"
 _NEEDED = {
@@ -46,6 +49,24 @@ def remember(store: Store, section: str, choices: dict[str, Any]) -> None:
         except StoreConflict:  # another flow wrote its section at the same time
             continue
         return
+
+
+def remember_tokenizers(store: Store, choices: dict[str, Any]) -> None:
+    """Like :func:`remember`, with the shards to learn from: those of the first time stay, so that
+    shards which are labelled later do not ask for other tokenizers.
+
+    Raises:
+        ValueError: No shard is labelled in every modality.
+    """
+    chain = Chain(store)
+    known = dict(chain.settings.get("tokenizers", {}))
+    labelled = chain.labelled()
+    shards = known.pop("shards", [])
+    if known != choices or not set(shards) <= set(labelled):
+        shards = labelled[: choices["max_shards"]]
+    if not shards:
+        raise ValueError(f"no shard of {store.url} has all of its labels; run `fourm label` first")
+    remember(store, "tokenizers", {**choices, "shards": shards})
 
 
 class Chain:
@@ -111,6 +132,29 @@ class Chain:
         return made
 
     @cached_property
+    def recipes(self) -> dict[str, TokenizerRecipe]:
+        """Recipe of each learned tokenizer, by modality."""
+        return tokenizer_recipes(self.section("tokenizers"))
+
+    @cached_property
+    def text_recipe(self) -> TextRecipe:
+        """Recipe of the text tokenizer."""
+        from tasks.tokenizer_recipes import TextRecipe
+
+        choices = self.section("tokenizers")
+        return TextRecipe(bins=choices["coordinate_bins"], vocab_size=choices["text_vocab"])
+
+    @property
+    def tokenizer_shards(self) -> list[int]:
+        """Shards that the tokenizers learn from."""
+        return self.section("tokenizers")["shards"]
+
+    def labelled(self) -> list[int]:
+        """Shards that are committed in every modality."""
+        done = [self.ledger.committed(stage) for stage in set(self.sources.values())]
+        return sorted(set.intersection(*done))
+
+    @cached_property
     def crops(self) -> CropPolicy:
         """The crops of the token set."""
         from models.crops import CropPolicy
@@ -122,6 +166,44 @@ class Chain:
             hflip=choices["hflip"],
             size=self.section("tokenizers")["size"],
         )
+
+    @cached_property
+    def tokenizers(self) -> dict[str, TokenizerInfo]:
+        """Record of each trained tokenizer, by modality and "text".
+
+        Raises:
+            ValueError: One is not trained yet.
+        """
+        from tasks.tokenize import SEQUENCES, tokenizer_infos
+        from tasks.train_tokenizers import TEXT, tokenizer_path
+
+        shards, sources = self.tokenizer_shards, self.sources
+        paths = {
+            name: tokenizer_path(name, recipe, [sources[name]], shards)
+            for name, recipe in self.recipes.items()
+        }
+        written = [sources[name] for name in SEQUENCES if name in sources]
+        paths[TEXT] = tokenizer_path(TEXT, self.text_recipe, written, shards)
+        try:
+            return tokenizer_infos(self.store, paths)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"the tokenizers are not all trained ({error}); run `fourm train-tokenizers`"
+            ) from error
+
+    @cached_property
+    def tokens(self) -> dict[str, Stage]:
+        """Token stage of each modality that has a tokenizer."""
+        from tasks.tokenize import SEQUENCES, token_stage
+        from tasks.train_tokenizers import TEXT
+
+        text = self.tokenizers[TEXT]
+        chosen = {name: info for name, info in self.tokenizers.items() if name != TEXT}
+        chosen |= {name: text for name in SEQUENCES if name in self.sources}
+        return {
+            name: token_stage(name, info, self.crops, self.sources[name])
+            for name, info in chosen.items()
+        }
 
 
 def fetch_config(choices: dict[str, Any]) -> FetchConfig:
@@ -155,7 +237,29 @@ def labelers(choices: dict[str, Any]) -> dict[str, LabelerSpec]:
         )
     names = ("batch_size", "precision", "device")
     changes = {name: choices[name] for name in names if choices.get(name) is not None}
-    return {name: dataclasses.replace(specs[name], **changes) for name in choices["labelers"]}
+    chosen = {name: dataclasses.replace(specs[name], **changes) for name in choices["labelers"]}
+    for name, model in choices.get("models", {}).items():
+        if name not in chosen:
+            raise ValueError(f"models names {name!r}; the labelers are {', '.join(chosen)}")
+        model_id, _, revision = (model, "", "") if Path(model).is_dir() else model.partition("@")
+        chosen[name] = dataclasses.replace(chosen[name], model_id=model_id, revision=revision)
+    return chosen
+
+
+def tokenizer_recipes(choices: dict[str, Any]) -> dict[str, TokenizerRecipe]:
+    """Recipes out of the choices of the tokenizer flow."""
+    from tasks.tokenizer_recipes import tokenizer_recipe
+
+    common = {"size": choices["size"], "max_samples": choices["max_samples"]}
+    if choices["steps"]:
+        common["steps"] = choices["steps"]
+    unknown = choices["changes"].keys() - set(choices["modalities"])
+    if unknown:
+        raise ValueError(f"changes names {min(unknown)!r}, which is not among the modalities")
+    return {
+        name: tokenizer_recipe(name, **{**common, **choices["changes"].get(name, {})})
+        for name in choices["modalities"]
+    }
 
 
 def check(flow: str, choices: dict[str, Any]) -> None:
@@ -174,10 +278,18 @@ def check(flow: str, choices: dict[str, Any]) -> None:
         chain.section(section)
     if flow == "label":
         labelers(choices)
+    if flow == "train_tokenizers":
+        _check_tokenizers(chain, choices)
     if flow == "train":
         _one_of("manifest", choices["manifest"], _folders(store, "manifests"), "publish")
     if flow in ("evaluate", "generate") and choices["run"]:
         _one_of("run", choices["run"], _folders(store, "runs"), "train")
+
+
+def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:
+    tokenizer_recipes(choices)
+    for name in choices["modalities"]:
+        _one_of("labels for", name, list(chain.sources), "label")
 
 
 def _folders(store: Store, prefix: str) -> list[str]:

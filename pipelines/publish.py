@@ -1,0 +1,56 @@
+"""Flow: a version of the dataset comes to be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from infra import ui
+from infra.manifest import Manifest
+from infra.store import Store
+from pipelines.params import PublishOptions, PublishParams
+from pipelines.stages import stage_task
+from tasks import chain
+from tasks.publish import publish_tokens
+
+
+@stage_task("publish")
+def publish_manifest(params: PublishParams) -> dict[str, Any]:
+    """Prove that all modalities of all shards align, then write the manifest."""
+    store = Store(params.root)
+    manifest = publish_tokens(store, params.name, val_share=params.val_share)
+    ui.markdown(f"manifest-{params.name}", _lineage(manifest))
+    return {
+        "manifest": f"{manifest.name} v{manifest.version}",
+        "modalities": sorted(manifest.modalities),
+        "samples": {
+            split: sum(manifest.samples(shard) for shard in manifest.shards(split))
+            for split in manifest.splits
+        },
+    }
+
+
+def _lineage(manifest: Manifest) -> str:
+    """Splits, and the stage behind every modality, as a page."""
+    lines = [f"## {manifest.name} v{manifest.version}", "", "| split | shards | samples |"]
+    lines.append("|---|---|---|")
+    for split in manifest.splits:
+        shards = manifest.shards(split)
+        samples = sum(manifest.samples(shard) for shard in shards)
+        lines.append(f"| {split} | {len(shards)} | {samples:,} |")
+    lines += ["", "| modality | stage | model | revision |", "|---|---|---|---|"]
+    for name, entry in manifest.modalities.items():
+        lines.append(
+            f"| {name} | `{entry['stage']}` | {entry['model'] or '-'} "
+            f"| {entry['revision'][:12] or '-'} |"
+        )
+    return "\n".join(lines)
+
+
+@flow(name="publish", description=PublishParams.__doc__)
+def publish_flow(params: PublishParams) -> dict[str, Any]:
+    """Prove that all modalities align, and publish a version of the token set."""
+    choices = params.model_dump(include=set(PublishOptions.model_fields))
+    chain.remember(Store(params.root), "publish", choices)
+    return publish_manifest(params)

@@ -1,0 +1,30 @@
+"""Flow: every modality of every sample becomes tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from infra.store import Store
+from pipelines.params import TokenizeOptions, TokenizeParams
+from pipelines.stages import run_jobs, stage_task
+from tasks import chain
+from tasks.tokenize import token_jobs
+
+
+@stage_task("tokenize")
+def tokenize_labels(params: TokenizeParams) -> list[dict[str, Any]]:
+    """Run every tokenizer over every labelled shard."""
+    store = Store(params.root)
+    dataset = chain.Chain(store)
+    jobs = token_jobs(dataset.tokens.values(), dataset.labelled())
+    return run_jobs(store, jobs, params, "tokenize")
+
+
+@flow(name="tokenize", description=TokenizeParams.__doc__)
+def tokenize_flow(params: TokenizeParams) -> list[dict[str, Any]]:
+    """Turn every modality of every sample into tokens."""
+    choices = params.model_dump(include=set(TokenizeOptions.model_fields))
+    chain.remember(Store(params.root), "tokenize", choices)
+    return tokenize_labels(params)

@@ -1,0 +1,47 @@
+"""Flow: learn the codes of every modality."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from infra import ui
+from infra.machine import cores
+from infra.store import Store
+from pipelines.params import TokenizerOptions, TrainTokenizersParams
+from pipelines.stages import stage_task
+from tasks import chain
+from tasks.train_tokenizers import train_tokenizers
+
+
+@stage_task("train tokenizers")
+def learn_codes(params: TrainTokenizersParams) -> list[dict[str, Any]]:
+    """Train what is not there yet: one tokenizer a core at a time, and WordPiece for the text."""
+    store = Store(params.root)
+    dataset = chain.Chain(store)
+    workers = cores() if params.workers is None else params.workers
+    bar = ui.progress("train tokenizers")
+    found = train_tokenizers(
+        store,
+        dataset.sources,
+        dataset.recipes,
+        shards=dataset.tokenizer_shards,
+        text=dataset.text_recipe,
+        target=params.ray,
+        workers=workers,
+        on_progress=lambda name, step, steps: bar.update(step, steps, f"{name} {step}/{steps}"),
+    )
+    return [
+        {"modality": name, "path": info.path, "codes": info.vocab_size, **info.metrics}
+        for name, info in found.items()
+    ]
+
+
+@flow(name="train-tokenizers", description=TrainTokenizersParams.__doc__)
+def train_tokenizers_flow(params: TrainTokenizersParams) -> list[dict[str, Any]]:
+    """Train the tokenizers that turn each modality into discrete codes and back."""
+    store = Store(params.root)
+    choices = params.model_dump(include=set(TokenizerOptions.model_fields))
+    chain.remember_tokenizers(store, choices)
+    return learn_codes(params)

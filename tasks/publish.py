@@ -1,0 +1,67 @@
+"""Publishing: the token sets and pictures of a dataset as one version that training reads."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from infra.manifest import Manifest, load_manifest, publish
+from infra.store import Store
+from tasks.chain import Chain
+
+
+def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
+    """Publish every shard that is tokenized in all modalities; the pictures go along.
+
+    The last shards are the validation split: at least one, where there are two or more.
+
+    Args:
+        store: the dataset.
+        name: of the manifest.
+        val_share: share of shards kept from training, 0..1.
+
+    Raises:
+        ManifestError: the modalities of a shard do not hold the same keys in the same order.
+        ValueError: no shard is tokenized in every modality.
+    """
+    chain = Chain(store)
+    stages = published_stages(chain)
+    done = [chain.ledger.committed(stage) for stage in set(stages.values())]
+    shards = sorted(set.intersection(*done))
+    if not shards:
+        raise ValueError(f"no shard of {store.url} is tokenized in every modality")
+    held_out = min(len(shards) - 1, max(1, round(len(shards) * val_share)))
+    cut = len(shards) - held_out
+    return publish(
+        chain.ledger,
+        name,
+        stages,
+        shards,
+        splits={"train": shards[:cut], "val": shards[cut:]},
+        tokenizers={key: _tokenizer(info) for key, info in chain.tokenizers.items()},
+        meta={"crops": asdict(chain.crops)},
+    )
+
+
+def published_stages(chain: Chain) -> dict[str, Any]:
+    """Modality of the manifest to its stage: the token sets, and the pictures for pixel input."""
+    stages = {output: stage for stage in chain.tokens.values() for output in stage.outputs}
+    return {"rgb": chain.fetch, **stages}
+
+
+def is_current(store: Store, name: str) -> bool:
+    """Whether the manifest holds every planned shard of the stages as they are chosen now."""
+    try:
+        manifest = load_manifest(store, name)
+        chain = Chain(store)
+        stages = published_stages(chain)
+    except (FileNotFoundError, ValueError):
+        return False
+    known = {modality: entry["fingerprint"] for modality, entry in manifest.modalities.items()}
+    wanted = {modality: stage.fingerprint for modality, stage in stages.items()}
+    return known == wanted and manifest.shards() == list(chain.shards)
+
+
+def _tokenizer(info: Any) -> dict[str, Any]:
+    names = ("path", "fingerprint", "vocab_size", "num_tokens")
+    return {name: getattr(info, name) for name in names}
