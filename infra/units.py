@@ -111,9 +111,12 @@ class UnitRunner:
             if self._halt:
                 raise SystemicFailure(self._halt)
             return self._attempt(job, shard, before)
-        except SystemicFailure as failure:
-            self._halt = f"{self._jobs[job].stage.name} shard {shard}: {failure}"
-            return UnitStatus(job, shard, "aborted", reason=str(failure))
+        except (SystemicFailure, OSError) as failure:
+            # What a work raises is dealt with already: an OSError is the store's.
+            name = "" if isinstance(failure, SystemicFailure) else f"{type(failure).__name__}: "
+            self._halt = self._halt or f"{self._jobs[job].stage.name}: {name}{failure}"
+            log.error("shard %d aborts the run: %s", shard, self._halt)
+            return UnitStatus(job, shard, "aborted", reason=self._halt)
 
     def _attempt(self, job: int, shard: int, before: int) -> UnitStatus:
         stage = self._jobs[job].stage

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from infra import ray_session, units
-from infra.ledger import MAX_ATTEMPTS, Ledger, Stage
+from infra.ledger import MAX_ATTEMPTS, Ledger, ShardData, Stage
 from infra.ray_session import Embedded
 from infra.runner import Resources, StageJob, SystemicFailure, run_stages
 from infra.store import Store
@@ -99,6 +99,36 @@ def test_a_work_that_cannot_be_built_is_systemic_and_named(store):
     match = r"label:toy \(tests.infra.runner_works:build\).*no weights"
     with pytest.raises(SystemicFailure, match=match):
         run(store, toy_job(1, unbuildable=True))
+
+
+def test_a_store_that_fails_is_systemic(store, monkeypatch):
+    def fail(*args: object, **keywords: object) -> None:
+        raise PermissionError("read-only bucket")
+
+    monkeypatch.setattr(Ledger, "commit", fail)
+    job = toy_job(3)
+    with pytest.raises(SystemicFailure, match="label:toy: PermissionError: read-only bucket"):
+        run(store, job)
+    assert Ledger(store).quarantined(job.stage) == {}
+
+
+def test_outputs_that_do_not_agree_quarantine_the_unit(store, monkeypatch):
+    def torn(self: object, shard: int) -> ShardData:
+        return ShardData(keys=["a"], outputs={"toy": b""}, statuses=[("a", "ok", "")], seconds=1)
+
+    monkeypatch.setattr("tests.infra.runner_works.ToyWork.run", torn)
+    job = toy_job(1)
+    assert run(store, job)[job.stage.id].quarantined.keys() == {0}
+
+
+def test_commits_name_their_upstream_and_run(store, monkeypatch):
+    monkeypatch.setenv("FOURM_RUN_ID", "run-7")
+    first = toy_job(1, "fetch")
+    stage = Stage("label:toy", 1, {}, ("toy",), upstream=(first.stage,))
+    run(store, first, StageJob(stage, first.factory, {}, (0,)))
+    commit = Ledger(store).read_commit(stage, 0)
+    assert commit.run_id == "run-7"
+    assert commit.upstream.keys() == {f"{first.stage.id}/0"}
 
 
 def test_interrupting_often_quarantines_nothing(store, monkeypatch):
