@@ -1,0 +1,169 @@
+"""Tokenizers from labels to token shards: trained once, found again, aligned crops, holes kept."""
+
+import json
+
+import numpy as np
+import pytest
+
+from infra.blocks import BlockReader
+from infra.ledger import Ledger, ShardData, Stage
+from infra.shards import hole, sample_key, write_tar
+from infra.store import Store
+from models import modalities
+from models.crops import CropPolicy, crop_box
+from tasks.tokenize import build_work, token_jobs, token_stage, tokenizer_infos
+from tasks.tokenizer_recipes import TextRecipe, tokenizer_recipe
+from tasks.train_tokenizers import TEXT, train_tokenizers
+from tokenizers_vq.sequences import string_to_det
+from tokenizers_vq.text import FILE, TextTokenizer
+from tokenizers_vq.tokenizer import load_tokenizer
+
+SIZE, ROWS, SHARDS, HOLE = 32, 6, 2, 2
+POLICY = CropPolicy(num_crops=3, size=SIZE)
+SMALL = {"size": SIZE, "patch": 8, "width": 32, "steps": 3, "batch_size": 4, "max_samples": 20}
+
+
+def _value(name: str, rng: np.random.Generator):
+    match name:
+        case "rgb":
+            return rng.integers(0, 256, (SIZE, SIZE * 2, 3), dtype=np.uint8)
+        case "depth":
+            return rng.uniform(0.1, 1, (SIZE, SIZE * 2)).astype(np.float32)
+        case "semseg":
+            return rng.integers(0, 4, (SIZE, SIZE * 2), dtype=np.uint8)
+        case "clip":
+            return rng.normal(size=(4, 4, 5)).astype(np.float16)
+        case "caption":
+            return "a red cube left of a blue sphere"
+    box = [0.3, 0.3, 0.6, 0.7]
+    return {"instances": [{"box": box, "class_name": "cube", "score": 0.9}]}
+
+
+def _commit(ledger: Ledger, stage: Stage, shard: int) -> None:
+    keys = [sample_key(shard, row) for row in range(ROWS)]
+    outputs = {}
+    for name in stage.outputs:
+        rng = np.random.default_rng(shard)
+        members = []
+        for row, key in enumerate(keys):
+            data = modalities.get(name).encode(_value(name, rng))
+            missing = row == HOLE and stage.name == "label:depth"
+            ext = modalities.get(name).ext
+            members.append(hole(key, "out of memory") if missing else (f"{key}.{ext}", data))
+        outputs[name] = write_tar(members)
+    statuses = [(key, "ok", "") for key in keys]
+    ledger.commit(stage, shard, ShardData(keys, outputs, statuses, 1.0))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    store = Store(str(tmp_path_factory.mktemp("set")))
+    fetch = Stage("fetch", 1, {}, ("rgb", "caption"))
+    stages = {"rgb": fetch, "caption": fetch}
+    for name in ("depth", "semseg", "clip", "det"):
+        stages[name] = Stage(f"label:{name}", 1, {}, (name,), (fetch,))
+    for stage in dict.fromkeys(stages.values()):
+        for shard in range(SHARDS):
+            _commit(Ledger(store), stage, shard)
+    recipes = {n: tokenizer_recipe(n, **SMALL) for n in ("rgb", "depth", "semseg", "clip")}
+    infos = train_tokenizers(
+        store, stages, recipes, shards=range(SHARDS), text=TextRecipe(bins=32)
+    )
+    return store, stages, recipes, infos
+
+
+def _tokens(dataset, name: str, shard: int = 0) -> tuple[BlockReader, Stage]:
+    store, stages, _, infos = dataset
+    info = infos[TEXT if name in ("caption", "det") else name]
+    stage = token_stage(name, info, POLICY, stages[name])
+    (job,) = token_jobs([stage], [shard], precision="fp32")
+    data = build_work(store.url, job.stage, job.config).run(shard)
+    commit = Ledger(store).commit(stage, shard, data)
+    path = commit.outputs[stage.outputs[0]]["path"]
+    return BlockReader(store.local(path)), stage
+
+
+def test_trained_tokenizers_state_quality_and_code_usage(dataset):
+    store, _, _, infos = dataset
+    assert infos["depth"].metrics.keys() >= {"abs_rel", "delta1", "usage", "perplexity"}
+    assert infos["rgb"].metrics.keys() >= {"psnr"}
+    assert infos["semseg"].metrics.keys() >= {"miou"}
+    assert infos["clip"].metrics.keys() >= {"cosine"}
+    assert infos[TEXT].metrics == {"bins": 32, "classes": 1}
+    assert tokenizer_infos(store, {n: i.path for n, i in infos.items()}) == infos
+
+
+def test_a_rerun_finds_every_tokenizer_and_trains_nothing(dataset, monkeypatch):
+    store, stages, recipes, infos = dataset
+    monkeypatch.setattr("tasks.train_tokenizers.Trainer", None)
+    again = train_tokenizers(store, stages, recipes, shards=range(SHARDS), text=TextRecipe(bins=32))
+    assert again == infos
+
+
+def test_a_changed_recipe_gets_its_own_folder(dataset):
+    store, stages, _, infos = dataset
+    recipe = {"depth": tokenizer_recipe("depth", **{**SMALL, "steps": 2})}
+    other = train_tokenizers(store, stages, recipe, shards=range(SHARDS))
+    assert other["depth"].path != infos["depth"].path
+    assert store.exists(f"{infos['depth'].path}/info.json")
+
+
+def test_no_labels_and_unknown_modalities_are_refused_before_any_work(dataset):
+    store, stages, recipes, infos = dataset
+    with pytest.raises(ValueError, match="no labels for 'normal'"):
+        train_tokenizers(store, stages, {"normal": recipes["depth"]}, shards=[0])
+    with pytest.raises(ValueError, match="choose from rgb, depth"):
+        tokenizer_recipe("caption")
+    with pytest.raises(ValueError, match="needs the depth tokenizer"):
+        token_stage("depth", infos["rgb"], POLICY, stages["depth"])
+
+
+@pytest.mark.parametrize("name", ["rgb", "depth", "semseg", "clip"])
+def test_rows_hold_the_tokens_of_each_crop_and_holes_stay_holes(dataset, name):
+    store, _, _, infos = dataset
+    reader, stage = _tokens(dataset, name)
+    assert reader.metadata["tokenizer_fingerprint"] == infos[name].fingerprint
+    tokenizer = load_tokenizer(store, infos[name].path, "fp32")
+    modality, rng = modalities.get(name), np.random.default_rng(0)
+    truth = [modality.decode(modality.encode(_value(name, rng))) for _ in range(ROWS)]
+    for crop in range(POLICY.num_crops):
+        tokens, valid = reader.fixed(f"crop{crop}")
+        assert valid.tolist() == [not (name == "depth" and row == HOLE) for row in range(ROWS)]
+        box = crop_box(POLICY, reader.keys[4], crop, 2.0)
+        expected = tokenizer.encode_values([modality.crop(truth[4], box, SIZE)])
+        assert (tokens[4] == expected[0]).all()
+    assert stage.outputs == (f"tok_{name}",)
+
+
+def test_captions_are_equal_in_all_crops_and_boxes_move_with_them(dataset):
+    store, _, _, infos = dataset
+    text = TextTokenizer.from_bytes(store.read(f"{infos[TEXT].path}/{FILE}"))
+    captions, _ = _tokens(dataset, "caption")
+    assert text.decode(captions.ragged("crop2", 0)) == "a red cube left of a blue sphere"
+    boxes, _ = _tokens(dataset, "det")
+    window = crop_box(POLICY, boxes.keys[0], 1, 2.0)
+    (instance,) = string_to_det(text.decode(boxes.ragged("crop1", 0)), bins=32)["instances"]
+    assert instance["class_name"] == "cube"
+    left = max(0.0, (0.3 - window.left) / window.width)
+    assert instance["box"][0] == pytest.approx(left, abs=0.5 / 31 + 1e-6)
+
+
+def test_tokens_made_twice_are_the_same_bytes(dataset):
+    store, stages, _, infos = dataset
+    stage = token_stage("rgb", infos["rgb"], POLICY, stages["rgb"])
+    work = build_work(store.url, stage, {"precision": "fp32"})
+    assert work.run(1).outputs == work.run(1).outputs
+
+
+def test_an_exchanged_tokenizer_is_noticed(dataset):
+    store, stages, _, infos = dataset
+    stage = token_stage("depth", infos["depth"], POLICY, stages["depth"])
+    config = json.loads(store.read(f"{stage.model}/config.json"))
+    original = store.read(f"{stage.model}/config.json")
+    config["codec"]["near"] = 0.02
+    store.write(f"{stage.model}/config.json", json.dumps(config).encode())
+    try:
+        with pytest.raises(ValueError, match="not the tokenizer of tokens:depth"):
+            build_work(store.url, stage, {})
+    finally:
+        store.write(f"{stage.model}/config.json", original)
