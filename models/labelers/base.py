@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from infra.machine import fast_bf16
+
 logger = logging.getLogger("fourm.labelers")
 
 Image = NDArray[np.uint8]
@@ -36,7 +38,8 @@ class LabelerSpec:
         model_id: A hub id, a folder, or "shipped:NAME" for weights of this package.
         revision: Commit or tag of a hub model; "" is the hub's default.
         batch_size: Images a forward pass (halved as often as memory demands).
-        precision: "fp32", "bf16" or "fp16" (autocast), or "auto": bf16 on a GPU, else fp32.
+        precision: "fp32", "bf16" or "fp16" (autocast), or "auto": bf16 on a GPU and on a CPU
+            that is fast at it, else fp32.
         device: "cpu", "cuda", or "auto": a GPU where there is one.
         options: Of the kind, such as {"threshold": 0.3}; its class documents them.
 
@@ -110,7 +113,7 @@ class Labeler(ABC):
         self.device = torch.device(device)
         precision = spec.precision
         if precision == "auto":
-            precision = "bf16" if device == "cuda" else "fp32"
+            precision = "bf16" if device == "cuda" or fast_bf16() else "fp32"
         self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[
             precision
         ]
@@ -123,7 +126,10 @@ class Labeler(ABC):
 
     def place(self, model: Any) -> Any:
         """Return a model in evaluation mode on the labeler's device, gradients off."""
-        return model.eval().requires_grad_(False).to(self.device)
+        import torch
+
+        model = model.eval().requires_grad_(False)
+        return model.to(self.device, memory_format=torch.channels_last)
 
     @contextmanager
     def inference(self) -> Iterator[None]:

@@ -1,0 +1,63 @@
+"""Task metrics of labels and generations against the truth, as pure functions of arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def depth_metrics(predicted: ArrayLike, truth: ArrayLike) -> dict[str, float]:
+    """Compare depths in the same unit; pixels whose truth is not positive do not count.
+
+    Args:
+        predicted: Any shape.
+        truth: The same shape.
+
+    Returns:
+        "abs_rel", the mean of |predicted - truth| / truth, and "delta1", the share of pixels
+        within a factor of 1.25.
+    """
+    guess, fact = np.asarray(predicted, np.float64).ravel(), np.asarray(truth, np.float64).ravel()
+    valid = fact > 0
+    guess, fact = np.maximum(guess[valid], 1e-6), fact[valid]
+    ratio = np.maximum(guess / fact, fact / guess)
+    return {
+        "abs_rel": float(np.mean(np.abs(guess - fact) / fact)),
+        "delta1": float(np.mean(ratio < 1.25)),
+    }
+
+
+def normal_angle(predicted: ArrayLike, truth: ArrayLike) -> float:
+    """Return the mean angle in degrees between vectors [..., 3] of any length."""
+    guess, fact = np.asarray(predicted, np.float64), np.asarray(truth, np.float64)
+    lengths = np.linalg.norm(guess, axis=-1) * np.linalg.norm(fact, axis=-1)
+    cosine = (guess * fact).sum(-1) / np.maximum(lengths, 1e-9)
+    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))).mean())
+
+
+def confusion(predicted: ArrayLike, truth: ArrayLike, classes: int) -> NDArray[np.int64]:
+    """Count pixels by class: int64 [classes, classes + 1], truth by prediction.
+
+    Pixels whose truth is no class (255, "unlabelled") do not count. Predictions outside of the
+    classes fall into the last column, so that they count as wrong.
+    """
+    fact = np.asarray(truth).ravel().astype(np.int64)
+    guess = np.asarray(predicted).ravel().astype(np.int64)
+    guess = np.where((guess >= 0) & (guess < classes), guess, classes)
+    valid = (fact >= 0) & (fact < classes)
+    width = classes + 1
+    counts = np.bincount(fact[valid] * width + guess[valid], minlength=classes * width)
+    return counts.reshape(classes, width)
+
+
+def miou(counts: NDArray[np.int64]) -> float:
+    """Return the mean over the classes of intersection over union.
+
+    Args:
+        counts: Of `confusion`, summed over pictures. Classes that occur neither in the truth nor
+            in the predictions do not count.
+    """
+    classes = counts.shape[0]
+    hit = np.diag(counts[:, :classes])
+    union = counts.sum(1) + counts[:, :classes].sum(0) - hit
+    return float((hit[union > 0] / union[union > 0]).mean()) if (union > 0).any() else 0.0

@@ -1,0 +1,206 @@
+"""Teachers of dense maps: depth, surface normals and semantic segmentation.
+
+Three small networks of production classes, trained from nothing on scenes of 128 px.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from infra.scenes import CLASSES, MAX_DEPTH
+from tasks.teachers.data import SIZE, TeacherScenes
+from tasks.teachers.timed import save_half, shuffled, train_for
+
+BATCH = 32
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DenseTeacher:
+    """How one network is built and taught.
+
+    Attributes:
+        build: Makes the untrained network and its image processor.
+        loss: (network, pixels float [B, 3, S, S] in 0..1, scenes, indices, mirrored) to a loss.
+        lr: Peak learning rate.
+        muon: Start of the names of matrices that Muon trains; AdamW trains the others.
+    """
+
+    build: Callable[[], tuple[nn.Module, Any]]
+    loss: Callable[[nn.Module, Tensor, TeacherScenes, Indices, bool], Tensor]
+    lr: float = 2e-3
+    muon: str = ""
+
+
+def pixels(scenes: TeacherScenes, chosen: Indices, mirror: bool) -> Tensor:
+    """Return images as float [B, 3, S, S] in 0..1, mirrored if asked."""
+    rgb = torch.from_numpy(np.array(scenes.rgb[chosen])).permute(0, 3, 1, 2)
+    rgb = rgb.flip(-1) if mirror else rgb
+    return rgb.float().div_(255).contiguous(memory_format=torch.channels_last)
+
+
+def truth(array: NDArray[Any], chosen: Indices, mirror: bool) -> Tensor:
+    """Return maps [B, S, S, ...] of the chosen scenes, mirrored if asked."""
+    maps = torch.from_numpy(np.array(array[chosen]))
+    return maps.flip(2) if mirror else maps
+
+
+def _build_depth() -> tuple[nn.Module, Any]:
+    from transformers import GLPNConfig, GLPNForDepthEstimation, GLPNImageProcessor
+
+    config = GLPNConfig(
+        hidden_sizes=[24, 48, 96, 128],
+        depths=[1, 1, 2, 1],
+        sr_ratios=[8, 4, 2, 1],
+        num_attention_heads=[1, 2, 3, 4],
+        mlp_ratios=[2, 2, 2, 2],
+        decoder_hidden_size=16,
+        max_depth=int(MAX_DEPTH),
+        drop_path_rate=0.0,
+    )
+    return GLPNForDepthEstimation(config), GLPNImageProcessor(size_divisor=32)
+
+
+def _depth_loss(
+    model: nn.Module, image: Tensor, scenes: TeacherScenes, chosen: Indices, mirror: bool
+) -> Tensor:
+    predicted = model(image).predicted_depth.float().clamp_min(0.1)
+    expected = truth(scenes.depth, chosen, mirror).float()
+    return F.l1_loss(predicted.log(), expected.log())
+
+
+def _build_normal() -> tuple[nn.Module, Any]:
+    from transformers import (
+        Tipsv2DptConfig,
+        Tipsv2DptForNormalEstimation,
+        Tipsv2DptImageProcessor,
+        Tipsv2VisionConfig,
+    )
+
+    backbone = Tipsv2VisionConfig(
+        hidden_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        intermediate_size=288,
+        patch_size=8,
+        image_size=SIZE,
+        num_register_tokens=1,
+        layerscale_value=1.0,
+        out_indices=[1, 2, 3, 4],
+        apply_layernorm=True,
+        reshape_hidden_states=False,
+    )
+    config = Tipsv2DptConfig(
+        backbone_config=backbone,
+        neck_hidden_sizes=[24, 32, 48, 64],
+        fusion_hidden_size=24,
+        reassemble_factors=[2, 1, 0.5, 0.25],
+    )
+    processor = Tipsv2DptImageProcessor(size={"height": SIZE, "width": SIZE})
+    network = Tipsv2DptForNormalEstimation(config)
+    network.set_attn_implementation("eager")  # twice as fast to train on a CPU at this size
+    return network, processor
+
+
+def _normal_loss(
+    model: nn.Module, image: Tensor, scenes: TeacherScenes, chosen: Indices, mirror: bool
+) -> Tensor:
+    expected = F.normalize(truth(scenes.normal, chosen, mirror).float().permute(0, 3, 1, 2), dim=1)
+    if mirror:
+        expected = expected * torch.tensor([-1.0, 1.0, 1.0]).view(1, 3, 1, 1)
+    predicted = F.interpolate(model(image).normals.float(), SIZE, mode="bilinear")
+    predicted = F.normalize(predicted, dim=1)
+    # The distance between unit vectors grows with the angle itself, so that small errors count.
+    return (predicted - expected).square().sum(1).add(1e-5).sqrt().mean()
+
+
+def _build_semseg() -> tuple[nn.Module, Any]:
+    from transformers import (
+        ConvNextConfig,
+        SegformerImageProcessor,
+        UperNetConfig,
+        UperNetForSemanticSegmentation,
+    )
+
+    names = dict(enumerate(CLASSES))
+    backbone = ConvNextConfig(
+        patch_size=2,
+        hidden_sizes=[16, 40, 80, 128],
+        depths=[0, 1, 2, 1],
+        image_size=SIZE,
+        layer_scale_init_value=1.0,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = UperNetConfig(
+        backbone_config=backbone,
+        hidden_size=16,
+        use_auxiliary_head=False,
+        id2label=names,
+        label2id={name: number for number, name in names.items()},
+    )
+    processor = SegformerImageProcessor(
+        size={"height": SIZE, "width": SIZE}, image_mean=[0.0] * 3, image_std=[1.0] * 3
+    )
+    return UperNetForSemanticSegmentation(config), processor
+
+
+def _semseg_loss(
+    model: nn.Module, image: Tensor, scenes: TeacherScenes, chosen: Indices, mirror: bool
+) -> Tensor:
+    logits = F.interpolate(model(image).logits.float(), SIZE, mode="bilinear")
+    return F.cross_entropy(logits, truth(scenes.classes, chosen, mirror).long())
+
+
+TEACHERS = {
+    "depth": DenseTeacher(_build_depth, _depth_loss),
+    "normal": DenseTeacher(_build_normal, _normal_loss, lr=1.5e-3, muon="backbone.encoder"),
+    "semseg": DenseTeacher(_build_semseg, _semseg_loss, lr=3e-3),
+}
+
+
+def train(name: str, scenes: TeacherScenes, folder: Path, minutes: float) -> int:
+    """Train a teacher and save it, weights in half precision.
+
+    Args:
+        name: A key of `TEACHERS`.
+        scenes: What to learn from; its held-out part is not touched.
+        folder: Where the network and its processor go.
+        minutes: Wall time.
+
+    Returns:
+        Number of scenes seen.
+    """
+    teacher = TEACHERS[name]
+    torch.manual_seed(0)
+    model, processor = teacher.build()
+    model = model.to(memory_format=torch.channels_last)
+
+    def loss_of(batch: tuple[Indices, bool]) -> Tensor:
+        return teacher.loss(model, pixels(scenes, *batch), scenes, *batch)
+
+    steps = train_for(
+        minutes,
+        model.train(),
+        loss_of,
+        _batches(scenes.training),
+        lr=teacher.lr,
+        is_hidden=lambda parameter: bool(teacher.muon) and parameter.startswith(teacher.muon),
+    )
+    save_half(model, folder)
+    processor.save_pretrained(folder)
+    return steps * BATCH
+
+
+def _batches(count: int) -> Iterator[tuple[Indices, bool]]:
+    for number, chosen in enumerate(shuffled(count, BATCH)):
+        yield chosen, number % 2 == 1
