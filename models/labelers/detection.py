@@ -1,0 +1,67 @@
+"""Boxes of objects, from any detector of `AutoModelForObjectDetection`.
+
+That is RT-DETR (v2), D-FINE, DETR and its kin, RF-DETR, YOLOS and others; the classes are the
+ones that the checkpoint was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from models.labelers.base import Image, Labeler, LabelerSpec, options_of, stack
+
+
+class DetectionLabeler(Labeler):
+    """Writes "det": {"instances": [{"box": [xmin, ymin, xmax, ymax], "class_name", "score"}]}.
+
+    Boxes are in 0..1 of the image, best first.
+
+    Options:
+        threshold: Least score in 0..1 of an instance (0.4).
+        max_instances: Most instances kept of an image (100).
+
+    Raises:
+        ValueError: An option is unknown or out of its range.
+    """
+
+    def __init__(self, spec: LabelerSpec) -> None:
+        import torch
+        from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+        super().__init__(spec)
+        options = options_of(spec, threshold=0.4, max_instances=100)
+        self.threshold, self.max_instances = options["threshold"], options["max_instances"]
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold={self.threshold} of a detector is not in 0..1")
+        if self.max_instances < 1:
+            raise ValueError(f"max_instances={self.max_instances} of a detector is below 1")
+        self.processor = AutoImageProcessor.from_pretrained(**self.pretrained())
+        self.model = self.place(
+            AutoModelForObjectDetection.from_pretrained(**self.pretrained(), dtype=torch.float32)
+        )
+        self.names = self.model.config.id2label
+
+    def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
+        import torch
+
+        inputs = self.processor(images=list(stack(images)), return_tensors="pt").to(self.device)
+        outputs = self.model(**inputs)
+        # The boxes of an image of 1 x 1 pixels are relative ones.
+        found = self.processor.post_process_object_detection(
+            outputs, threshold=self.threshold, target_sizes=torch.ones(len(images), 2)
+        )
+        return {"det": [{"instances": self._instances(each)} for each in found]}
+
+    def _instances(self, found: dict[str, Any]) -> list[dict[str, Any]]:
+        boxes = found["boxes"].float().clamp(0, 1)
+        whole = ((boxes[:, 2:] > boxes[:, :2]).all(1)).nonzero()[:, 0]
+        order = whole[found["scores"][whole].argsort(descending=True, stable=True)]
+        return [
+            {
+                "box": boxes[number].tolist(),
+                "class_name": self.names[int(found["labels"][number])],
+                "score": float(found["scores"][number]),
+            }
+            for number in order[: self.max_instances].tolist()
+        ]
