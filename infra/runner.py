@@ -22,7 +22,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,7 @@ class StageReport:
     drops: Counter[str] = field(default_factory=Counter)
     """Samples dropped, by reason class."""
     seconds: float = 0.0
-    """Wall-clock from the start of the run to the last shard of the stage."""
+    """Wall-clock from the end of the stage before (or the start of the run) to the last shard."""
 
     @property
     def samples_per_second(self) -> float:
@@ -192,13 +192,15 @@ def _collect(
     on_progress: Callable[[RunProgress], None] | None,
 ) -> None:
     """Fold status rows into the reports, and tell of each."""
-    began = time.monotonic()
+    began = last = time.monotonic()
+    starts: dict[str, float] = {}
     for done, row in enumerate(rows, start=1):
         if row.state == "aborted":
             raise SystemicFailure(row.reason)
         stage = jobs[row.job].stage
         report = reports[stage.id]
-        report.seconds = time.monotonic() - began
+        start, last = starts.setdefault(stage.id, last), time.monotonic()
+        report.seconds = last - start
         report.samples += row.samples
         report.drops.update(json.loads(row.drops))
         if row.state == "committed":
@@ -208,7 +210,7 @@ def _collect(
             report.quarantined[row.shard] = row.reason
             log.warning("%s shard %d quarantined: %s", stage.name, row.shard, row.reason)
         if on_progress:
-            on_progress(_snapshot(stage.name, done, total, reports.values(), report.seconds))
+            on_progress(_snapshot(stage.name, done, total, reports.values(), last - began))
 
 
 def _snapshot(
@@ -226,7 +228,9 @@ def _snapshot(
     )
 
 
-def _run_here(units: list[dict[str, int]], arguments: dict[str, Any]) -> Iterator[UnitStatus]:
+def _run_here(
+    units: list[dict[str, int]], arguments: dict[str, Any]
+) -> Generator[UnitStatus, None, None]:
     with as_worker(arguments["threads"], _run_id()), closing(UnitRunner(**arguments)) as runner:
         for unit in units:
             yield runner.run(**unit)
@@ -250,7 +254,7 @@ def _run_on_ray(
     arguments: dict[str, Any],
     target: Embedded | Existing,
     resources: Resources,
-) -> Iterator[UnitStatus]:
+) -> Generator[UnitStatus, None, None]:
     """Status rows of the units as they finish.
 
     Closing the iterator ends the session that it began, and with it the workers at once. Workers

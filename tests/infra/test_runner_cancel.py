@@ -28,6 +28,7 @@ def hashes(store: Store, job: StageJob) -> dict[int, str]:
     return {shard: commit.outputs["toy"]["sha256"] for shard, commit in commits.items()}
 
 
+@pytest.mark.chaos
 def test_interrupting_a_run_ends_its_ray_at_once_and_resumes(tmp_path, monkeypatch):
     def interrupt(now: RunProgress) -> None:
         raise KeyboardInterrupt
