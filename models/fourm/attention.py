@@ -1,7 +1,8 @@
 """The one attention function and the masks it takes.
 
-B batch, H heads, Q/K query and key positions, D head width. Everything runs on
-`scaled_dot_product_attention`, which picks Flash kernels on GPU and CPU.
+B batch, H heads, Q/K query and key positions, D head width. `scaled_dot_product_attention` picks
+Flash kernels, but its CPU kernel is slow at bf16 gradients: 136 ms forward and backward for
+B 64, H 4, N 128, D 64 on one AMX core, where plain matrix products take 37 ms (fp32: 62 and 65).
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ PADDING = -1
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention [B,H,Q,D] with an additive mask [B,1,Q or 1,K] from below."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        score = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return (score if mask is None else score + mask).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

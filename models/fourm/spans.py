@@ -42,6 +42,14 @@ def span_mask(ids: np.ndarray, length: np.ndarray, keep: np.ndarray) -> tuple[Ra
     return (inputs, emitted.sum(1)), (targets, total + 1)
 
 
+def input_length(length: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Length [B] of the inputs `span_mask` would give."""
+    removed = (np.arange(keep.shape[1]) < length[:, None]) & ~keep
+    starts = removed.copy()
+    starts[:, 1:] &= keep[:, :-1]
+    return length - removed.sum(1) + starts.sum(1)
+
+
 def fit_inputs(
     ids: np.ndarray, length: np.ndarray, probability: np.ndarray, budget: np.ndarray,
     draw: Callable[[int], np.ndarray],
@@ -52,15 +60,17 @@ def fit_inputs(
     With budget 0 the input is empty and everything is a target.
     """
     keep = (draw(0) < probability[:, None]) & (budget > 0)[:, None]
-    attempt = 0
+    probability, attempt = probability.copy(), 0
+    pending = np.flatnonzero(budget > 0)
     while True:
-        inputs, targets = span_mask(ids, length, keep)
-        long = (inputs[1] > budget) & (budget > 0)
-        if not long.any():
+        # Only rows that do not fit yet are counted again; most need one attempt, some dozens.
+        pending = pending[input_length(length[pending], keep[pending]) > budget[pending]]
+        if not len(pending):
             break
         attempt += 1
-        probability = np.where(long, probability * RETRY_DECAY, probability)
-        keep = np.where(long[:, None], draw(attempt) < probability[:, None], keep)
+        probability[pending] *= RETRY_DECAY
+        keep[pending] = draw(attempt)[pending] < probability[pending, None]
+    inputs, targets = span_mask(ids, length, keep)
     visible = np.where(budget > 0, inputs[1], 0)
     return (np.where(budget[:, None] > 0, inputs[0], PAD_ID), visible), targets
 
