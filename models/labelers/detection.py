@@ -19,6 +19,8 @@ class DetectionLabeler(Labeler):
 
     Options:
         threshold: Least score in 0..1 of an instance (0.4).
+        max_overlap: Of two boxes, whatever their classes, that overlap by more than this IoU, the
+            better is kept; 1 keeps all (0.7).
         max_instances: Most instances kept of an image (100).
 
     Raises:
@@ -30,10 +32,12 @@ class DetectionLabeler(Labeler):
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
         super().__init__(spec)
-        options = options_of(spec, threshold=0.4, max_instances=100)
-        self.threshold, self.max_instances = options["threshold"], options["max_instances"]
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold} of a detector is not in 0..1")
+        options = options_of(spec, threshold=0.4, max_overlap=0.7, max_instances=100)
+        for name in ("threshold", "max_overlap"):
+            if not 0 <= options[name] <= 1:
+                raise ValueError(f"{name}={options[name]} of a detector is not in 0..1")
+        self.threshold, self.max_overlap = options["threshold"], options["max_overlap"]
+        self.max_instances = options["max_instances"]
         if self.max_instances < 1:
             raise ValueError(f"max_instances={self.max_instances} of a detector is below 1")
         self.processor = AutoImageProcessor.from_pretrained(**self.pretrained())
@@ -54,14 +58,16 @@ class DetectionLabeler(Labeler):
         return {"det": [{"instances": self._instances(each)} for each in found]}
 
     def _instances(self, found: dict[str, Any]) -> list[dict[str, Any]]:
-        boxes = found["boxes"].float().clamp(0, 1)
-        whole = ((boxes[:, 2:] > boxes[:, :2]).all(1)).nonzero()[:, 0]
-        order = whole[found["scores"][whole].argsort(descending=True, stable=True)]
+        from torchvision.ops import nms
+
+        boxes, scores = found["boxes"].float().clamp(0, 1), found["scores"].float()
+        whole = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]
+        best = whole[nms(boxes[whole], scores[whole], self.max_overlap)]
         return [
             {
                 "box": boxes[number].tolist(),
                 "class_name": self.names[int(found["labels"][number])],
-                "score": float(found["scores"][number]),
+                "score": float(scores[number]),
             }
-            for number in order[: self.max_instances].tolist()
+            for number in best[: self.max_instances].tolist()
         ]
