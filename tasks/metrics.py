@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+Detections = dict[str, Any]
+"""A "det" value: {"instances": [{"box", "class_name", "score"}]}."""
 
 
 def depth_metrics(predicted: ArrayLike, truth: ArrayLike) -> dict[str, float]:
@@ -61,3 +70,41 @@ def miou(counts: NDArray[np.int64]) -> float:
     hit = np.diag(counts[:, :classes])
     union = counts.sum(1) + counts[:, :classes].sum(0) - hit
     return float((hit[union > 0] / union[union > 0]).mean()) if (union > 0).any() else 0.0
+
+
+def detection_ap50(predicted: Sequence[Detections], truth: Sequence[Detections]) -> float:
+    """Return the mean over classes of average precision at IoU 0.5, by COCO's rules.
+
+    Args:
+        predicted: One "det" value an image, ranked by their scores.
+        truth: One "det" value an image.
+
+    Returns:
+        In 0..1; classes without a true box do not count.
+    """
+    from torchmetrics.detection import MeanAveragePrecision
+
+    values = [*predicted, *truth]
+    names = sorted({each["class_name"] for value in values for each in value["instances"]})
+    metric = MeanAveragePrecision(
+        iou_type="bbox", iou_thresholds=[0.5], backend="faster_coco_eval"
+    )
+    metric.warn_on_many_detections = False
+    metric.update(
+        [_as_tensors(value, names) for value in predicted],
+        [_as_tensors(value, names) for value in truth],
+    )
+    return max(float(metric.compute()["map_50"]), 0.0)
+
+
+def _as_tensors(value: Detections, names: list[str]) -> dict[str, torch.Tensor]:
+    import torch
+
+    found = value["instances"]
+    # COCO's areas are whole pixels: boxes in 0..1 are scaled up, which changes no overlap.
+    boxes = torch.tensor([each["box"] for each in found], dtype=torch.float32).reshape(-1, 4)
+    return {
+        "boxes": boxes * 1000,
+        "scores": torch.tensor([float(each.get("score", 1.0)) for each in found]),
+        "labels": torch.tensor([names.index(each["class_name"]) for each in found]),
+    }

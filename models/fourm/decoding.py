@@ -196,14 +196,14 @@ def _combined(logits: Tensor, weights: tuple[float, ...]) -> Tensor:
 
 
 @dataclass
-class _Context:
+class Context:
     """The encoder's output as the decoder's layers read it."""
 
     encoded: Encoded
     caches: list[LayerCache]
 
     @classmethod
-    def read(cls, model: FourM, shown: Mapping[str, Shown]) -> _Context:
+    def read(cls, model: FourM, shown: Mapping[str, Shown]) -> Context:
         """Runs the encoder, and the decoder's key and value projections of its output."""
         batch = gather_inputs(model.config, shown)
         encoded = model.encode(batch)
@@ -321,7 +321,7 @@ def _grid_logits(
 ) -> Tensor:  # fmt: skip
     """Guided logits [R, M, V] of the grid positions `places` [R, M]."""
     inputs, weights = _branches(model.config, shown, spec.name, decoding)
-    context = _Context.read(model, inputs)
+    context = Context.read(model, inputs)
     position = places.repeat(len(weights) + 1, 1)
     modality = torch.full_like(position, model.config.index(spec.name))
     y = model.decode(context.encoded, torch.zeros_like(position), modality, position, None,
@@ -342,7 +342,7 @@ def _draw_sequence(
     if spec.is_input:
         shown[spec.name] = Shown(opened, torch.ones_like(opened, dtype=torch.bool))
     inputs, weights = _branches(model.config, shown, spec.name, decoding)
-    context = _Context.read(model, inputs)
+    context = Context.read(model, inputs)
     branches = len(weights) + 1
     if copies > 1:
         context.pick(torch.arange(branches * len(seeds), device=device).repeat_interleave(copies))

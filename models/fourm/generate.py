@@ -156,7 +156,7 @@ class Generator:
         for spec in specs:
             decoding = settings.get(base_name(spec.name)) or default_decoding(spec, list(shown))
             salt = zlib.crc32(spec.name.encode()) << 20
-            with self._precision():
+            with self.precision():
                 found = draw(self.model, shown, spec.name, decoding, [s ^ salt for s in every],
                              copies=copies)  # fmt: skip
             drawn[spec.name] = found
@@ -169,7 +169,8 @@ class Generator:
                 shown[spec.name] = as_condition(self.model.config, spec.name, found)
         return drawn
 
-    def _precision(self) -> Any:
+    def precision(self) -> Any:
+        """The context in which the network runs: bf16 autocast, or nothing."""
         kind = self.model.mask_token.device.type
         return torch.autocast(kind, torch.bfloat16) if self.bf16 else nullcontext()
 
@@ -182,13 +183,18 @@ class Generator:
             if not bool(present.any()):
                 continue
             some = next(value for value in values if value is not None)
-            part = self._shown(spec, [some if value is None else value for value in values])
+            part = self.shown_as(spec, [some if value is None else value for value in values])
             part = Shown(part.values, part.visible & present.unsqueeze(1))
             device = self.model.mask_token.device
             shown[spec.name] = Shown(part.values.to(device), part.visible.to(device))
         return shown
 
-    def _shown(self, spec: ModalitySpec, values: Sequence[Any]) -> Shown:
+    def shown_as(self, spec: ModalitySpec, values: Sequence[Any]) -> Shown:
+        """Values as the tokens (or vectors) of one of the model's modalities, all visible.
+
+        Raises:
+            ValueError: their number is not the model's, or a tokenizer is missing.
+        """
         if spec.kind == "seq":
             return self._shown_text(spec, values)
         if spec.kind == "pixels":

@@ -1,0 +1,1 @@
+"""Evaluation: what a trained model reaches on pictures that it never saw."""

@@ -1,0 +1,91 @@
+"""Generation from files to files, and what wrong names and files get."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from infra.store import Store
+from models.fourm.generate import Generator
+from tasks import generate as task
+from tests.tasks.tiny import SIDE, Coarse, network
+from tokenizers_vq.text import train_text_tokenizer
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    text = train_text_tokenizer(["a red cube"] * 3, class_names=("cube",), bins=16, vocab_size=320)
+    names = ("rgb", "depth", "normal", "semseg")
+    generator = Generator(network(text), {n: Coarse(n) for n in names}, text, bf16=False)  # type: ignore
+    monkeypatch.setattr(task, "load_generator", lambda store, run: generator)
+    return Store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> str:
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    return str(tmp_path / "photo.jpg")
+
+
+def test_a_photo_becomes_pictures_values_and_text(store: Store, photo: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    targets = ["depth", "normal", "semseg", "det", "caption", "rgb"]
+    files = task.generate(store, "main", {"rgb": photo}, targets, out)
+    names = {path.name for path in files}
+    assert {"depth.png", "depth.value.png", "det.json", "caption.txt", "rgb.png"} <= names
+    assert Image.open(out / "depth.png").size == (SIDE, SIDE)
+    assert "instances" in json.loads((out / "det.json").read_text())
+
+
+def test_samples_are_different_files_and_repeat_with_the_seed(store: Store, tmp_path: Path) -> None:
+    first = task.generate(store, "main", {"caption": "a red cube"}, ["rgb"], tmp_path / "a",
+                          samples=2, guidance=1.0)  # fmt: skip
+    again = task.generate(store, "main", {"caption": "a red cube"}, ["rgb"], tmp_path / "b",
+                          samples=2, guidance=1.0)  # fmt: skip
+    assert [path.name for path in first] == ["rgb-0.png", "rgb-1.png"]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
+    assert first[0].read_bytes() != first[1].read_bytes()
+
+
+def test_boxes_are_read_from_text_and_from_a_file(store: Store, tmp_path: Path) -> None:
+    boxes = json.dumps(
+        {"instances": [{"box": [0.1, 0.1, 0.5, 0.5], "class_name": "cube", "score": 1.0}]}
+    )
+    (tmp_path / "boxes.json").write_text(boxes)
+    from_text = task.generate(store, "main", {"det": boxes}, ["rgb"], tmp_path / "a")
+    path = str(tmp_path / "boxes.json")
+    from_file = task.generate(store, "main", {"det": path}, ["rgb"], tmp_path / "b")
+    assert from_text[0].read_bytes() == from_file[0].read_bytes()
+
+
+def test_what_does_not_exist_is_one_sentence_with_the_choices(
+    store: Store, photo: str, tmp_path: Path
+) -> None:
+    def refused(inputs: dict[str, str], targets: list[str], words: str) -> None:
+        with pytest.raises(ValueError, match=words):
+            task.generate(store, "main", inputs, targets, tmp_path / "out")
+
+    refused({"rgb": photo}, ["edges"], "'edges' cannot be generated; choose from caption, depth")
+    refused({"sound": photo}, ["depth"], "'sound' cannot be an input; choose from caption, depth")
+    refused({"rgb": str(tmp_path / "no.jpg")}, ["depth"], "cannot be read as rgb")
+    refused({"det": '{"boxes": []}'}, ["rgb"], "cannot be read as det")
+    refused({}, ["rgb"], "nothing to start from; choose from")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_does_not_exist_names_those_that_do(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    with pytest.raises(ValueError, match="run `fourm train` first"):
+        task.load_generator(store, "main")
+    store.write(f"runs/first/{task.MODEL}/config.json", b"{}")
+    with pytest.raises(ValueError, match="there are first"):
+        task.load_generator(store, "main")
+    assert task.newest_run(store) == "first"
