@@ -178,7 +178,7 @@ def status(root: Root = "data/demo") -> None:
     with _sentences():
         from rich.console import Console
 
-        Console().print(table(_open(root)))
+        Console(width=max(Console().width, 110)).print(table(_open(root)))
 
 
 @app.command(epilog="Example:  fourm verify --root data/demo --deep")
@@ -208,26 +208,38 @@ def generate(
     to: Annotated[str, typer.Option(help="Modalities to predict, in this order: depth,caption.")],
     root: Root = "data/demo",
     out: Annotated[str, typer.Option(help="Folder for the pictures and texts.")] = "generated",
-    run: Annotated[str, typer.Option(help="Training run; empty takes the newest.")] = "",
+    run: Annotated[str, typer.Option(help="Training run; empty: the only one.")] = "",
     samples: Annotated[int, typer.Option(min=1, help="Different results of each.")] = 1,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 1.0,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; each target has its usual one.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Predict any modalities from any others with a trained model; writes pictures and text."""
-    pairs = [item.partition("=") for item in source]
+    from infra.store import Store
+    from tasks.chain import check
+    from tasks.generate import generate as predict
+
     with _sentences():
-        for item, (_, equals, _) in zip(source, pairs, strict=True):
-            if not equals:
-                raise ValueError(f"--from {item!r} is not of the form modality=file-or-text")
         values = _validated(
             params.GenerateParams,
             {
                 "root": root, "run": run, "samples": samples, "guidance": guidance, "seed": seed,
-                "conditions": {name.strip(): value for name, _, value in pairs},
-                "targets": [name.strip() for name in to.split(",") if name.strip()], "out": out,
+                "inputs": dict(_pair(item) for item in source), "out_dir": out,
+                "targets": [name.strip() for name in to.split(",") if name.strip()],
             },
-        )
-    _run_flow("generate", values)
+        )  # fmt: skip
+        check("generate", values.model_dump())
+        files = predict(Store(root), **values.model_dump(exclude={"root"}))
+    for file in files:
+        typer.echo(file)
+
+
+def _pair(item: str) -> tuple[str, str]:
+    name, equals, value = item.partition("=")
+    if not equals:
+        raise ValueError(f"--from {item!r} is not of the form modality=file-or-text")
+    return name.strip(), value
 
 
 def main() -> None:

@@ -149,8 +149,13 @@ class EvaluateOptions(Form):
     """What is measured."""
 
     run: str = Field("main", pattern=r"^[\w.-]+$", description="Training run.")
-    scenes: int = Field(256, ge=8, description="Scenes, never trained on, that are evaluated.")
+    manifest: str = Field("main", pattern=r"^[\w.-]+$", description="Manifest it was trained on.")
+    truth: Literal["auto", "scenes", "labels"] = Field(
+        "auto", description="scenes: exact truth of new scenes; labels: those of the held-out part."
+    )
+    scenes: int = Field(256, ge=8, description="Pictures, never trained on, that are evaluated.")
     samples: int = Field(10, ge=1, le=100, description="Samples that are averaged for 'fourm_10'.")
+    pictures: int = Field(96, ge=1, description="Pictures generated for each task to RGB.")
 
 
 class IngestParams(Compute, IngestOptions, Where):
@@ -184,15 +189,17 @@ class EvaluateParams(Compute, EvaluateOptions, Where):
 class GenerateParams(Where):
     """Predict modalities from others."""
 
-    run: str = Field("", description="Training run; none: the newest.")
-    conditions: dict[str, str] = Field(
+    run: str = Field("", description="Training run; empty: the only one there is.")
+    inputs: dict[str, str] = Field(
         description="Modality to a file, or to text: {'rgb': 'photo.jpg'}."
     )
     targets: list[str] = Field(min_length=1, description="Modalities to predict, in this order.")
     samples: int = Field(1, ge=1, le=64, description="Different results of each.")
-    guidance: float = Field(1.0, ge=0, description="Guidance scale; 1 is none.")
+    guidance: float | None = Field(
+        None, ge=0, description="Guidance scale; none: each target's usual one, 1: no guidance."
+    )
     seed: int = Field(0, ge=0, description="Seed of the sampling.")
-    out: str = Field("generated", description="Folder for the pictures and texts.")
+    out_dir: str = Field("generated", description="Folder for the pictures and texts.")
 
 
 class EndToEndParams(Compute, Where):

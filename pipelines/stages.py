@@ -6,9 +6,12 @@ of shards. A stage resumes from the ledger, so repeating its task costs only unf
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
@@ -18,30 +21,44 @@ from infra import ui
 from infra.machine import cores
 from infra.runner import Resources, StageJob, StageReport, SystemicFailure, run_stages
 from infra.store import Store
-from pipelines.params import Compute
+from pipelines.params import Compute, Where
 
 logger = logging.getLogger("fourm.flows")
-P = ParamSpec("P")
+W = TypeVar("W", bound=Where)
 R = TypeVar("R")
 
+SECONDS = "reports/seconds.json"
 _FINAL = (ValueError, TypeError, KeyError, FileNotFoundError, SystemicFailure, MemoryError)
 """What another attempt cannot mend: bad values, or trouble that the runner has named already."""
 
 
-def stage_task(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
+def stage_task(
+    name: str, *, counted: bool = True
+) -> Callable[[Callable[[W], R]], Task[[W], R]]:
     """A Prefect task for a whole stage: infrastructure trouble is retried, bad values are not.
 
-    Results are not cached: the ledger knows what is done.
+    Results are not cached: the ledger knows what is done. Where it is `counted`, the time it takes
+    is added to what the dataset has cost so far.
     """
-    return task(
-        name=name,
-        retries=2,
-        retry_delay_seconds=[10, 60],
-        retry_jitter_factor=0.5,
-        retry_condition_fn=_worth_a_retry,
-        cache_policy=NO_CACHE,
-        persist_result=False,
-    )
+
+    def decorate(stage: Callable[[W], R]) -> Task[[W], R]:
+        @functools.wraps(stage)
+        def timed_stage(params: W) -> R:
+            with timed(Store(params.root), name) if counted else nullcontext():
+                return stage(params)
+
+        return task(
+            timed_stage,
+            name=name,
+            retries=2,
+            retry_delay_seconds=[10, 60],
+            retry_jitter_factor=0.5,
+            retry_condition_fn=_worth_a_retry,
+            cache_policy=NO_CACHE,
+            persist_result=False,
+        )
+
+    return decorate
 
 
 def _worth_a_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -77,6 +94,23 @@ def run_jobs(
     for row in rows:
         logger.info("%s", ", ".join(f"{name} {value}" for name, value in row.items()))
     return rows
+
+
+@contextmanager
+def timed(store: Store, name: str) -> Iterator[None]:
+    """Add the wall-clock time of the block to what the dataset has cost so far."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        spent = seconds_spent(store)
+        spent[name] = round(spent.get(name, 0.0) + time.monotonic() - began, 2)
+        store.write_json(SECONDS, spent)
+
+
+def seconds_spent(store: Store) -> dict[str, float]:
+    """Wall-clock seconds of each stage, over all runs of the flows."""
+    return store.read_json(SECONDS) if store.exists(SECONDS) else {}
 
 
 def _row(name: str, report: StageReport) -> dict[str, Any]:

@@ -281,19 +281,20 @@ def check(flow: str, choices: dict[str, Any]) -> None:
     if flow == "train_tokenizers":
         _check_tokenizers(chain, choices)
     if flow == "train":
-        _one_of("manifest", choices["manifest"], _folders(store, "manifests"), "publish")
-    if flow in ("evaluate", "generate") and choices["run"]:
-        _one_of("run", choices["run"], _folders(store, "runs"), "train")
+        from infra.manifest import manifest_names
+
+        _one_of("manifest", choices["manifest"], manifest_names(store), "publish")
+    if flow in ("evaluate", "generate"):
+        from tasks.generate import newest_run, runs
+
+        run = choices["run"] or newest_run(store)
+        _one_of("trained run", run, runs(store), "train")
 
 
 def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:
     tokenizer_recipes(choices)
     for name in choices["modalities"]:
         _one_of("labels for", name, list(chain.sources), "label")
-
-
-def _folders(store: Store, prefix: str) -> list[str]:
-    return sorted({path.split("/")[1] for path in store.list(f"{prefix}/")})
 
 
 def _one_of(what: str, name: str, choices: list[str], flow: str) -> None:

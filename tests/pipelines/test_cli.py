@@ -56,7 +56,7 @@ def test_help_of_every_command_shows_an_example() -> None:
         (["label", "--root", "{tmp}"], "run `fourm ingest` first"),
         (["tokenize", "--root", "{tmp}"], "run `fourm ingest` first"),
         (["train", "--root", "{tmp}"], "no manifest 'main'"),
-        (["evaluate", "--root", "{tmp}", "--run", "nosuch"], "no run 'nosuch'"),
+        (["evaluate", "--root", "{tmp}", "--run", "nosuch"], "no trained run 'nosuch'"),
         (["status", "--root", "{tmp}"], "there is no dataset at"),
         (["verify", "--root", "{tmp}"], "there is no dataset at"),
         (["generate", "--from", "photo.jpg", "--to", "depth"], "modality=file-or-text"),

@@ -1,0 +1,122 @@
+"""A dataset remembers how it was made: the same choices give the same stages everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.ledger import ShardData
+from infra.shards import sample_key, write_tar
+from infra.store import Store
+from pipelines.params import IngestOptions, LabelOptions, TokenizeOptions, TokenizerOptions
+from tasks.chain import Chain, check, labelers, remember, remember_tokenizers
+from tasks.fetch import make_plan
+
+ROWS, SHARD = 6, 2
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Three planned shards, and networks in a folder instead of the hub."""
+    source = tmp_path / "list.tsv"
+    source.write_text("".join(f"http://example.org/{i}.jpg\tpicture {i}\n" for i in range(ROWS)))
+    network = tmp_path / "network"
+    network.mkdir()
+    (network / "config.json").write_text("{}")
+    store = Store(str(tmp_path / "data"))
+    make_plan(store, str(source), shard_rows=SHARD)
+    remember(store, "ingest", IngestOptions(source=str(source)).model_dump())
+    remember(store, "label", _label(network))
+    return store
+
+
+def _label(network: Path, **changes: Any) -> dict[str, Any]:
+    options = {"labelers": ["depth"], "models": {"depth": str(network)}, **changes}
+    return LabelOptions(**options).model_dump()
+
+
+def _commit(chain: Chain, stage: Any, shard: int) -> None:
+    keys = [sample_key(shard, row) for row in range(SHARD)]
+    outputs = {name: write_tar((f"{key}.txt", b"x") for key in keys) for name in stage.outputs}
+    chain.ledger.commit(stage, shard, ShardData(keys, outputs, [(k, "ok", "") for k in keys], 1.0))
+
+
+def test_a_second_reader_finds_the_same_stages(store: Store) -> None:
+    first, second = Chain(store), Chain(Store(store.url))
+    assert first.fetch.id == second.fetch.id
+    assert first.labels["depth"].fingerprint == second.labels["depth"].fingerprint
+    assert first.labels["depth"].upstream == (first.fetch,)
+
+
+def test_what_does_not_change_the_bytes_does_not_change_the_stage(
+    store: Store, tmp_path: Path
+) -> None:
+    before = Chain(store).labels["depth"]
+    ingest = Chain(store).section("ingest") | {"timeout": 99.0, "concurrency": 2}
+    remember(store, "label", _label(tmp_path / "network", batch_size=3, device="cpu"))
+    remember(store, "ingest", ingest)
+    assert Chain(store).labels["depth"].id == before.id
+
+
+def test_another_network_changes_only_its_branch(store: Store, tmp_path: Path) -> None:
+    fetch, label = Chain(store).fetch, Chain(store).labels["depth"]
+    (tmp_path / "network" / "config.json").write_text('{"new": 1}')
+    assert Chain(store).fetch.id == fetch.id
+    assert Chain(store).labels["depth"].id != label.id
+
+
+def test_a_labelers_caption_goes_before_the_lists(store: Store, tmp_path: Path) -> None:
+    assert Chain(store).sources["caption"].name == "fetch"
+    network = str(tmp_path / "network")
+    choices = _label(tmp_path / "network", labelers=["caption"], models={"caption": network})
+    remember(store, "label", choices)
+    assert Chain(store).sources["caption"].name == "label:caption"
+
+
+def test_tokenizers_learn_from_the_shards_of_the_first_time(store: Store) -> None:
+    chain = Chain(store)
+    choices = TokenizerOptions(modalities=["rgb", "depth"], max_shards=2).model_dump()
+    with pytest.raises(ValueError, match="run `fourm label` first"):
+        remember_tokenizers(store, choices)
+    for shard in (1, 2):
+        _commit(chain, chain.fetch, shard)
+        _commit(chain, chain.labels["depth"], shard)
+    remember_tokenizers(store, choices)
+    assert Chain(store).tokenizer_shards == [1, 2]
+    _commit(chain, chain.fetch, 0)
+    _commit(chain, chain.labels["depth"], 0)
+    remember_tokenizers(store, choices)
+    assert Chain(store).tokenizer_shards == [1, 2]
+    remember_tokenizers(store, {**choices, "max_shards": 1})
+    assert Chain(store).tokenizer_shards == [0]
+
+
+def test_untrained_tokenizers_are_named(store: Store) -> None:
+    chain = Chain(store)
+    _commit(chain, chain.fetch, 0)
+    _commit(chain, chain.labels["depth"], 0)
+    remember_tokenizers(store, TokenizerOptions(modalities=["depth"]).model_dump())
+    remember(store, "tokenize", TokenizeOptions().model_dump())
+    with pytest.raises(ValueError, match="run `fourm train-tokenizers`"):
+        _ = Chain(store).tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"models": {"det": "x"}}, "models names 'det'; the labelers are depth"),
+        ({"preset": "none"}, "no labeler preset 'none'; there are"),
+    ],
+)
+def test_impossible_labels_are_refused(changes: dict[str, Any], sentence: str) -> None:
+    choices = {**LabelOptions(labelers=["depth"]).model_dump(), **changes}
+    with pytest.raises(ValueError, match=sentence):
+        labelers(choices)
+
+
+def test_check_refuses_a_tokenizer_without_labels(store: Store) -> None:
+    choices = TokenizerOptions(modalities=["normal"]).model_dump()
+    with pytest.raises(ValueError, match=r"no labels for 'normal'; there are rgb, caption, depth"):
+        check("train_tokenizers", {"root": store.url, **choices})
