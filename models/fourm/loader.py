@@ -1,0 +1,248 @@
+"""Published token sets as training samples, in an order that is a function of (seed, step).
+
+Tokens are memory-mapped Arrow blocks and are read for one crop only; pixels are cut from the stored
+pictures with the window the tokens were cut with. An epoch visits every sample exactly once:
+blocks of rows are shuffled, then rows within windows of blocks, so memory does not grow with the
+set. Nothing has to be saved to resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from infra.blocks import BlockReader
+from infra.manifest import Manifest
+from infra.shards import MISSING_EXT, TarIndex
+from infra.store import Store
+from models import modalities
+from models.crops import CropPolicy, crop_box
+from models.fourm.batch import patchify
+from models.fourm.masking import Samples
+from models.fourm.spans import Ragged
+from models.fourm.spec import EOS_ID, ModalitySpec
+
+BLOCK_ROWS = 256
+WINDOW_BLOCKS = 64
+
+
+def base_name(name: str) -> str:
+    """Name in the manifest of a model's modality: without the resolution."""
+    return name.split("@")[0]
+
+
+class EpochOrder:
+    """The order in which `sizes` (rows per shard) are visited, epoch after epoch."""
+
+    def __init__(self, sizes: Sequence[int], seed: int) -> None:
+        if sum(sizes) <= 0:
+            raise ValueError("the split holds no samples")
+        self._seed = seed
+        starts = [range(0, size, BLOCK_ROWS) for size in sizes]
+        self._blocks = np.array([(shard, start, min(BLOCK_ROWS, sizes[shard] - start))
+                                 for shard, firsts in enumerate(starts) for start in firsts])
+        self.total = int(sum(sizes))
+        self._order = lru_cache(2)(self._blocks_of)
+        self._window = lru_cache(4)(self._rows_of)
+
+    def at(self, position: int) -> tuple[int, int, float]:
+        """(index of the shard, row, a uniform for the crop) of a position counted from 0 on over
+        all epochs."""
+        epoch, offset = divmod(position, self.total)
+        _, ends = self._order(epoch)
+        window = int(np.searchsorted(ends, offset, side="right"))
+        first = int(ends[window - 1]) if window else 0
+        rows, uniform = self._window(epoch, window)
+        shard, row = rows[offset - first]
+        return int(shard), int(row), float(uniform[offset - first])
+
+    def _blocks_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shuffled blocks of an epoch and the position after each window."""
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._blocks))
+        blocks = self._blocks[order]
+        counts = np.add.reduceat(blocks[:, 2], np.arange(0, len(blocks), WINDOW_BLOCKS))
+        return blocks, np.cumsum(counts)
+
+    def _rows_of(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shuffled (shard, row) of a window and one uniform each."""
+        blocks, _ = self._order(epoch)
+        chosen = blocks[window * WINDOW_BLOCKS : (window + 1) * WINDOW_BLOCKS]
+        rows = np.concatenate([np.stack([np.full(size, shard), start + np.arange(size)], 1)
+                               for shard, start, size in chosen])
+        rng = np.random.default_rng([self._seed, epoch, window, 1])
+        return rows[rng.permutation(len(rows))], rng.random(len(rows))
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Open files of one shard."""
+
+    tokens: dict[str, BlockReader]
+    pictures: TarIndex | None
+    keys: list[str]
+
+
+class TokenDataset:
+    """One split of a manifest as `Samples` for the modalities `specs`.
+
+    Raises ValueError when the manifest lacks a modality or a token set does not fit its
+    specification, before anything is trained.
+    """
+
+    def __init__(
+        self, store: Store, manifest: Manifest, split: str, specs: Sequence[ModalitySpec], *,
+        seed: int = 0, crops: int | None = None, cache_bytes: int = 512 << 20,
+    ) -> None:
+        """`crops` limits the crops used (1 = the centre crop); `cache_bytes` bounds the decoded
+        pictures that are kept."""
+        self.store, self.manifest, self.specs = store, manifest, tuple(specs)
+        self.shards = manifest.shards(split)
+        missing = sorted({base_name(s.name) for s in specs} - manifest.modalities.keys())
+        if missing:
+            raise ValueError(f"{manifest.name} v{manifest.version} lacks {', '.join(missing)}; it "
+                             f"has {', '.join(sorted(manifest.modalities))}")
+        self.policy = CropPolicy(**manifest.meta["crops"])
+        self.num_crops = min(crops or self.policy.num_crops, self.policy.num_crops)
+        self.order = EpochOrder([manifest.samples(shard) for shard in self.shards], seed)
+        self._cache: dict[tuple[int, int, int], np.ndarray] = {}
+        self._room = cache_bytes
+        self._open: dict[int, _Shard] = {}
+        self._present: dict[tuple[int, str, int], np.ndarray] = {}
+        if self.shards:
+            self._check(self._shard(0))
+
+    def __len__(self) -> int:
+        return self.order.total
+
+    def batch_at(self, step: int, batch_size: int, rows: slice = slice(None)) -> Samples:
+        """`rows` of the samples of `step`: the same for every number of workers."""
+        positions = range(step * batch_size, (step + 1) * batch_size)[rows]
+        return self.samples([self.order.at(position) for position in positions])
+
+    def fixed(self, start: int, count: int) -> Samples:
+        """`count` samples from row `start` on in stored order, centre crop; wraps at the end."""
+        sizes = np.cumsum([self.manifest.samples(shard) for shard in self.shards])
+        picked = []
+        for i in range(start, start + count):
+            position = i % len(self)
+            shard = int(np.searchsorted(sizes, position, side="right"))
+            first = int(sizes[shard - 1]) if shard else 0
+            picked.append((shard, position - first, 0.0))
+        return self.samples(picked)
+
+    def samples(self, picked: Sequence[tuple[int, int, float]]) -> Samples:
+        """Samples for (index of the shard, row, crop as a fraction of the number of crops)."""
+        places = [(shard, row, int(crop * self.num_crops)) for shard, row, crop in picked]
+        out = Samples(grids={}, sequences={}, pixels={}, present={})
+        for spec in self.specs:
+            if spec.kind == "img":
+                out.grids[spec.name], here = self._grid(spec, places)
+            elif spec.kind == "seq":
+                out.sequences[spec.name], here = self._sequence(spec, places)
+            else:
+                out.pixels[spec.name], here = self._pixels(spec, places)
+            if not here.all():
+                out.present[spec.name] = here
+        return out
+
+    def _grid(
+        self, spec: ModalitySpec, places: list[tuple[int, int, int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        table = np.array(places)
+        ids = np.zeros((len(places), spec.max_tokens), np.int64)
+        here = np.ones(len(places), bool)
+        groups, which = np.unique(table[:, [0, 2]], axis=0, return_inverse=True)
+        for group, (shard, crop) in enumerate(groups):
+            chosen = np.flatnonzero(which.reshape(-1) == group)
+            reader = self._shard(int(shard)).tokens[spec.name]
+            ids[chosen] = reader.fixed_rows(f"crop{crop}", table[chosen, 1])
+            here[chosen] = self._valid(int(shard), spec.name, int(crop))[table[chosen, 1]]
+        return ids, here
+
+    def _sequence(
+        self, spec: ModalitySpec, places: list[tuple[int, int, int]]
+    ) -> tuple[Ragged, np.ndarray]:
+        texts, here = [], np.ones(len(places), bool)
+        for i, (shard, row, crop) in enumerate(places):
+            tokens = self._shard(shard).tokens[spec.name].ragged(f"crop{crop}", row)
+            here[i] = self._valid(shard, spec.name, crop)[row]
+            texts.append(tokens)
+        length = np.array([min(len(text) + 1, spec.max_tokens) for text in texts]) * here
+        ids = np.zeros((len(places), max(1, int(length.max()))), np.int64)
+        for i, text in enumerate(texts):
+            if here[i]:
+                ids[i, : length[i]] = np.append(text, EOS_ID)[: length[i]]
+        return (ids, length), here
+
+    def _pixels(
+        self, spec: ModalitySpec, places: list[tuple[int, int, int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        here = np.ones(len(places), bool)
+        patches = np.zeros((len(places), spec.max_tokens, spec.dense_width), np.uint8)
+        for i, place in enumerate(places):
+            found = self._cache.get(place)
+            if found is None:
+                found = self._picture(spec, *place)
+                if found is not None and found.nbytes <= self._room:
+                    self._room -= found.nbytes
+                    self._cache[place] = found
+            here[i] = found is not None
+            if found is not None:
+                patches[i] = found
+        return patches, here
+
+    def _picture(self, spec: ModalitySpec, shard: int, row: int, crop: int) -> np.ndarray | None:
+        """Patches of one crop, or None for a hole."""
+        files = self._shard(shard)
+        assert files.pictures is not None
+        key = files.keys[row]
+        if files.pictures.ext(key) == MISSING_EXT:
+            return None
+        modality = modalities.get(base_name(spec.name))
+        image = modality.decode(files.pictures.read(key))
+        box = crop_box(self.policy, key, crop, image.shape[1] / image.shape[0])
+        side = spec.grid * spec.patch_size
+        return patchify(modality.crop(image, box, side)[None], spec.patch_size)[0]
+
+    def _valid(self, shard: int, name: str, crop: int) -> np.ndarray:
+        """bool [rows of the shard], False for holes."""
+        key = (shard, name, crop)
+        if key not in self._present:
+            self._present[key] = self._shard(shard).tokens[name].valid(f"crop{crop}")
+        return self._present[key]
+
+    def _shard(self, index: int) -> _Shard:
+        """Files of the shard with this index in the split, opened and digested once."""
+        if index not in self._open:
+            number = self.shards[index]
+            tokens, pictures, keys = {}, None, []
+            for spec in self.specs:
+                name = base_name(spec.name)
+                path = self.store.local(self.manifest.path(name, number))
+                digest = self.manifest.sha256(name, number)
+                if spec.discrete:
+                    tokens[spec.name] = BlockReader(path, sha256=digest)
+                    keys = tokens[spec.name].keys
+                else:
+                    pictures = TarIndex(path, sha256=digest)
+                    keys = pictures.keys
+            self._open[index] = _Shard(tokens, pictures, keys)
+        return self._open[index]
+
+    def _check(self, shard: _Shard) -> None:
+        for name, reader in shard.tokens.items():
+            spec = next(s for s in self.specs if s.name == name)
+            column = reader.columns.get("crop0")
+            if column is None or (column.length is None) != (spec.kind == "seq"):
+                raise ValueError(f"{name}: the token set holds no {spec.kind} column crop0")
+            if column.length not in (None, spec.max_tokens):
+                raise ValueError(f"{name}: {column.length} tokens a sample are stored, the model "
+                                 f"takes {spec.max_tokens}")
+            if reader.num_rows and spec.kind == "img":
+                highest = int(reader.fixed("crop0")[0].max())
+                if highest >= spec.vocab_size:
+                    raise ValueError(f"{name}: token {highest} is outside the vocabulary of "
+                                     f"{spec.vocab_size}")
