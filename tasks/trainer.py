@@ -306,16 +306,17 @@ class _Meter:
 
     def _reset(self) -> None:
         self._sums: dict[str, Any] = {}
-        self._count, self._samples, self._began = 0, 0, time.monotonic()
+        self._counts: dict[str, int] = {}
+        self._samples, self._began = 0, time.monotonic()
 
     def add(self, metrics: dict[str, torch.Tensor], samples: int) -> None:
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
-        self._count += 1
+            self._counts[name] = self._counts.get(name, 0) + 1
         self._samples += samples
 
     def take(self) -> dict[str, float]:
-        means = {name: float(value) / self._count for name, value in self._sums.items()}
+        means = {name: float(value) / self._counts[name] for name, value in self._sums.items()}
         means["samples_per_second"] = self._samples / (time.monotonic() - self._began)
         self._reset()
         return means

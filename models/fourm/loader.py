@@ -218,17 +218,21 @@ class TokenDataset:
         """Files of the shard with this index in the split, opened and digested once."""
         if index not in self._open:
             number = self.shards[index]
-            tokens, pictures, keys = {}, None, []
+            tokens, pictures, keys = dict[str, BlockReader](), None, list[str]()
             for spec in self.specs:
                 name = base_name(spec.name)
                 path = self.store.local(self.manifest.path(name, number))
                 digest = self.manifest.sha256(name, number)
                 if spec.discrete:
                     tokens[spec.name] = BlockReader(path, sha256=digest)
-                    keys = tokens[spec.name].keys
+                    found = tokens[spec.name].keys
                 else:
                     pictures = TarIndex(path, sha256=digest)
-                    keys = pictures.keys
+                    found = pictures.keys
+                if keys and found != keys:
+                    raise ValueError(f"shard {number}: {name} holds other keys than the rest; "
+                                     "publish the set again")
+                keys = found
             self._open[index] = _Shard(tokens, pictures, keys)
         return self._open[index]
 

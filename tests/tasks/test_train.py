@@ -1,0 +1,94 @@
+"""Contracts of 4M training on a tiny published set."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import pytest
+import torch
+
+from models.fourm.checkpoint import load_stored
+from models.fourm.masking import Component, Mixture
+from tasks.recipes import RECIPES, TrainRecipe, recipe
+from tasks.train import FourMTask, train_fourm
+from tasks.trainer import TrainConfig
+from tests.models.token_set import make_set
+
+TINY = TrainRecipe(
+    network={"dim": 16, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2},
+    mixture=Mixture(components=(
+        Component(inputs={"rgb": 1.0}, targets={"*": 1.0}, num_inputs=(4, 4), num_targets=(8, 8)),
+        Component(inputs={"*": 1.0}, targets={"*": 1.0}, num_inputs=(8, 8), num_targets=(8, 8)),
+    ), per_batch=True),
+    training=TrainConfig(steps=4, batch_size=8, lr=1e-3, warmup_steps=1, precision="fp32",
+                         log_every=1),
+    max_text=12, muon=True, val_samples=6,
+)
+
+
+@pytest.fixture(scope="module")
+def token_set(tmp_path_factory):
+    return make_set(str(tmp_path_factory.mktemp("set")))
+
+
+def test_a_run_ends_with_a_loadable_model_and_losses_of_every_target(token_set):
+    store, manifest = token_set
+    info = train_fourm(store, manifest, TINY, run="first")
+    expected = {"val/rgb->caption", "val/rgb->tok_depth", "val/rgb->tok_rgb"}
+    assert expected <= info.metrics.keys()
+    model = load_stored(store, "runs/first/model")
+    task = FourMTask(store, manifest, TINY)
+    with torch.no_grad():
+        found = task.evaluate(model)["val/rgb->caption"]
+    assert found == pytest.approx(
+        info.metrics["val/rgb->caption"], abs=1e-5)
+    steps: list[int] = []
+    again = train_fourm(store, manifest, TINY, run="first",
+                        on_progress=lambda step, *_: steps.append(step))
+    assert (again, steps) == (info, [])
+
+
+def test_a_run_of_other_settings_needs_another_name(token_set):
+    store, manifest = token_set
+    train_fourm(store, manifest, TINY, run="taken")
+    other = dataclasses.replace(TINY, max_text=10)
+    with pytest.raises(ValueError, match="choose another run name"):
+        train_fourm(store, manifest, other, run="taken")
+
+
+def test_two_workers_mask_the_batch_that_one_masks(token_set):
+    task = FourMTask(*token_set, TINY)
+    for step in range(4):
+        whole = task.batch(step, 0, 1)
+        for rank, part in enumerate([task.batch(step, rank, 2) for rank in range(2)]):
+            assert torch.equal(part.enc_ids, whole.enc_ids[rank::2])
+            assert torch.equal(part.dec_pos, whole.dec_pos[rank::2])
+
+
+def test_the_task_travels_to_workers(token_set):
+    task = FourMTask(*token_set, TINY)
+    before = task.batch(1, 0, 1)
+    after = pickle.loads(pickle.dumps(task)).batch(1, 0, 1)
+    assert torch.equal(before.targets, after.targets)
+
+
+def test_budgets_that_no_batch_can_hold_are_refused(token_set):
+    wide = dataclasses.replace(TINY.mixture.components[0], num_inputs=(5, 5))
+    with pytest.raises(ValueError, match="no batch can hold 5 input tokens of rgb@32"):
+        FourMTask(*token_set, dataclasses.replace(TINY, mixture=Mixture(components=(wide,))))
+
+
+def test_unknown_modalities_and_recipes_list_the_choices(token_set):
+    odd = dataclasses.replace(TINY.mixture.components[0], inputs={"smell": 1.0})
+    with pytest.raises(ValueError, match="the mixture names smell; choose from caption, rgb"):
+        FourMTask(*token_set, dataclasses.replace(TINY, mixture=Mixture(components=(odd,))))
+    with pytest.raises(ValueError, match="unknown recipe 'giant'; choose from demo"):
+        recipe("giant")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_take_other_numbers(name):
+    changed = recipe(name, steps=50, batch_size=4, seed=3).training
+    assert (changed.steps, changed.batch_size, changed.seed) == (50, 4, 3)
+    assert changed.warmup_steps <= 5
