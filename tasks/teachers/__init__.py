@@ -35,11 +35,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=12.0, help="wall time of the training")
     parser.add_argument("--scenes", type=int, default=SCENES, help="scenes rendered for it")
     parser.add_argument("--folder", type=Path, help="where to save; the shipped weights if unset")
+    parser.add_argument("--resume", action="store_true", help="go on from the weights there are")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads)
     scenes = load_scenes(args.scenes)
     recipe = importlib.import_module(RECIPES[args.name])
-    seen = recipe.train(args.name, scenes, args.folder or WEIGHTS / args.name, args.minutes)
+    folder = args.folder or WEIGHTS / args.name
+    # Only teachers of dense maps can go on; others take no such argument.
+    extra = {"resume": True} if args.resume else {}
+    seen = recipe.train(args.name, scenes, folder, args.minutes, **extra)
     logging.getLogger("fourm.teachers").info("%s: trained on %d scenes", args.name, seen)

@@ -5,6 +5,7 @@ Three small networks of production classes, trained from nothing on scenes of 12
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infra.scenes import CLASSES, MAX_DEPTH
+from models.labelers.base import WEIGHTS
 from tasks.teachers.data import SIZE, TeacherScenes
 from tasks.teachers.timed import save_half, shuffled, train_for
 
-BATCH = 32
+BATCH = 16
+"""Small: on one core, twice the steps are worth more than smoother ones."""
+
+SEMSEG_SIZE = 192
+"""Pixels the segmenter enlarges images to: its finest maps are a quarter of that."""
 
 Indices = NDArray[np.int64]
 
@@ -125,50 +131,58 @@ def _normal_loss(
 
 
 def _build_semseg() -> tuple[nn.Module, Any]:
-    from transformers import (
-        ConvNextConfig,
-        SegformerImageProcessor,
-        UperNetConfig,
-        UperNetForSemanticSegmentation,
-    )
+    from transformers import SegformerImageProcessor, UperNetConfig, UperNetForSemanticSegmentation
 
+    detector = _detector()
     names = dict(enumerate(CLASSES))
-    backbone = ConvNextConfig(
-        patch_size=2,
-        hidden_sizes=[16, 40, 80, 128],
-        depths=[0, 1, 2, 1],
-        image_size=SIZE,
-        layer_scale_init_value=1.0,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
+    backbone = copy.deepcopy(detector.config.backbone_config)
+    backbone.out_features = ["stage1", "stage2", "stage3", "stage4"]
     config = UperNetConfig(
         backbone_config=backbone,
-        hidden_size=16,
+        hidden_size=32,
         use_auxiliary_head=False,
         id2label=names,
         label2id={name: number for number, name in names.items()},
     )
+    network = UperNetForSemanticSegmentation(config)
+    network.backbone.load_state_dict(detector.model.backbone.model.state_dict())
     processor = SegformerImageProcessor(
-        size={"height": SIZE, "width": SIZE}, image_mean=[0.0] * 3, image_std=[1.0] * 3
+        size={"height": SEMSEG_SIZE, "width": SEMSEG_SIZE},
+        image_mean=[0.0] * 3,
+        image_std=[1.0] * 3,
     )
-    return UperNetForSemanticSegmentation(config), processor
+    return network, processor
+
+
+def _detector() -> nn.Module:
+    """The shipped detector: its backbone tells shapes apart, which takes longest to learn."""
+    from transformers import RTDetrV2ForObjectDetection
+
+    if not (WEIGHTS / "det").is_dir():
+        raise ValueError("semseg starts from the detector: train it first (tasks.teachers det)")
+    return RTDetrV2ForObjectDetection.from_pretrained(WEIGHTS / "det", dtype=torch.float32)
 
 
 def _semseg_loss(
     model: nn.Module, image: Tensor, scenes: TeacherScenes, chosen: Indices, mirror: bool
 ) -> Tensor:
+    image = F.interpolate(image, SEMSEG_SIZE, mode="bilinear", antialias=True)
     logits = F.interpolate(model(image).logits.float(), SIZE, mode="bilinear")
-    return F.cross_entropy(logits, truth(scenes.classes, chosen, mirror).long())
+    # Solids are a seventh of the pixels and four of the six classes.
+    weight = torch.tensor([1.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+    return F.cross_entropy(logits, truth(scenes.classes, chosen, mirror).long(), weight)
 
 
 TEACHERS = {
     "depth": DenseTeacher(_build_depth, _depth_loss),
     "normal": DenseTeacher(_build_normal, _normal_loss, lr=1.5e-3, muon="backbone.encoder"),
-    "semseg": DenseTeacher(_build_semseg, _semseg_loss, lr=3e-3),
+    "semseg": DenseTeacher(_build_semseg, _semseg_loss),
 }
 
 
-def train(name: str, scenes: TeacherScenes, folder: Path, minutes: float) -> int:
+def train(
+    name: str, scenes: TeacherScenes, folder: Path, minutes: float, *, resume: bool = False
+) -> int:
     """Train a teacher and save it, weights in half precision.
 
     Args:
@@ -176,6 +190,7 @@ def train(name: str, scenes: TeacherScenes, folder: Path, minutes: float) -> int
         scenes: What to learn from; its held-out part is not touched.
         folder: Where the network and its processor go.
         minutes: Wall time.
+        resume: Whether to go on from the folder's weights, at half the learning rate.
 
     Returns:
         Number of scenes seen.
@@ -183,17 +198,20 @@ def train(name: str, scenes: TeacherScenes, folder: Path, minutes: float) -> int
     teacher = TEACHERS[name]
     torch.manual_seed(0)
     model, processor = teacher.build()
+    if resume:
+        model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
     model = model.to(memory_format=torch.channels_last)
 
     def loss_of(batch: tuple[Indices, bool]) -> Tensor:
         return teacher.loss(model, pixels(scenes, *batch), scenes, *batch)
 
     steps = train_for(
+        name,
         minutes,
         model.train(),
         loss_of,
-        _batches(scenes.training),
-        lr=teacher.lr,
+        _batches(scenes.training, seed=int(resume)),
+        lr=teacher.lr / 2 if resume else teacher.lr,
         is_hidden=lambda parameter: bool(teacher.muon) and parameter.startswith(teacher.muon),
     )
     save_half(model, folder)
@@ -201,6 +219,6 @@ def train(name: str, scenes: TeacherScenes, folder: Path, minutes: float) -> int
     return steps * BATCH
 
 
-def _batches(count: int) -> Iterator[tuple[Indices, bool]]:
-    for number, chosen in enumerate(shuffled(count, BATCH)):
+def _batches(count: int, seed: int) -> Iterator[tuple[Indices, bool]]:
+    for number, chosen in enumerate(shuffled(count, BATCH, seed)):
         yield chosen, number % 2 == 1

@@ -1,0 +1,166 @@
+"""The image-text teacher of scenes: a small CLIP over captions, from scratch.
+
+0.7 million weights, 128 px, 8 x 8 patches of 96 channels. Pictures and captions of a batch must
+find each other, as in CLIP; since that alone takes a small network long, every patch also tells
+what stands at its centre, through a head that is thrown away, and so the patches' features
+speak of shape, colour, size and material where the solid is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from infra.scenes import CLASSES, COLORS, MATERIALS, SHAPES, SIZES
+from tasks.teachers.caption import mirror
+from tasks.teachers.data import SIZE, TeacherScenes
+from tasks.teachers.dense import pixels, truth
+from tasks.teachers.timed import save_half, shuffled, train_for
+
+PATCH = 16
+WIDTH = 96
+LENGTH = 48
+"""Tokens of the longest caption: five solids and their relations, begin and end."""
+
+_BATCH = 64
+_AUXILIARY = 1.0  # weight of the patches' loss against the contrastive one
+_WORDS = ("a", "an", "empty", "room", "left", "of", "in", "front", "behind")
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_PAD, _START, _END = 0, 2, 3
+
+_ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "color": tuple(COLORS),
+    "size": SIZES,
+    "material": MATERIALS,
+}
+
+
+def build() -> tuple[nn.Module, Any, Any]:
+    """Return the untrained CLIP, its image processor and its tokenizer."""
+    from transformers import BertTokenizerFast, CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    words = (*_SPECIAL, *_WORDS, *SIZES, *COLORS, *MATERIALS, *SHAPES)
+    tokenizer = BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": SIZE,
+        "patch_size": PATCH,
+        "projection_dim": WIDTH,
+        "hidden_act": "gelu",
+    }
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": len(words),
+        "max_position_embeddings": LENGTH,
+        "projection_dim": WIDTH,
+        "hidden_act": "gelu",
+        "pad_token_id": _PAD,
+        "bos_token_id": _START,
+        "eos_token_id": _END,
+    }
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH)
+    square = {"height": SIZE, "width": SIZE}
+    images = CLIPImageProcessor(
+        size=square, crop_size=square, do_center_crop=False, image_mean=[0.0] * 3,
+        image_std=[1.0] * 3,
+    )  # fmt: skip
+    return CLIPModel(config), images, tokenizer
+
+
+def patch_targets(
+    scenes: TeacherScenes, chosen: NDArray[np.int64], mirrored: bool
+) -> dict[str, Tensor]:
+    """What stands at the patches' centres: int64 [B, patches] each.
+
+    Returns:
+        "shape", an index into `CLASSES`, and "color", "size" and "material": 0 for none, else
+        one more than the index into the words.
+    """
+    middle = slice(PATCH // 2, None, PATCH)
+    found = {"shape": truth(scenes.classes, chosen, mirrored)[:, middle, middle].flatten(1).long()}
+    instance = truth(scenes.instances, chosen, mirrored)[:, middle, middle].flatten(1).numpy()
+    for key, words in _ATTRIBUTES.items():
+        rows = []
+        for number, places in zip(chosen, instance, strict=True):
+            solids = scenes.annotations[number]["objects"]
+            table = [0, *(1 + words.index(solid[key]) for solid in solids)]
+            rows.append(np.array(table)[places])
+        found[key] = torch.from_numpy(np.stack(rows))
+    return found
+
+
+class _Training(nn.Module):
+    """CLIP, and the heads that tell what a patch shows."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, scenes: TeacherScenes) -> None:
+        super().__init__()
+        self.model, self.scenes, self.tokenizer = model, scenes, tokenizer
+        sizes = {"shape": len(CLASSES)} | {key: 1 + len(w) for key, w in _ATTRIBUTES.items()}
+        self.heads = nn.ModuleDict({key: nn.Linear(WIDTH, size) for key, size in sizes.items()})
+        # A patch feature has no scale of its own, for whoever tokenizes it: keep it near 1.
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+
+    def loss(self, batch: tuple[NDArray[np.int64], bool]) -> Tensor:
+        """Contrastive loss plus the patches' loss of some scenes, mirrored or not."""
+        chosen, mirrored = batch
+        captions = [self.scenes.annotations[number]["caption"] for number in chosen]
+        captions = [mirror(text) for text in captions] if mirrored else captions
+        tokens = self.tokenizer(captions, padding=True, return_tensors="pt")
+        outputs = self.model(
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            pixel_values=pixels(self.scenes, chosen, mirrored),
+            return_loss=True,
+        )
+        patches = self.norm(outputs.vision_model_output.last_hidden_state[:, 1:])
+        told = [
+            F.cross_entropy(self.heads[key](patches).flatten(0, 1).float(), target.flatten())
+            for key, target in patch_targets(self.scenes, chosen, mirrored).items()
+        ]
+        return outputs.loss + _AUXILIARY * torch.stack(told).sum()
+
+
+def _is_hidden(parameter: str) -> bool:
+    return ".encoder.layers." in parameter
+
+
+def train(name: str, scenes: TeacherScenes, folder: Path, minutes: float) -> int:
+    """Train the teacher and save it, weights in half precision, with its tokenizer.
+
+    Args:
+        name: "clip".
+        scenes: What to learn from; its held-out part is not touched.
+        folder: Where the network, its processor and tokenizer go.
+        minutes: Wall time.
+
+    Returns:
+        Number of scenes seen.
+    """
+    torch.manual_seed(0)
+    model, images, tokenizer = build()
+    training = _Training(model, tokenizer, scenes).train()
+
+    def batches() -> Iterator[tuple[NDArray[np.int64], bool]]:
+        for number, chosen in enumerate(shuffled(scenes.training, _BATCH)):
+            yield chosen, number % 2 == 1
+
+    steps = train_for(
+        name, minutes, training, training.loss, batches(), lr=2e-3, is_hidden=_is_hidden
+    )
+    save_half(model, folder)
+    images.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return steps * _BATCH
