@@ -1,0 +1,191 @@
+"""Contracts of masking: spans, budgets, static and full batches, disjoint inputs and targets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from models.fourm.masking import (
+    Component,
+    Draws,
+    Mixture,
+    Samples,
+    mask_batch,
+    redistribute,
+    split_budget,
+    transfer_batch,
+)
+from models.fourm.spans import cut_targets, fit_inputs, span_mask
+from models.fourm.spec import EOS_ID, FourMConfig, ModalitySpec
+
+S1, S2, S3 = 5, 6, 7
+CONFIG = FourMConfig(modalities=(
+    ModalitySpec(name="rgb", kind="pixels", max_tokens=16, is_target=False),
+    ModalitySpec(name="depth", kind="img", max_tokens=16, vocab_size=99),
+    ModalitySpec(name="normal", kind="img", max_tokens=16, vocab_size=99),
+    ModalitySpec(name="text", kind="seq", max_tokens=12, vocab_size=400),
+))
+NAMES = [m.name for m in CONFIG.modalities]
+
+
+def samples(batch: int = 6) -> Samples:
+    """Grid ids are their positions; texts have 3 to 12 ids."""
+    rng = np.random.default_rng(0)
+    length = rng.integers(3, 13, batch)
+    ids = rng.integers(204, 400, (batch, 12))
+    ids[np.arange(batch), length - 1] = EOS_ID
+    ids[np.arange(12) >= length[:, None]] = 0
+    grid = np.broadcast_to(np.arange(16), (batch, 16))
+    pixels = rng.integers(0, 255, (batch, 16, 768), np.uint8)
+    return Samples(grids={"depth": grid, "normal": grid}, sequences={"text": (ids, length)},
+                   pixels={"rgb": pixels})
+
+
+def mixture(**change) -> Mixture:
+    alphas = dict.fromkeys(NAMES, 0.5)
+    settings = {"inputs": alphas, "targets": dict.fromkeys(["depth", "normal", "text"], 0.5),
+                "num_inputs": (20, 20), "num_targets": (12, 12), **change}
+    return Mixture(components=(Component(**settings),))
+
+
+@pytest.mark.parametrize(("keep", "inputs", "targets"), [
+    ([1, 1, 1], [301, 302, EOS_ID], [S1]),
+    ([0, 0, 0], [S1], [S1, 301, 302, EOS_ID, S2]),
+    ([0, 1, 0], [S1, 302, S2], [S1, 301, S2, EOS_ID, S3]),
+    ([1, 0, 0], [301, S1], [S1, 302, EOS_ID, S2]),
+])
+def test_runs_of_removed_tokens_become_sentinels(keep, inputs, targets):
+    ids, length = np.array([[301, 302, EOS_ID, 0]]), np.array([3])
+    (got, n), (want, m) = span_mask(ids, length, np.array([[*keep, 0]], bool))
+    assert got[0, : n[0]].tolist() == inputs
+    assert want[0, : m[0]].tolist() == targets
+
+
+def test_inputs_over_budget_are_drawn_again_with_lower_probability():
+    ids = np.array([[301, 302, 303, EOS_ID]] * 2)
+    attempts: list[int] = []
+
+    def draw(attempt: int) -> np.ndarray:
+        attempts.append(attempt)
+        return np.full((2, 4), 0.95 if attempt == 2 else 0.0)
+
+    inputs, targets = fit_inputs(ids, np.array([4, 4]), np.ones(2), np.array([1, 4]), draw)
+    assert attempts == [0, 1, 2]
+    assert inputs[1].tolist() == [1, 4]
+    assert targets[0][0, :6].tolist() == [S1, 301, 302, 303, EOS_ID, S2]
+
+
+def test_without_input_budget_everything_is_a_target():
+    ids = np.array([[301, EOS_ID]])
+    inputs, targets = fit_inputs(ids, np.array([2]), np.ones(1), np.array([0]),
+                                 lambda _: np.zeros((1, 2)))
+    assert inputs[1].tolist() == [0]
+    assert targets[0][0, :4].tolist() == [S1, 301, EOS_ID, S2]
+
+
+@pytest.mark.parametrize(("choice", "budget", "kept"), [
+    (0, 3, [S1, 301, S2]), (1, 3, [S2, 302, 303]), (9, 4, [S2, 302, 303, S3]),
+    (1, 6, [S1, 301, S2, 302, 303, S3]), (1, 5, [S2, 302, 303, S3]), (0, 0, []),
+])
+def test_long_targets_start_at_a_sentinel(choice, budget, kept):
+    ids = np.array([[S1, 301, S2, 302, 303, S3, 0]])
+    got, length = cut_targets((ids, np.array([6])), np.array([budget]), np.array([choice]))
+    assert got[0, : length[0]].tolist() == kept
+
+
+def test_budgets_are_floors_plus_the_picks():
+    got = split_budget(np.array([[0.5, 0.3, 0.2]]), np.array([7]), np.array([[2, 2, 0]]))
+    assert got.tolist() == [[3, 2, 2]]
+
+
+def test_excess_goes_to_modalities_with_room_and_a_share():
+    got = redistribute(np.array([[9, 1, 0]]), np.array([[4, 20, 20]]), np.array([[0.9, 0.1, 0.0]]))
+    assert got.tolist() == [[4, 6, 0]]
+
+
+def test_batches_are_static_and_full_where_grids_have_room():
+    for step in range(20):
+        batch = mask_batch(CONFIG, samples(), mixture(), Draws(0, step, 6))
+        assert batch.enc_mod.shape == (6, 20)
+        assert batch.dec_mod.shape == (6, 12)
+        assert (batch.enc_mod >= 0).all()
+        assert (batch.dec_mod >= 0).all()
+
+
+def test_no_grid_position_is_both_seen_and_predicted_and_targets_are_true():
+    batch = mask_batch(CONFIG, samples(), mixture(), Draws(1, 0, 6))
+    flat = batch.dec_pos.reshape(-1)[batch.rows]
+    first = 0
+    for spec, count in zip(CONFIG.modalities, batch.counts, strict=True):
+        if spec.kind == "img":
+            assert torch.equal(batch.targets[first : first + count], flat[first : first + count])
+        first += count
+    for row in range(6):
+        seen = set(zip(batch.enc_mod[row].tolist(), batch.enc_pos[row].tolist(), strict=True))
+        aims = set(zip(batch.dec_mod[row].tolist(), batch.dec_pos[row].tolist(), strict=True))
+        assert not {pair for pair in seen & aims if pair[0] != CONFIG.index("text")}
+
+
+def test_pixels_go_to_the_slots_that_ask_for_them():
+    data = samples()
+    batch = mask_batch(CONFIG, data, mixture(), Draws(0, 0, 6))
+    slots = batch.dense["rgb"].slots.numpy()
+    assert (batch.enc_mod.numpy().reshape(-1)[slots] == CONFIG.index("rgb")).all()
+    wanted = data.pixels["rgb"][slots // 20, batch.enc_pos.numpy().reshape(-1)[slots]]
+    np.testing.assert_array_equal(batch.dense["rgb"].values.numpy(), wanted)
+
+
+def test_grids_attend_their_modality_and_sequences_what_is_left():
+    batch = mask_batch(CONFIG, samples(), mixture(), Draws(0, 3, 6))
+    slots = torch.arange(12)
+    for row in range(6):
+        for i, (mod, until) in enumerate(zip(batch.dec_mod[row], batch.dec_until[row],
+                                             strict=True)):
+            last = int(slots[batch.dec_mod[row] == mod].max()) + 1
+            assert int(until) == (i + 1 if CONFIG.modalities[mod].kind == "seq" else last)
+
+
+def test_a_hole_gets_no_tokens():
+    data = samples()
+    data.present["depth"] = np.array([True, False] * 3)
+    batch = mask_batch(CONFIG, data, mixture(), Draws(0, 0, 6))
+    index = CONFIG.index("depth")
+    assert not (batch.enc_mod[1::2] == index).any()
+    assert not (batch.dec_mod[1::2] == index).any()
+
+
+def test_a_component_names_all_that_is_visible():
+    only = mixture(inputs={"rgb": 1.0}, num_inputs=(16, 16))
+    batch = mask_batch(CONFIG, samples(), only, Draws(0, 0, 6))
+    assert (batch.enc_mod == CONFIG.index("rgb")).all()
+
+
+def test_one_component_for_a_whole_batch_fixes_its_shape():
+    parts = mixture().components + mixture(num_inputs=(8, 8)).components
+    mix = Mixture(components=parts, per_batch=True)
+    widths = {mask_batch(CONFIG, samples(), mix, Draws(0, step, 6)).enc_mod.shape[1]
+              for step in range(20)}
+    assert widths == {8, 20}
+
+
+def test_transfer_shows_all_of_one_and_asks_for_all_of_another():
+    data = samples()
+    batch = transfer_batch(CONFIG, data, ["rgb"], ["depth", "text"], Draws(0, 0, 6))
+    assert (batch.enc_mod == CONFIG.index("rgb")).sum() == 6 * 16
+    named = {m.name: c for m, c in zip(CONFIG.modalities, batch.counts, strict=True)}
+    assert named["depth"] == 6 * 16
+    assert named["text"] == int((data.sequences["text"][1] + 1).sum())
+
+
+def test_small_concentrations_do_not_underflow():
+    share = Draws(0, 0, 500).dirichlet("x", np.full((500, 4), 1e-3))
+    assert np.isfinite(share).all()
+    np.testing.assert_allclose(share.sum(1), 1)
+    np.testing.assert_allclose(share.mean(0), 0.25, atol=0.08)
+
+
+@pytest.mark.parametrize("field", ["num_inputs", "num_targets"])
+def test_ranges_that_cannot_be_are_refused(field):
+    with pytest.raises(ValueError, match=field):
+        mixture(**{field: (5, 3)})
