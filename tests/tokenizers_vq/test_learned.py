@@ -132,7 +132,10 @@ def test_whitened_latents_are_uncorrelated_and_use_every_level():
     mixed = torch.randn(4, 500, 3) @ torch.tensor([[3.0, 1, 0], [0, 0.1, 0], [1, 1, 5]]) + 7
     out = whiten(mixed).flatten(0, 1)
     assert torch.allclose(out.T @ out / len(out), torch.eye(3), atol=0.02)
+    whiten.fit(mixed.flatten(0, 1))
+    assert torch.allclose(whiten.eval()(mixed).flatten(0, 1), out, atol=1e-3)
     quantizer = FiniteScalar(3, (5, 5, 5)).train()
+    quantizer.down = torch.nn.Identity()
     tokens = quantizer(mixed).tokens
     assert code_statistics(tokens, 125)["usage"] > 0.9
 
