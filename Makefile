@@ -35,8 +35,6 @@ demo: ready  ## Scenes in, a trained model out: the whole chain (30 minutes on 2
 demo-long: ready  ## The same chain with more scenes and training (90 minutes)
 	$(PY) -m pipelines.cli demo --scale long --root $(DATA)/demo-long
 
-test test-all bench: export RAY_AUTH_MODE := disabled
-
 test: ready  ## The tests that continuous integration runs
 	$(PYTEST) -m 'not chaos and not slow and not browser'
 

@@ -37,28 +37,27 @@ class Size:
 
     scenes: int
     shard_rows: int
-    tokenizer_steps: int
     tokenizer_shards: int
-    steps: int
+    recipe: params.RecipeName
     evaluated: int
-    samples: int
-    recipe: str
+    tokenizer_steps: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    samples: int = 10
+    pictures: int = 64
 
 
 SIZES: dict[Scale, Size] = {
     "tiny": Size(
-        scenes=60, shard_rows=20, tokenizer_steps=8, tokenizer_shards=2, steps=8, evaluated=8,
-        samples=2, recipe="tiny",
+        scenes=60, shard_rows=20, tokenizer_steps=8, tokenizer_shards=2, recipe="demo", steps=8,
+        batch_size=8, evaluated=8, samples=2, pictures=8,
     ),
-    "demo": Size(
-        scenes=4500, shard_rows=500, tokenizer_steps=700, tokenizer_shards=8, steps=2400,
-        evaluated=96, samples=10, recipe="demo",
-    ),
+    "demo": Size(scenes=4500, shard_rows=500, tokenizer_shards=8, recipe="demo", evaluated=128),
     "long": Size(
-        scenes=12_000, shard_rows=1000, tokenizer_steps=1500, tokenizer_shards=10, steps=9000,
-        evaluated=192, samples=10, recipe="demo",
+        scenes=12_000, shard_rows=1000, tokenizer_shards=10, tokenizer_steps=1500,
+        recipe="demo_long", evaluated=256,
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,12 @@ def demo_params(size: Size, root: str, world: World) -> params.EndToEndParams:
             text_vocab=1000,
         ),
         publish=params.PublishOptions(val_share=0.1),
-        train=params.TrainOptions(recipe=size.recipe, steps=size.steps),
-        evaluate=params.EvaluateOptions(scenes=size.evaluated, samples=size.samples),
+        train=params.TrainOptions(
+            recipe=size.recipe, steps=size.steps, batch_size=size.batch_size
+        ),
+        evaluate=params.EvaluateOptions(
+            scenes=size.evaluated, samples=size.samples, pictures=size.pictures
+        ),
     )
 
 
@@ -194,8 +197,8 @@ def finished_as(chosen: params.EndToEndParams) -> dict[str, Any]:
 
 
 def _where(root: str) -> Iterator[str]:
-    yield f"Results:   {root}/reports/results.json"
-    yield f"Pictures:  {root}/reports/report.html"
+    yield f"Results:   {root}/reports/main/results.json"
+    yield f"Pictures:  {root}/reports/main/report.html"
     yield f"Try it:    fourm generate --root {root} --from rgb=photo.jpg --to depth,caption"
 
 

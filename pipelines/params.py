@@ -15,6 +15,7 @@ from infra.ray_session import Embedded, Existing, RayTarget
 
 LabelerName = Literal["depth", "normal", "semseg", "det", "caption", "clip"]
 DenseName = Literal["rgb", "depth", "normal", "semseg", "clip"]
+RecipeName = Literal["demo", "demo_long", "fourm_b"]
 
 ALL_LABELERS: list[LabelerName] = ["depth", "normal", "semseg", "det", "caption", "clip"]
 ALL_DENSE: list[DenseName] = ["rgb", "depth", "normal", "semseg", "clip"]
@@ -134,7 +135,9 @@ class PublishOptions(Form):
 class TrainOptions(Form):
     """How 4M is trained."""
 
-    recipe: str = Field("demo", description="Recipe: model, masking and optimizer in one word.")
+    recipe: RecipeName = Field(
+        "demo", description="Network, masking and optimizer in one word."
+    )
     run: str = Field("main", pattern=r"^[\w.-]+$", description="Name of the run.")
     manifest: str = Field("main", pattern=r"^[\w.-]+$", description="Manifest to train on.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps; none: the recipe's.")

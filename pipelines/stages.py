@@ -48,7 +48,6 @@ def stage_task(
                 return stage(params)
 
         return task(
-            timed_stage,
             name=name,
             retries=2,
             retry_delay_seconds=[10, 60],
@@ -56,7 +55,7 @@ def stage_task(
             retry_condition_fn=_worth_a_retry,
             cache_policy=NO_CACHE,
             persist_result=False,
-        )
+        )(timed_stage)
 
     return decorate
 

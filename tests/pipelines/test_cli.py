@@ -85,3 +85,18 @@ def test_lists_and_addresses_are_given_as_words() -> None:
     assert form.labelers == ["depth", "clip"]
     assert form.ray == Existing(address="10.0.0.1:6379")
     assert form.workers is None
+
+
+def test_the_form_offers_all_recipes_and_modalities() -> None:
+    from typing import get_args
+
+    from models.labelers import KINDS, PRESETS
+    from pipelines.params import DenseName, LabelerName, LabelOptions, RecipeName
+    from tasks.recipes import RECIPES
+    from tasks.tokenizer_recipes import tokenizer_recipe
+
+    assert set(get_args(RecipeName)) == set(RECIPES)
+    assert set(get_args(LabelerName)) == set(KINDS)
+    assert set(get_args(LabelOptions.model_fields["preset"].annotation)) == set(PRESETS)
+    for name in get_args(DenseName):
+        tokenizer_recipe(name)

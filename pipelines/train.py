@@ -1,0 +1,84 @@
+"""Flow: train 4M on a published token set."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from prefect import flow
+
+from infra import ui
+from infra.manifest import load_manifest
+from infra.ray_session import ray_session
+from infra.store import Store
+from pipelines.params import TrainParams
+from pipelines.stages import stage_task
+from tasks.recipes import recipe
+from tasks.report import curve_figure
+from tasks.run_store import read_curve
+from tasks.train import train_fourm
+
+CURVE_SECONDS = 60.0
+"""Seconds between two pictures of the loss curve."""
+
+
+@stage_task("train")
+def train_model(params: TrainParams) -> dict[str, Any]:
+    """Train to the last step; a run that was cut off goes on from its newest checkpoint."""
+    store = Store(params.root)
+    chosen = recipe(
+        params.recipe, steps=params.steps, batch_size=params.batch_size, seed=params.seed
+    )
+    curve = LiveCurve(store, params.run)
+    with ray_session(params.ray) if params.train_workers else nullcontext():
+        info = train_fourm(
+            store,
+            load_manifest(store, params.manifest),
+            chosen,
+            run=params.run,
+            num_workers=params.train_workers,
+            on_progress=curve.add,
+        )
+    curve.show()
+    metrics = [{"metric": name, "value": round(v, 4)} for name, v in info.metrics.items()]
+    ui.table(f"{params.run}-metrics", metrics, f"Run {params.run} after {info.steps} steps")
+    return asdict(info)
+
+
+class LiveCurve:
+    """Progress and loss curve of a run in the UI while it trains."""
+
+    def __init__(self, store: Store, run: str) -> None:
+        self._run = run
+        self._points = read_curve(store, f"runs/{run}")
+        self._progress = ui.progress(f"train {run}")
+        self._shown = time.monotonic()
+
+    def add(self, step: int, steps: int, metrics: dict[str, float]) -> None:
+        """Take up a point of the curve, and show it all now and then."""
+        self._points.append({"step": step, **metrics})
+        pace = metrics.get("samples_per_second", 0.0)
+        text = f"step {step}/{steps}, loss {metrics.get('loss', 0.0):.3f}, {pace:.0f} samples/s"
+        self._progress.update(step, steps, text)
+        if time.monotonic() - self._shown > CURVE_SECONDS:
+            self.show()
+
+    def show(self) -> None:
+        """Draw the curve into the UI."""
+        self._shown = time.monotonic()
+        if len(self._points) > 1 and ui.in_run():
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+            canvas = FigureCanvasAgg(curve_figure(self._points))
+            canvas.draw()
+            picture = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+            ui.gallery(f"{self._run}-loss", [("", picture)], f"Loss of run {self._run}")
+
+
+@flow(name="train", description=TrainParams.__doc__)
+def train_flow(params: TrainParams) -> dict[str, Any]:
+    """Train 4M on a published token set."""
+    return train_model(params)
