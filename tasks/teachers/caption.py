@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import BlipForConditionalGeneration, BlipProcessor
 
 _BATCH = 32
+_LEARNING_RATE = 1.5e-3
 _WIDTH = 128
 _INPUT = 144  # pixels the image is resized to
 _GRID = 12  # patches a side
@@ -140,15 +141,17 @@ def _mirror_truth(truth: dict[str, Any]) -> dict[str, Any]:
     return truth | {"caption": mirror(truth["caption"]), "boxes": boxes}
 
 
-def _batches(scenes: TeacherScenes, processor: BlipProcessor) -> Iterator[dict[str, torch.Tensor]]:
+def _batches(
+    scenes: TeacherScenes, processor: BlipProcessor, seed: int
+) -> Iterator[dict[str, torch.Tensor]]:
     """Yield pixels, token ids, and the patches' targets; half of the scenes are mirrored."""
     import torch
 
-    rng = np.random.default_rng(1)
-    for indices in shuffled(scenes.training, _BATCH):
+    rng = np.random.default_rng(seed)
+    for indices in shuffled(scenes.training, _BATCH, seed):
         images, texts, facts, boxes = [], [], [], []
         for index in indices:
-            image, truth = recompress(scenes.rgb[index]), scenes.annotations[index]
+            image, truth = scenes.rgb[index], scenes.annotations[index]
             instances = scenes.instances[index]
             if rng.random() < 0.5:
                 image, instances = image[:, ::-1], instances[:, ::-1]
@@ -185,7 +188,9 @@ def _patch_loss(outputs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.
     return loss + 5 * functional.l1_loss(boxes[solid], batch["boxes"][solid])
 
 
-def train(name: str, scenes: TeacherScenes, folder: Path, minutes: float) -> int:
+def train(
+    name: str, scenes: TeacherScenes, folder: Path, minutes: float, *, resume: bool = False
+) -> int:
     """Train a captioner and write it with its processor into a folder.
 
     Args:
@@ -193,6 +198,7 @@ def train(name: str, scenes: TeacherScenes, folder: Path, minutes: float) -> int
         scenes: What it learns from.
         folder: Where to write it.
         minutes: Time to train for.
+        resume: Whether to go on from the folder's weights, at half the learning rate.
 
     Returns:
         Number of scenes seen.
@@ -202,6 +208,8 @@ def train(name: str, scenes: TeacherScenes, folder: Path, minutes: float) -> int
 
     torch.manual_seed(0)
     model, processor = build()
+    if resume:
+        model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
     learner = nn.ModuleDict({"blip": model.train(), "heads": _heads()})
 
     def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -219,8 +227,8 @@ def train(name: str, scenes: TeacherScenes, folder: Path, minutes: float) -> int
         minutes,
         learner,
         loss_of,
-        prefetch(_batches(scenes, processor)),
-        lr=1.5e-3,
+        prefetch(_batches(scenes, processor, seed=int(resume))),
+        lr=_LEARNING_RATE / 2 if resume else _LEARNING_RATE,
         is_hidden=lambda name: ".layer" in name,
     )
     save_half(model, folder)
