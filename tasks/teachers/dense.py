@@ -17,13 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from infra.scenes import CLASSES, MAX_DEPTH
+from infra.scenes import CLASSES, MAX_DEPTH, SHAPES
 from models.labelers.base import WEIGHTS
 from tasks.teachers.data import SIZE, TeacherScenes
 from tasks.teachers.timed import save_half, shuffled, train_for
 
 BATCH = 16
 """Small: on one core, twice the steps are worth more than smoother ones."""
+
+SOLID_WEIGHT = 1.0
+FIRST_SOLID = CLASSES.index(SHAPES[0])
 
 SEMSEG_SIZE = 192
 """Pixels the segmenter enlarges images to: its finest maps are a quarter of that."""
@@ -82,7 +85,13 @@ def _depth_loss(
 ) -> Tensor:
     predicted = model(image).predicted_depth.float().clamp_min(0.1)
     expected = truth(scenes.depth, chosen, mirror).float()
-    return F.l1_loss(predicted.log(), expected.log())
+    error = (predicted.log() - expected.log()).abs()
+    return (error * _emphasis(scenes, chosen, mirror)).mean()
+
+
+def _emphasis(scenes: TeacherScenes, chosen: Indices, mirror: bool) -> Tensor:
+    """Weights [B, S, S] of the pixels: solids are a seventh of them, and all the difficulty."""
+    return 1.0 + SOLID_WEIGHT * (truth(scenes.classes, chosen, mirror) >= FIRST_SOLID)
 
 
 def _build_normal() -> tuple[nn.Module, Any]:
@@ -127,7 +136,8 @@ def _normal_loss(
     predicted = F.interpolate(model(image).normals.float(), SIZE, mode="bilinear")
     predicted = F.normalize(predicted, dim=1)
     # The distance between unit vectors grows with the angle itself, so that small errors count.
-    return (predicted - expected).square().sum(1).add(1e-5).sqrt().mean()
+    error = (predicted - expected).square().sum(1).add(1e-5).sqrt()
+    return (error * _emphasis(scenes, chosen, mirror)).mean()
 
 
 def _build_semseg() -> tuple[nn.Module, Any]:
@@ -168,9 +178,10 @@ def _semseg_loss(
 ) -> Tensor:
     image = F.interpolate(image, SEMSEG_SIZE, mode="bilinear", antialias=True)
     logits = F.interpolate(model(image).logits.float(), SIZE, mode="bilinear")
-    # Solids are a seventh of the pixels and four of the six classes.
-    weight = torch.tensor([1.0, 1.0, 2.0, 2.0, 2.0, 2.0])
-    return F.cross_entropy(logits, truth(scenes.classes, chosen, mirror).long(), weight)
+    error = F.cross_entropy(
+        logits, truth(scenes.classes, chosen, mirror).long(), reduction="none"
+    )
+    return (error * _emphasis(scenes, chosen, mirror)).mean()
 
 
 TEACHERS = {

@@ -1,0 +1,122 @@
+"""Labelling a shard: same keys and order as the pictures, holes with reasons, fingerprints."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+
+from infra.ledger import Ledger, ShardData, Stage
+from infra.shards import hole, read_tar, write_tar
+from infra.store import Store
+from infra.units import SystemicFailure
+from models import modalities
+from models.labelers import LabelerSpec
+from models.labelers.base import Image, Labeler
+from tasks.label import LabelWork, build_work, label_jobs, label_stage
+
+FETCH = Stage("fetch", 1, {}, ("rgb", "caption"))
+SPEC = LabelerSpec("depth", ("depth",), "org/model", revision="1", batch_size=2, device="cpu")
+
+
+class Brightness(Labeler):
+    """Depth is brightness. White pictures cannot be labelled."""
+
+    def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
+        if any(image.min() == 255 for image in images):
+            raise RuntimeError("too white")
+        return {"depth": [image[..., 0].astype(np.float32) / 255 for image in images]}
+
+
+def jpeg(level: int, size: int = 16) -> bytes:
+    buffer = io.BytesIO()
+    Pillow.fromarray(np.full((size, size, 3), level, np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def commit_pictures(store: Store, members: list[tuple[str, bytes]]) -> None:
+    keys = [name.split(".")[0] for name, _ in members]
+    texts = write_tar((f"{key}.txt", b"text") for key in keys)
+    data = ShardData(
+        keys=keys,
+        outputs={"rgb": write_tar(members), "caption": texts},
+        statuses=[(key, "ok", "") for key in keys],
+        seconds=1.0,
+    )
+    Ledger(store).commit(FETCH, 0, data)
+
+
+def run(store: Store) -> ShardData:
+    stage = label_stage(SPEC, FETCH)
+    data = LabelWork(store, stage, Brightness(SPEC)).run(0)
+    Ledger(store).commit(stage, 0, data)
+    return data
+
+
+def test_labels_have_the_pictures_keys_and_order_and_failures_are_holes(tmp_path):
+    store = Store(str(tmp_path))
+    pictures = [
+        ("00000000007.jpg", jpeg(100)),
+        ("00000000002.jpg", b"no picture"),
+        ("00000000003.jpg", jpeg(255)),
+        hole("00000000004", "gone"),
+        ("00000000005.jpg", jpeg(200, size=24)),
+    ]
+    commit_pictures(store, pictures)
+    data = run(store)
+    members = dict(read_tar(data.outputs["depth"]))
+    assert [name.split(".")[0] for name in members] == data.keys
+    assert data.keys == [name.split(".")[0] for name, _ in pictures]
+    assert [reason for _, reason, _ in data.statuses] == [
+        "ok", "undecodable", "unlabelled", "no_picture", "ok",
+    ]  # fmt: skip
+    assert "too white" in data.statuses[2][2]
+    decode = modalities.get("depth").decode
+    assert decode(members["00000000007.png"]).mean() == pytest.approx(100 / 255, abs=0.01)
+    assert decode(members["00000000005.png"]).shape == (24, 24)
+    assert b"unlabelled" in members["00000000003.missing"]
+
+
+def test_a_shard_without_any_label_is_an_error_and_not_a_shard_of_holes(tmp_path):
+    store = Store(str(tmp_path))
+    commit_pictures(store, [("00000000000.jpg", jpeg(255)), ("00000000001.jpg", jpeg(255))])
+    with pytest.raises(RuntimeError, match=r"labelled no picture of shard 0.*too white"):
+        run(store)
+
+
+def test_an_empty_shard_is_labelled_as_an_empty_shard(tmp_path):
+    store = Store(str(tmp_path))
+    commit_pictures(store, [])
+    assert run(store).keys == []
+
+
+def test_the_fingerprint_holds_what_changes_labels_and_nothing_else():
+    base = label_stage(SPEC, FETCH).fingerprint
+    for same in ({"batch_size": 7}, {"device": "auto"}):
+        assert label_stage(dataclasses.replace(SPEC, **same), FETCH).fingerprint == base
+    for other in ({"revision": "2"}, {"precision": "bf16"}, {"options": {"max_depth": 10.0}}):
+        assert label_stage(dataclasses.replace(SPEC, **other), FETCH).fingerprint != base
+    assert label_stage(SPEC, dataclasses.replace(FETCH, version=2)).fingerprint != base
+
+
+def test_a_job_can_be_rebuilt_from_its_json(tmp_path):
+    (job,) = label_jobs([SPEC], FETCH, range(3))
+    assert job.shards == (0, 1, 2)
+    assert LabelerSpec.from_dict(job.config) == SPEC
+    assert job.stage.upstream == (FETCH,)
+
+
+def test_weights_that_cannot_be_loaded_stop_the_run_and_are_named(tmp_path):
+    spec = dataclasses.replace(SPEC, model_id=str(tmp_path / "absent"))
+    with pytest.raises(SystemicFailure, match="absent"):
+        build_work(str(tmp_path), label_stage(spec, FETCH), spec.to_dict())
+
+
+def test_an_output_that_is_no_modality_is_named_before_any_work():
+    with pytest.raises(ValueError, match="unknown modality 'taste'"):
+        label_stage(dataclasses.replace(SPEC, outputs=("taste",)), FETCH)
