@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from infra.scenes import CLASSES, MAX_DEPTH
+from infra.scenes import CLASSES, MAX_DEPTH, SHAPES
 from models.labelers import LabelerSpec, load_labeler
 from tasks.metrics import confusion, depth_metrics, miou, normal_angle
 from tasks.teachers.data import HELD_OUT, TeacherScenes
@@ -29,15 +29,37 @@ def _semseg(values: list[Any], scenes: TeacherScenes, numbers: range) -> dict[st
     return {"miou": miou(confusion(np.stack(values), truth, len(CLASSES)))}
 
 
+def _clip(values: list[Any], scenes: TeacherScenes, numbers: range) -> dict[str, float]:
+    """How well a linear map reads a solid's attributes from the patch at whose centre it is."""
+    from tasks.teachers.clip import patch_targets
+
+    features = np.stack(values).astype(np.float64).reshape(len(values), -1, values[0].shape[-1])
+    half = len(values) // 2
+    scores = {}
+    for key, target in patch_targets(scenes, np.array(numbers), False).items():
+        wanted = target.numpy()
+        seen = wanted >= (CLASSES.index(SHAPES[0]) if key == "shape" else 1)
+        train, test = (features[part][seen[part]] for part in (slice(half), slice(half, None)))
+        known, asked = wanted[:half][seen[:half]], wanted[half:][seen[half:]]
+        centre = train.mean(0)
+        gram = (train - centre).T @ (train - centre) + np.eye(train.shape[1])
+        onehot = np.eye(wanted.max() + 1)[known]
+        weights = np.linalg.solve(gram, (train - centre).T @ (onehot - onehot.mean(0)))
+        guess = ((test - centre) @ weights + onehot.mean(0)).argmax(1)
+        scores[key] = float((guess == asked).mean())
+    return scores
+
+
 _SCORES: dict[str, Callable[[list[Any], TeacherScenes, range], dict[str, float]]] = {
     "depth": _depth,
     "normal": _normal,
     "semseg": _semseg,
+    "clip": _clip,
 }
 
 
 def check(spec: LabelerSpec, scenes: TeacherScenes, count: int = HELD_OUT) -> dict[str, float]:
-    """Score a dense labeler on the last `count` scenes of a set, none of which it trained on.
+    """Score a labeler of maps or features on the last `count` scenes of a set, none of which it trained on.
 
     Returns:
         Its metrics, and "images_per_second".

@@ -37,7 +37,7 @@ class TeacherScenes:
     """Rendered scenes; N is their number and S the side of the images.
 
     Attributes:
-        rgb: uint8 [N, S, S, 3].
+        rgb: uint8 [N, S, S, 3], after JPEG as ingested images are.
         depth: float16 [N, S, S], metres.
         normal: int8 [N, S, S, 3], the unit vectors times 127.
         classes: uint8 [N, S, S], indices into `infra.scenes.CLASSES`.
@@ -104,8 +104,9 @@ def _render_chunk(job: tuple[Path, int, int]) -> list[dict[str, Any]]:
     annotations = []
     for number in range(start, stop):
         view = render(sample_scene(TEACHER_SEED + number), SIZE)
-        for name in ("rgb", "depth", "classes", "instances"):
+        for name in ("depth", "classes", "instances"):
             arrays[name][number] = getattr(view, name)
+        arrays["rgb"][number] = recompress(view.rgb)
         arrays["normal"][number] = np.round(view.normal * 127)
         objects = [
             {key: getattr(solid, key) for key in ("size", "color", "material", "shape")}
