@@ -59,7 +59,7 @@ _SCORES: dict[str, Callable[[list[Any], TeacherScenes, range], dict[str, float]]
 
 
 def check(spec: LabelerSpec, scenes: TeacherScenes, count: int = HELD_OUT) -> dict[str, float]:
-    """Score a labeler of maps or features on the last `count` scenes of a set, none of which it trained on.
+    """Score a labeler of maps or features on the last scenes of a set, which it did not train on.
 
     Returns:
         Its metrics, and "images_per_second".

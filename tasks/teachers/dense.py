@@ -1,6 +1,12 @@
 """Teachers of dense maps: depth, surface normals and semantic segmentation.
 
-Three small networks of production classes, trained from nothing on scenes of 128 px.
+Small networks of production classes, taught on scenes of 128 px, each in minutes of one core:
+
+    depth    GLPN (as SegFormer's encoder), 0.65 M weights, from nothing
+    normal   TIPSv2-DPT: a ViT of 8 px patches and a DPT head, 0.75 M, from nothing
+    semseg   UPerNet on the detector's ResNet, 0.47 M: shapes take longest to learn, and the
+             detector knows them (from nothing, mIoU is 0.37 after as much time, so train `det`
+             first)
 """
 
 from __future__ import annotations
