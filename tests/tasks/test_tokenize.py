@@ -110,6 +110,16 @@ def test_a_changed_recipe_gets_its_own_folder(dataset):
     assert store.exists(f"{infos['depth'].path}/info.json")
 
 
+@pytest.mark.slow
+def test_trained_on_ray_two_at_a_time(dataset, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    store, stages, _, _ = dataset
+    recipes = {n: tokenizer_recipe(n, **{**SMALL, "seed": 1}) for n in ("depth", "clip")}
+    infos = train_tokenizers(store, stages, recipes, shards=range(SHARDS), workers=2)
+    assert infos.keys() == recipes.keys()
+    assert all(store.exists(f"{info.path}/info.json") for info in infos.values())
+
+
 def test_no_labels_and_unknown_modalities_are_refused_before_any_work(dataset):
     store, stages, recipes, infos = dataset
     with pytest.raises(ValueError, match="no labels for 'normal'"):
