@@ -1,9 +1,10 @@
 """The captioner of scenes: BLIP with a small ViT and a text decoder of 37 words, from scratch.
 
-1.4 million weights. A ViT that learns from captions alone takes long to see anything, so while it
+1.5 million weights. A ViT that learns from captions alone takes long to see anything, so while it
 trains, every patch also tells what solid stands at its centre, and where that solid's box
 is; the heads for it are thrown away. Half of the scenes are mirrored, words included.
-20 minutes on one core with bf16 get 0.9 of the attributes of held-out scenes right.
+17 minutes on one shared core with bf16 (46,000 scenes) got 0.91 of the attributes of held-out
+scenes right; shapes are the weakest (0.73).
 """
 
 from __future__ import annotations
