@@ -1,4 +1,4 @@
-"""The captioner of scenes: BLIP with a small ViT and a text decoder of 37 words, from scratch.
+"""The captioner of scenes: BLIP with a small ViT and a text decoder of 30 tokens, from scratch.
 
 1.5 million weights. A ViT that learns from captions alone takes long to see anything, so while it
 trains, every patch also tells what solid stands at its centre, and where that solid's box
