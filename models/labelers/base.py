@@ -103,7 +103,9 @@ class Labeler(ABC):
 
     def __init__(self, spec: LabelerSpec) -> None:
         import torch
+        from transformers.utils import logging as chatter
 
+        chatter.disable_progress_bar()  # workers log; nobody watches bars there
         self.spec = spec
         device = spec.device
         if device == "auto":
