@@ -90,7 +90,7 @@ def generate(
         targets: Modalities to predict; each becomes a condition of the next.
         out_dir: Where files go: <modality>.png, caption.txt, det.json and so on.
         samples: Different results, each in its own files.
-        guidance: Scale of guidance; None leaves each target's usual one.
+        guidance: Scale of guidance; None and 1 are none.
         seed: Of the first sample.
 
     Returns:
@@ -124,13 +124,18 @@ def generate(
 def _settings(
     generator: Generator, given: Sequence[str], targets: Sequence[str], guidance: float | None
 ) -> dict[str, Decoding]:
+    """The released sampler's settings; guidance only where it is asked for, because it needs a
+    training that often hides conditions."""
     from models.fourm.decoding import default_decoding
 
-    found = {}
-    for name in targets:
-        decoding = default_decoding(generator.spec(name, target=True), given)
-        found[name] = decoding if guidance is None else replace(decoding, guidance=guidance)
-    return found
+    scale = 1.0 if guidance is None else guidance
+    return {
+        name: replace(
+            default_decoding(generator.spec(name, target=True), given),
+            guidance=scale, show_opening=False,
+        )
+        for name in targets
+    }  # fmt: skip
 
 
 def read_input(generator: Generator, name: str, given: str) -> Any:

@@ -54,6 +54,9 @@ class Decoding:
     condition, l_u + sum of w_i (l_i - l_u), where every branch sees that one condition."""
     guided: frozenset[str] | None = None
     """Conditions that a scale acts on; None is all."""
+    show_opening: bool = False
+    """Whether the encoder sees the [S_1] of a sequence that is to be written, as released models
+    are sampled; in training it mostly does not."""
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -64,7 +67,9 @@ def default_decoding(spec: ModalitySpec, given: Sequence[str]) -> Decoding:
     """The released sampler's settings for a target, given the names of its conditions."""
     if spec.kind == "seq":
         temperature = 0.3 if spec.name in ("caption", "det") else 0.1
-        return Decoding(order="autoregressive", temperature=temperature, top_p=0.8)
+        return Decoding(
+            order="autoregressive", temperature=temperature, top_p=0.8, show_opening=True
+        )
     if any(name.split("@")[0] in ("rgb", "tok_rgb") for name in given):
         return Decoding(order="roar", steps=1, temperature=0.01, top_p=0.8, guidance=2.0)
     steps = 25 if spec.name.startswith("tok_rgb") else 8
@@ -160,7 +165,7 @@ def _branches(
     config: FourMConfig, shown: Mapping[str, Shown], target: str, decoding: Decoding
 ) -> tuple[dict[str, Shown], tuple[float, ...]]:
     """The inputs of all branches below one another, unconditional first, and their weights."""
-    if not config.by_name[target].is_input:
+    if not config.by_name[target].is_input and len(shown) > 1:
         shown = {name: part for name, part in shown.items() if name != target}
     conditions = set(shown) - {target}
     weights = decoding.guidance
@@ -339,8 +344,8 @@ def _draw_sequence(
 ) -> Drawn:  # fmt: skip
     device, total = model.mask_token.device, len(seeds) * copies
     opened = torch.full((len(seeds), 1), FIRST, dtype=torch.long, device=device)
-    if spec.is_input:
-        shown[spec.name] = Shown(opened, torch.ones_like(opened, dtype=torch.bool))
+    if spec.is_input or not shown:
+        shown[spec.name] = Shown(opened, torch.full_like(opened, decoding.show_opening).bool())
     inputs, weights = _branches(model.config, shown, spec.name, decoding)
     context = Context.read(model, inputs)
     branches = len(weights) + 1

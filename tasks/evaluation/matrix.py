@@ -80,11 +80,10 @@ def _loss(
     ids, used = fact.values.to(device), fact.visible.to(device)
     if spec.kind == "seq":
         fed, goal, used = ids[:, :-1], ids[:, 1:], used[:, 1:]
-        opened = Shown(ids[:, :1], torch.ones_like(ids[:, :1], dtype=torch.bool))
     else:
         fed, goal = torch.zeros_like(ids), ids
-        opened = Shown(fed, torch.zeros_like(used))
-    own = {spec.name: opened} if spec.is_input or not shown else {}
+    # Without any condition the encoder still needs a slot to read, of which nothing is visible.
+    own = {} if shown else {spec.name: Shown(fed, torch.zeros_like(fed, dtype=torch.bool))}
     place = torch.arange(fed.shape[1], device=device).expand_as(fed)
     wrapped = torch.where(place < spec.position_limit, place, 0) if spec.kind == "seq" else place
     until = place + 1 if spec.kind == "seq" else torch.full_like(place, fed.shape[1])

@@ -147,7 +147,7 @@ def test_a_row_comes_out_the_same_whatever_it_is_batched_with(
 def test_cached_decoding_equals_one_pass_over_the_whole_sequence(model: FourM) -> None:
     steps: list[Step] = []
     shown = {"tok_rgb@64": grid(1)}
-    decoding = Decoding(order="autoregressive", temperature=0.0)
+    decoding = Decoding(order="autoregressive", temperature=0.0, show_opening=True)
     drawn = draw(model, shown, "caption", decoding, [0], observe=steps.append)
     fed = torch.cat([torch.tensor([[LAST - 1]]), drawn.ids], 1)[:, : len(steps)]
     index = model.config.index("caption")
