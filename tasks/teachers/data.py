@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def _render_all(final: Path, count: int, processes: int) -> None:
         np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.dtype(dtype), (count, *shape))
     starts = range(0, count, _CHUNK)
     annotations: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(processes) as pool:
+    # Spawned: a process forked off one that runs torch's threads can stand still for ever.
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         for part in pool.map(_render_chunk, [(folder, s, min(s + _CHUNK, count)) for s in starts]):
             annotations += part
     (folder / "annotations.json").write_text(json.dumps(annotations))
