@@ -43,7 +43,7 @@ def main() -> None:
     scenes = load_scenes(args.scenes)
     recipe = importlib.import_module(RECIPES[args.name])
     folder = args.folder or WEIGHTS / args.name
-    # Only teachers of dense maps can go on; others take no such argument.
+    # Teachers of dense maps and of CLIP can go on; others take no such argument.
     extra = {"resume": True} if args.resume else {}
     seen = recipe.train(args.name, scenes, folder, args.minutes, **extra)
     logging.getLogger("fourm.teachers").info("%s: trained on %d scenes", args.name, seen)

@@ -137,7 +137,9 @@ def _is_hidden(parameter: str) -> bool:
     return ".encoder.layers." in parameter
 
 
-def train(name: str, scenes: TeacherScenes, folder: Path, minutes: float) -> int:
+def train(
+    name: str, scenes: TeacherScenes, folder: Path, minutes: float, *, resume: bool = False
+) -> int:
     """Train the teacher and save it, weights in half precision, with its tokenizer.
 
     Args:
@@ -145,20 +147,24 @@ def train(name: str, scenes: TeacherScenes, folder: Path, minutes: float) -> int
         scenes: What to learn from; its held-out part is not touched.
         folder: Where the network, its processor and tokenizer go.
         minutes: Wall time.
+        resume: Whether to go on from the folder's weights, at half the learning rate.
 
     Returns:
         Number of scenes seen.
     """
     torch.manual_seed(0)
     model, images, tokenizer = build()
+    if resume:
+        model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
     training = _Training(model, tokenizer, scenes).train()
 
     def batches() -> Iterator[tuple[NDArray[np.int64], bool]]:
-        for number, chosen in enumerate(shuffled(scenes.training, _BATCH)):
+        for number, chosen in enumerate(shuffled(scenes.training, _BATCH, int(resume))):
             yield chosen, number % 2 == 1
 
+    lr = 1e-3 if resume else 2e-3
     steps = train_for(
-        name, minutes, training, training.loss, batches(), lr=2e-3, is_hidden=_is_hidden
+        name, minutes, training, training.loss, batches(), lr=lr, is_hidden=_is_hidden
     )
     save_half(model, folder)
     images.save_pretrained(folder)

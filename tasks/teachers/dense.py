@@ -191,7 +191,7 @@ def _semseg_loss(
 
 
 TEACHERS = {
-    "depth": DenseTeacher(_build_depth, _depth_loss),
+    "depth": DenseTeacher(_build_depth, _depth_loss, muon="glpn.encoder"),
     "normal": DenseTeacher(_build_normal, _normal_loss, lr=1.5e-3, muon="backbone.encoder"),
     "semseg": DenseTeacher(_build_semseg, _semseg_loss),
 }

@@ -24,7 +24,13 @@ _LOG_EVERY = 100
 
 
 def shuffled(count: int, batch_size: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Yield batches of indices below `count`, int64 [batch_size], epoch after epoch."""
+    """Yield batches of indices below `count`, int64 [batch_size], epoch after epoch.
+
+    Raises:
+        ValueError: There are fewer scenes than a batch holds.
+    """
+    if count < batch_size:
+        raise ValueError(f"{count} scenes to train on do not fill a batch of {batch_size}")
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(count)

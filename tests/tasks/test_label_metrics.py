@@ -1,0 +1,25 @@
+"""Dense metrics on numbers that can be checked by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tasks.metrics import confusion, depth_metrics, miou, normal_angle
+
+
+def test_depth_metrics_skip_pixels_without_truth():
+    scores = depth_metrics([1.1, 2.0, 9.0, 3.0], [1.0, 2.0, 0.0, 4.0])
+    assert scores["abs_rel"] == pytest.approx((0.1 + 0 + 0.25) / 3)
+    assert scores["delta1"] == pytest.approx(2 / 3)
+
+
+def test_angles_between_vectors_of_any_length():
+    assert normal_angle([[0, 0, 2], [1, 0, 0]], [[0, 0, 1], [0, 3, 0]]) == pytest.approx(45)
+
+
+def test_miou_leaves_out_unlabelled_pixels_and_absent_classes_and_counts_strays_as_wrong():
+    counts = confusion([0, 0, 1, 1, 200], [0, 1, 1, 255, 1], 4)
+    # class 0: 1 of 2; class 1: 1 of 3; classes 2 and 3 occur nowhere
+    assert miou(counts) == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert miou(confusion(np.zeros(0), np.zeros(0), 3)) == 0
