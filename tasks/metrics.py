@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,8 @@ def detection_ap50(predicted: Sequence[Detections], truth: Sequence[Detections])
     """
     from torchmetrics.detection import MeanAveragePrecision
 
+    # The backend reports every evaluation in twelve lines.
+    logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
     values = [*predicted, *truth]
     names = sorted({each["class_name"] for value in values for each in value["instances"]})
     metric = MeanAveragePrecision(
