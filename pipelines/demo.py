@@ -27,6 +27,7 @@ logger = logging.getLogger("fourm.demo")
 Scale = Literal["tiny", "demo", "long"]
 FINISHED = "reports/demo.json"
 """Written at the end of a demo: its parameters."""
+FRONT = ("results.json", "report.html")
 SIDE = 128
 """Side of the scenes' pictures, pixels."""
 
@@ -50,7 +51,7 @@ class Size:
 SIZES: dict[Scale, Size] = {
     "tiny": Size(
         scenes=60, shard_rows=20, tokenizer_steps=8, tokenizer_shards=2, recipe="demo", steps=8,
-        batch_size=8, evaluated=8, samples=2, pictures=8,
+        batch_size=8, evaluated=4, samples=2, pictures=4,
     ),
     "demo": Size(scenes=4500, shard_rows=500, tokenizer_shards=8, recipe="demo", evaluated=128),
     "long": Size(
@@ -172,7 +173,8 @@ def run_demo(demo: Demo, *, keep_ui: bool = False) -> Iterator[str]:
         from pipelines.end_to_end import end_to_end_flow
 
         with _scenes(demo):
-            end_to_end_flow(demo.params)
+            results = end_to_end_flow(demo.params)
+        _put_in_front(Store(root), results["run"])
         Store(root).write_json(FINISHED, finished_as(demo.params))
         yield from _where(root)
         if keep_ui:
@@ -196,9 +198,15 @@ def finished_as(chosen: params.EndToEndParams) -> dict[str, Any]:
     return chosen.model_dump(mode="json")
 
 
+def _put_in_front(store: Store, run: str) -> None:
+    """Copy what people look for first to the top of the dataset."""
+    for name in FRONT:
+        store.write(name, store.read(f"reports/{run}/{name}"))
+
+
 def _where(root: str) -> Iterator[str]:
-    yield f"Results:   {root}/reports/main/results.json"
-    yield f"Pictures:  {root}/reports/main/report.html"
+    yield f"Results:   {root}/{FRONT[0]}"
+    yield f"Pictures:  {root}/{FRONT[1]}"
     yield f"Try it:    fourm generate --root {root} --from rgb=photo.jpg --to depth,caption"
 
 

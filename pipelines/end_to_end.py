@@ -18,6 +18,7 @@ from pipelines.publish import publish_flow
 from pipelines.tokenize import tokenize_flow
 from pipelines.train import train_flow
 from pipelines.train_tokenizers import train_tokenizers_flow
+from tasks.chain import Chain
 from tasks.publish import is_current
 
 
@@ -30,13 +31,31 @@ def end_to_end_flow(params: EndToEndParams) -> dict[str, Any]:
         train_tokenizers_flow(params.part(forms.TrainTokenizersParams, params.tokenizers))
         tokenize_flow(params.part(forms.TokenizeParams, params.tokenize))
     publish_flow(params.part(forms.PublishParams, params.publish))
-    train_flow(params.part(forms.TrainParams, params.train))
-    return evaluate_flow(params.part(forms.EvaluateParams, params.evaluate))
+    trained = train_flow(params.part(forms.TrainParams, params.train))
+    measured = params.evaluate.model_copy(update={"run": params.evaluate.run or trained["run"]})
+    return evaluate_flow(params.part(forms.EvaluateParams, measured))
 
 
 def _one_session(params: EndToEndParams) -> AbstractContextManager[None]:
     """One Ray for all data stages: starting and stopping it takes 15 s each time. Training has
     the machine for itself, and a dataset that is tokenized already needs no Ray at all."""
-    if params.workers == 0 or is_current(Store(params.root), params.publish.name):
+    store = Store(params.root)
+    tokenized = _chosen_before(store, params) and is_current(store, params.publish.name)
+    if params.workers == 0 or tokenized:
         return nullcontext()
     return ray_session(params.ray)
+
+
+def _chosen_before(store: Store, params: EndToEndParams) -> bool:
+    """Whether earlier runs made the same choices."""
+    wanted = {
+        "ingest": params.ingest,
+        "label": params.label,
+        "tokenizers": params.tokenizers,
+        "tokenize": params.tokenize,
+    }
+    known = Chain(store).settings
+    return all(
+        known.get(name, {}).items() >= options.model_dump().items()
+        for name, options in wanted.items()
+    )

@@ -14,7 +14,7 @@ from pipelines.params import EvaluateParams
 from pipelines.stages import seconds_spent, stage_task
 from tasks import chain
 from tasks.evaluate import EvaluateConfig, evaluate
-from tasks.generate import MODEL
+from tasks.generate import MODEL, newest_run
 from tasks.report import write_report
 
 
@@ -23,18 +23,19 @@ def measure(params: EvaluateParams) -> dict[str, Any]:
     """Every task against the truth; a model that was measured like this before is not again."""
     store = Store(params.root)
     config = _config(store, params)
-    record = f"reports/{params.run}/measured.json"
-    weights = store.version(f"runs/{params.run}/{MODEL}/model.safetensors")
+    run = params.run or newest_run(store)
+    record = f"reports/{run}/measured.json"
+    weights = store.version(f"runs/{run}/{MODEL}/model.safetensors")
     measured = {"config": asdict(config), "weights": weights}
-    results = f"reports/{params.run}/results.json"
+    results = f"reports/{run}/results.json"
     if store.exists(record) and store.read_json(record) == measured and store.exists(results):
         return store.read_json(results)
-    found = evaluate(store, params.run, config, ui.progress("evaluate").update)
+    found = evaluate(store, run, config, ui.progress("evaluate").update)
     manifest = load_manifest(store, config.manifest)
     before = {name: value for name, value in seconds_spent(store).items() if name != "evaluate"}
     report = write_report(
         store,
-        params.run,
+        run,
         found,
         samples=sum(manifest.samples(shard) for shard in manifest.shards("train")),
         seconds=before,

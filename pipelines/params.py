@@ -138,7 +138,9 @@ class TrainOptions(Form):
     recipe: RecipeName = Field(
         "demo", description="Network, masking and optimizer in one word."
     )
-    run: str = Field("main", pattern=r"^[\w.-]+$", description="Name of the run.")
+    run: str = Field(
+        "", pattern=r"^[\w.-]*$", description="Name of the run; empty: from manifest and recipe."
+    )
     manifest: str = Field("main", pattern=r"^[\w.-]+$", description="Manifest to train on.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps; none: the recipe's.")
     batch_size: int | None = Field(None, ge=1, description="Samples a step; none: the recipe's.")
@@ -151,12 +153,14 @@ class TrainOptions(Form):
 class EvaluateOptions(Form):
     """What is measured."""
 
-    run: str = Field("main", pattern=r"^[\w.-]+$", description="Training run.")
+    run: str = Field(
+        "", pattern=r"^[\w.-]*$", description="Training run; empty: the only one there is."
+    )
     manifest: str = Field("main", pattern=r"^[\w.-]+$", description="Manifest it was trained on.")
     truth: Literal["auto", "scenes", "labels"] = Field(
         "auto", description="scenes: exact truth of new scenes; labels: those of the held-out part."
     )
-    scenes: int = Field(256, ge=8, description="Pictures, never trained on, that are evaluated.")
+    scenes: int = Field(256, ge=1, description="Pictures, never trained on, that are evaluated.")
     samples: int = Field(10, ge=1, le=100, description="Samples that are averaged for 'fourm_10'.")
     pictures: int = Field(96, ge=1, description="Pictures generated for each task to RGB.")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -11,12 +13,12 @@ import numpy as np
 from prefect import flow
 
 from infra import ui
-from infra.manifest import load_manifest
+from infra.manifest import Manifest, load_manifest
 from infra.ray_session import ray_session
 from infra.store import Store
 from pipelines.params import TrainParams
 from pipelines.stages import stage_task
-from tasks.recipes import recipe
+from tasks.recipes import TrainRecipe, recipe
 from tasks.report import curve_figure
 from tasks.run_store import read_curve
 from tasks.train import train_fourm
@@ -32,20 +34,28 @@ def train_model(params: TrainParams) -> dict[str, Any]:
     chosen = recipe(
         params.recipe, steps=params.steps, batch_size=params.batch_size, seed=params.seed
     )
-    curve = LiveCurve(store, params.run)
+    manifest = load_manifest(store, params.manifest)
+    run = params.run or run_name(manifest, chosen)
+    curve = LiveCurve(store, run)
     with ray_session(params.ray) if params.train_workers else nullcontext():
         info = train_fourm(
             store,
-            load_manifest(store, params.manifest),
+            manifest,
             chosen,
-            run=params.run,
+            run=run,
             num_workers=params.train_workers,
             on_progress=curve.add,
         )
     curve.show()
     metrics = [{"metric": name, "value": round(v, 4)} for name, v in info.metrics.items()]
-    ui.table(f"{params.run}-metrics", metrics, f"Run {params.run} after {info.steps} steps")
-    return asdict(info)
+    ui.table(f"{run}-metrics", metrics, f"Run {run} after {info.steps} steps")
+    return {"run": run, **asdict(info)}
+
+
+def run_name(manifest: Manifest, chosen: TrainRecipe) -> str:
+    """A name that other data or another recipe never shares, such as "main-v1-3fa2c1"."""
+    digest = hashlib.sha256(json.dumps(asdict(chosen), sort_keys=True).encode()).hexdigest()
+    return f"{manifest.name}-v{manifest.version}-{digest[:6]}"
 
 
 class LiveCurve:
