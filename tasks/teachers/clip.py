@@ -1,9 +1,13 @@
 """The image-text teacher of scenes: a small CLIP over captions, from scratch.
 
-0.7 million weights, 128 px, 8 x 8 patches of 96 channels. Pictures and captions of a batch must
+0.65 million weights, 128 px, 8 x 8 patches of 96 channels. Pictures and captions of a batch must
 find each other, as in CLIP; since that alone takes a small network long, every patch also tells
 what stands at its centre, through a head that is thrown away, and so the patches' features
-speak of shape, colour, size and material where the solid is.
+speak of the solid where it is.
+
+The shipped one saw 24,000 scenes in 5 minutes on a share of a busy core. A linear map reads from
+its patches, on held-out scenes, the colour of the solid at 0.99, its size at 0.89, its material
+at 0.63 and its shape at 0.27, which is chance: shapes need longer (`--resume`).
 """
 
 from __future__ import annotations
