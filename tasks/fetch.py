@@ -20,10 +20,10 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from infra.ledger import Ledger, ShardData, Stage
 
 from infra.addresses import AddressPolicy
 from infra.download import NETWORK, Download, DownloadPolicy, download_all
+from infra.ledger import Ledger, ShardData, Stage
 from infra.runner import StageJob, SystemicFailure
 from infra.shards import sample_key, shard_name, write_tar
 from infra.store import Store
