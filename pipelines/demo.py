@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -194,8 +194,13 @@ def is_finished(chosen: params.EndToEndParams) -> bool:
 
 
 def finished_as(chosen: params.EndToEndParams) -> dict[str, Any]:
-    """What a finished run writes about itself."""
-    return chosen.model_dump(mode="json")
+    """What a finished run writes about itself: its parameters, and what its recipe was."""
+    from tasks.recipes import recipe
+
+    train = chosen.train
+    used = recipe(train.recipe, steps=train.steps, batch_size=train.batch_size, seed=train.seed)
+    recipe_json = json.loads(json.dumps(asdict(used)))
+    return {"params": chosen.model_dump(mode="json"), "recipe": recipe_json}
 
 
 def _put_in_front(store: Store, run: str) -> None:
