@@ -235,6 +235,17 @@ def generate(
         typer.echo(file)
 
 
+@app.command(epilog="Train one again:  python -m tasks.teachers depth --minutes 12")
+def teachers() -> None:
+    """List the networks that label scenes and ship with the package."""
+    from models.labelers import preset, weights_revision
+
+    with _sentences():
+        for name, spec in preset("scenes").items():
+            megabytes = sum(f.stat().st_size for f in Path(spec.source).rglob("*")) / 1e6
+            typer.echo(f"{name:8} {megabytes:5.1f} MB  {weights_revision(spec)[:12]}")
+
+
 def _pair(item: str) -> tuple[str, str]:
     name, equals, value = item.partition("=")
     if not equals:
