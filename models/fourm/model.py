@@ -19,6 +19,11 @@ from models.fourm.batch import Batch
 from models.fourm.embeddings import DenseInput, Positions, TokenTable
 from models.fourm.spec import FourMConfig, ModalitySpec
 
+IGNORED = -100
+EVEN = 256
+"""Rows of a modality in the loss are padded to a multiple of this: CPU kernels are compiled and
+cached for each shape, and a new shape at every step costs time and memory without end."""
+
 
 @dataclass
 class LayerCache:
@@ -159,6 +164,8 @@ class FourM(nn.Module):
     """The network. `forward(batch)` returns `Losses`; `encode`, `decode` and `logits` are its
     parts, which generation calls one by one."""
 
+    is_grid: Tensor
+
     def __init__(self, config: FourMConfig) -> None:
         super().__init__()
         self.config, dim = config, config.dim
@@ -193,20 +200,22 @@ class FourM(nn.Module):
         """Losses of one batch."""
         y = self.decode(self.encode(batch), batch.dec_ids, batch.dec_mod, batch.dec_pos,
                         batch.dec_until)
-        chosen = y.reshape(-1, y.shape[-1]).index_select(0, batch.rows)
+        rows, sizes = _even(batch.rows, batch.counts, 0)
+        targets, _ = _even(batch.targets, batch.counts, IGNORED)
+        chosen = y.reshape(-1, y.shape[-1]).index_select(0, rows)
         per_modality, total, zero = {}, [], y.new_zeros((), dtype=torch.float32)
         # One split, whose gradient is one concatenation, instead of a slice per modality.
-        heads = self.heads.weight.split([m.vocab_size for m in self.config.targets])
-        parts = zip(self.config.modalities, chosen.split(batch.counts),
-                    batch.targets.split(batch.counts), strict=True)
-        matrices = iter(heads)
-        for spec, rows, target in parts:
+        heads = iter(self.heads.weight.split([m.vocab_size for m in self.config.targets]))
+        parts = zip(self.config.modalities, batch.counts, chosen.split(sizes),
+                    targets.split(sizes), strict=True)
+        for spec, count, hidden, target in parts:
             if not spec.is_target:
                 continue
-            loss, matrix = zero, next(matrices)
-            if len(target):
-                loss = F.cross_entropy(F.linear(rows, matrix).float(), target)
-            total.append(loss * len(target) if self.config.loss == "token" else loss)
+            loss, matrix = zero, next(heads)
+            if count:
+                loss = F.cross_entropy(F.linear(hidden, matrix).float(), target,
+                                       ignore_index=IGNORED)
+            total.append(loss * count if self.config.loss == "token" else loss)
             per_modality[spec.name] = loss
         parts_count = max(1, len(batch.rows)) if self.config.loss == "token" else len(total)
         return Losses(torch.stack(total).sum() / parts_count, per_modality)
@@ -270,6 +279,13 @@ class FourM(nn.Module):
     def _dtype(x: Tensor) -> torch.dtype:
         kind = x.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _even(values: Tensor, counts: tuple[int, ...], fill: int) -> tuple[Tensor, list[int]]:
+    """Pads each part of `values` [T], `counts` long, to a multiple of `EVEN`; new lengths too."""
+    sizes = [-(-count // EVEN) * EVEN for count in counts]
+    parts = zip(values.split(counts), counts, sizes, strict=True)
+    return torch.cat([F.pad(part, (0, size - n), value=fill) for part, n, size in parts]), sizes
 
 
 class _HeadNorm(nn.LayerNorm):
