@@ -44,7 +44,8 @@ STATUS_SCHEMA = pa.schema(
 )
 
 _READERS = 32
-_T, _R = TypeVar("_T"), TypeVar("_R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class Ledger:

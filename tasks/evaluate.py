@@ -152,7 +152,7 @@ def _truth(chain: Chain, held_out: list[int], config: EvaluateConfig) -> Truth:
 def _load_teachers(chain: Chain) -> dict[str, Labeler]:
     from models.labelers import load_labeler
 
-    teachers = {}
+    teachers: dict[str, Labeler] = {}
     for spec in chain.labelers.values():
         labeler = load_labeler(spec)
         teachers |= dict.fromkeys(spec.outputs, labeler)
@@ -192,7 +192,7 @@ def _show(out: Evaluation, bench: Bench, config: EvaluateConfig) -> None:
 def _teachers(chain: Chain, tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     from models.labelers import weights_revision
 
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, spec in chain.labelers.items():
         found[name] = {"model": spec.model_id, "revision": weights_revision(spec)[:12]}
         record = tasks.get(f"rgb->{name}")

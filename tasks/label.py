@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -165,7 +165,8 @@ class LabelWork:
         return samples
 
     def _label_together(self, samples: list[_Sample]) -> None:
-        labels = self._labeler.label([sample.image for sample in samples])
+        images = [cast(np.ndarray, sample.image) for sample in samples]
+        labels = self._labeler.label(images)
         for number, sample in enumerate(samples):
             sample.values = {name: values[number] for name, values in labels.items()}
 

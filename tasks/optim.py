@@ -45,7 +45,9 @@ def build_optimizers(
     which Muon gets. Only tensors of two or more dimensions are decayed."""
     import torch
 
-    hidden, matrices, vectors = [], [], []
+    hidden: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

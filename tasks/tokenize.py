@@ -38,7 +38,8 @@ SEQUENCES = ("caption", "det")
 """Modalities written as text; all others need a learned tokenizer."""
 
 _GROUP = 32  # samples decoded ahead as one group
-_Row = tuple[str, dict[str, np.ndarray | list[int] | None], str]
+_Tokens = dict[str, np.ndarray | list[int] | None]
+_Row = tuple[str, _Tokens, str]
 
 
 def output_name(modality: str) -> str:
@@ -205,7 +206,9 @@ class _Learned:
             packed = [crop for _, crops, _ in group for crop in crops or ()]
             tokens = iter(self._tokenizer.encode_packed(np.stack(packed)) if packed else ())
             for key, crops, reason in group:
-                row = {name: None if crops is None else next(tokens) for name in columns}
+                row: _Tokens = {
+                    name: None if crops is None else next(tokens) for name in columns
+                }
                 yield key, row, reason
 
 

@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from infra.ray_session import RayTarget
     from tokenizers_vq.codec import ValueCodec
     from tokenizers_vq.tokenizer import Tokenizer
-    from tokenizers_vq.vqvae import VQConfig
+    from tokenizers_vq.vqvae import VQVAE, VQConfig
 
 logger = logging.getLogger("fourm.tokenizers")
 
@@ -101,8 +101,9 @@ class ReconstructionTask(Task):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Measures the bottleneck's statistics; quality is measured on the stored tokenizer."""
-        device = model.positions.device
-        model.calibrate(self.batch(step, 0, 1).to(device) for step in range(_CALIBRATION))
+        net = cast("VQVAE", model)
+        device = net.positions.device
+        net.calibrate(self.batch(step, 0, 1).to(device) for step in range(_CALIBRATION))
         return {}
 
 
@@ -192,7 +193,8 @@ def _train_on_ray(
     found: dict[str, TokenizerInfo] = {}
     with ray_session(target or Embedded()):
         remote = ray.remote(num_cpus=1, max_retries=2)(train_tokenizer)
-        waiting, running = list(recipes), {}
+        waiting = list(recipes)
+        running: dict[Any, str] = {}
         bar = ui.progress("train tokenizers")
         try:
             while waiting or running:

@@ -353,6 +353,7 @@ def _prefetch(make: Callable[[int], Any], start: int, stop: int) -> Iterator[Any
         for step in range(start, stop):
             if closed.is_set():
                 return
+            item: tuple[Any, Exception | None]
             try:
                 item = (make(step), None)
             except Exception as error:  # noqa: BLE001 - raised again where the batch is needed

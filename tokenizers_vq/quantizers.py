@@ -40,6 +40,9 @@ class Whitening(nn.Module):
     (depth error 0.069 instead of 0.031); `fit` measures them exactly once the weights rest.
     """
 
+    mean: Tensor
+    cov: Tensor
+
     def __init__(self, dim: int, eps: float = 1e-4) -> None:
         super().__init__()
         self.eps = eps
@@ -74,6 +77,8 @@ class FiniteScalar(nn.Module):
         jitter: Probability with which a dimension moves by one level in training, so that
             the decoder forgives predictions that are nearly right.
     """
+
+    step: Tensor
 
     def __init__(self, dim: int, levels: tuple[int, ...], jitter: float = 0.0) -> None:
         super().__init__()

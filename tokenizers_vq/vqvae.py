@@ -159,6 +159,9 @@ class Head(nn.Module):
 class VQVAE(nn.Module):
     """Encoder, bottleneck and decoder of one modality."""
 
+    positions: Tensor
+    quantizer: FiniteScalar | Codebook
+
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.config = config
@@ -170,7 +173,7 @@ class VQVAE(nn.Module):
             Block(width, config.heads) for _ in range(config.encoder_depth)
         )
         if config.quantizer == "fsq":
-            self.quantizer: nn.Module = FiniteScalar(width, config.levels, config.jitter)
+            self.quantizer = FiniteScalar(width, config.levels, config.jitter)
         else:
             self.quantizer = Codebook(width, config.codebook_size)
         self.decoder = nn.ModuleList(

@@ -7,6 +7,7 @@ contiguous memory. An origin or direction may be [3, 1] where all rays share it.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,11 @@ _INF = np.float32(np.inf)
 def dot(a: Array, b: Array) -> Array:
     """Inner product along the first axis, [N]."""
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def unit(vectors: Array) -> Array:
+    """Vectors scaled to length 1, [3, N]."""
+    return cast(Array, vectors / np.sqrt(dot(vectors, vectors)))
 
 
 def column(vector: tuple[float, float, float]) -> Array:
@@ -51,7 +57,7 @@ def _slab(o: Array, d: Array, half: float) -> tuple[Array, Array]:
     """Entry to and exit from the layer |x| <= half along one axis, both [N]."""
     inverse = np.float32(1) / np.where(np.abs(d) < 1e-7, np.float32(1e-7), d)
     middle, reach = -o * inverse, np.float32(half) * np.abs(inverse)
-    return middle - reach, middle + reach
+    return cast(Array, middle - reach), cast(Array, middle + reach)
 
 
 def _cube(solid: SceneObject, o: Array, d: Array) -> Array:
@@ -120,7 +126,7 @@ def normals(solid: SceneObject, points: Array) -> Array:
     """
     p = points - column(solid.center)
     if solid.shape == "sphere":
-        return p / np.sqrt(dot(p, p))
+        return unit(p)
     if solid.shape == "cube":
         return _cube_normals(solid, p)
     x, y, z = p

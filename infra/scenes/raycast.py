@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from infra.scenes.geometry import Array, column, dot, intersect, normals
+from infra.scenes.geometry import Array, column, dot, intersect, normals, unit
 from infra.scenes.language import caption
 from infra.scenes.world import CLASSES, COLORS, Camera, Scene, SceneObject
 
@@ -164,7 +164,7 @@ def _environment(scene: Scene, points: Array, direction: Array) -> Array:
 
 def _metal(scene: Scene, base: Array, view: Array, normal: Array, points: Array) -> Array:
     """Mirror image tinted by the metal's colour, and hard highlights, [3, N]."""
-    view = view / np.sqrt(dot(view, view))
+    view = unit(view)
     mirrored = view - 2 * dot(view, normal) * normal
     glance = (1 + np.minimum(dot(view, normal), 0)) ** 4
     tint = base * (1 - np.float32(0.5) * glance) + np.float32(0.4) * glance

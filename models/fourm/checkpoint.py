@@ -13,12 +13,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from models.fourm.embeddings import position_table
+from models.fourm.embeddings import DenseInput, position_table
 from models.fourm.model import FourM
 from models.fourm.spec import POSITION_ROWS, FourMConfig, ModalitySpec
 
@@ -141,7 +141,8 @@ def _embeddings(model: FourM, spec: ModalitySpec) -> dict[str, tuple[str, Tensor
             found[f"{p}.token_emb.weight"] = "enc_tokens.weight", model.enc_tokens.rows(spec)
         else:
             proj = "proj" if spec.kind == "pixels" else "emb_proj"
-            for name, value in model.dense[str(index)].proj.named_parameters():
+            dense = cast(DenseInput, model.dense[str(index)])
+            for name, value in dense.proj.named_parameters():
                 found[f"{p}.{proj}.{name}"] = f"dense.{index}.proj.{name}", value
     if spec.is_target:
         p = f"decoder_embeddings.{spec.name}"

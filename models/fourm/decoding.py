@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from models.fourm.batch import Batch, Dense
-from models.fourm.model import Encoded, FourM, LayerCache
+from models.fourm.model import DecoderBlock, Encoded, FourM, LayerCache
 from models.fourm.sampling import sample, uniform
 from models.fourm.schedules import TokenSchedule, temperature_schedule, token_schedule
 from models.fourm.spec import EOS_ID, SENTINEL_0, FourMConfig, ModalitySpec
@@ -216,7 +216,8 @@ class Context:
         if model.register_tokens is not None:
             seen = torch.ones_like(seen)
         caches = []
-        for block in model.decoder:
+        for layer in model.decoder:
+            block = cast(DecoderBlock, layer)
             keys, values = block.cross_attn.keys(block.context_norm(encoded.context))
             # A row without any input takes nothing from cross-attention.
             values = values * seen.view(-1, 1, 1, 1)

@@ -48,6 +48,9 @@ def offsets(sizes: Sequence[int]) -> list[int]:
 class Positions(nn.Module):
     """Position vectors of all modalities; learned rows, where there are any, follow fixed ones."""
 
+    fixed: Tensor
+    start: Tensor
+
     def __init__(self, specs: Sequence[ModalitySpec], used: Sequence[bool], dim: int) -> None:
         super().__init__()
         fixed = [s for s, u in zip(specs, used, strict=True) if u and not s.learned_positions]
@@ -84,6 +87,8 @@ class Positions(nn.Module):
 class TokenTable(nn.Module):
     """One matrix [sum of vocabularies, D] over several discrete modalities."""
 
+    start: Tensor
+
     def __init__(self, specs: Sequence[ModalitySpec], used: Sequence[bool], dim: int) -> None:
         super().__init__()
         chosen = [s for s, u in zip(specs, used, strict=True) if u]
@@ -107,6 +112,9 @@ class TokenTable(nn.Module):
 
 class DenseInput(nn.Module):
     """Projects patches of pixels or feature vectors [T, C] to [T, D]."""
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, spec: ModalitySpec, dim: int) -> None:
         super().__init__()

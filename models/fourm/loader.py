@@ -136,17 +136,20 @@ class TokenDataset:
     def samples(self, picked: Sequence[tuple[int, int, float]]) -> Samples:
         """Samples for (index of the shard, row, crop as a fraction of the number of crops)."""
         places = [(shard, row, int(crop * self.num_crops)) for shard, row, crop in picked]
-        out = Samples(grids={}, sequences={}, pixels={}, present={})
+        grids: dict[str, np.ndarray] = {}
+        sequences: dict[str, Ragged] = {}
+        pixels: dict[str, np.ndarray] = {}
+        present: dict[str, np.ndarray] = {}
         for spec in self.specs:
             if spec.kind == "img":
-                out.grids[spec.name], here = self._grid(spec, places)
+                grids[spec.name], here = self._grid(spec, places)
             elif spec.kind == "seq":
-                out.sequences[spec.name], here = self._sequence(spec, places)
+                sequences[spec.name], here = self._sequence(spec, places)
             else:
-                out.pixels[spec.name], here = self._pixels(spec, places)
+                pixels[spec.name], here = self._pixels(spec, places)
             if not here.all():
-                out.present[spec.name] = here
-        return out
+                present[spec.name] = here
+        return Samples(grids=grids, sequences=sequences, pixels=pixels, present=present)
 
     def _grid(
         self, spec: ModalitySpec, places: list[tuple[int, int, int]]

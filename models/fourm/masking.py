@@ -8,7 +8,7 @@ random disjoint positions, sequences are span-masked. B samples, m modalities.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -221,6 +221,10 @@ class _Masks:
                 limit[:, i] = self.spans[spec.name][1] - 1
         return limit * self.here
 
+    def _attempts(self, spec: ModalitySpec, width: int) -> Callable[[int], np.ndarray]:
+        """Uniforms [B,width] for every attempt at masking a sequence."""
+        return lambda k: self.draws.uniform(f"{spec.name} {k}", spec.max_tokens)[:, :width]
+
     def set_inputs(self, budget: np.ndarray, share: np.ndarray, keep_all: np.ndarray) -> None:
         """Settles the input slots [B,m] of all modalities."""
         limit, total = self.input_limit(), budget.sum(1)
@@ -228,12 +232,11 @@ class _Masks:
         for spec in self.sequences:
             i = self.config.index(spec.name)
             ids, length = self.samples.sequences[spec.name]
-            width, tag = ids.shape[1], spec.name
+            tag = spec.name
             chance = np.where(keep_all, 1.0, self.draws.uniform(f"{tag} keep"))
             self.visible[tag], self.spans[tag] = fit_inputs(
                 ids, length, chance, budget[:, i],
-                lambda k, tag=tag, width=width, spec=spec:
-                    self.draws.uniform(f"{tag} {k}", spec.max_tokens)[:, :width],
+                self._attempts(spec, ids.shape[1]),
             )
             budget[:, i] = self.visible[tag][1]
         self.inputs = self._refill(budget, limit, total, share)

@@ -55,7 +55,7 @@ _ATTRIBUTES = {"shape": SHAPES, "color": tuple(COLORS), "size": SIZES, "material
 def build() -> tuple[BlipForConditionalGeneration, BlipProcessor]:
     """Return the network with random weights, and its processor."""
     from transformers import (
-        BertTokenizerFast,
+        BertTokenizer,
         BlipConfig,
         BlipForConditionalGeneration,
         BlipImageProcessor,
@@ -63,7 +63,7 @@ def build() -> tuple[BlipForConditionalGeneration, BlipProcessor]:
     )
 
     words = (*_SPECIAL, *_WORDS, *SIZES, *COLORS, *MATERIALS, *SHAPES)
-    tokenizer = BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
     text = {
         "vocab_size": len(words),
         "hidden_size": _WIDTH,

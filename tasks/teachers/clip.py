@@ -48,10 +48,10 @@ _ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 def build() -> tuple[nn.Module, Any, Any]:
     """Return the untrained CLIP, its image processor and its tokenizer."""
-    from transformers import BertTokenizerFast, CLIPConfig, CLIPImageProcessor, CLIPModel
+    from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
     words = (*_SPECIAL, *_WORDS, *SIZES, *COLORS, *MATERIALS, *SHAPES)
-    tokenizer = BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
     vision = {
         "hidden_size": WIDTH,
         "intermediate_size": 4 * WIDTH,
@@ -159,7 +159,8 @@ def train(
     torch.manual_seed(0)
     model, images, tokenizer = build()
     if resume:
-        model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
+        kind: Any = type(model)
+        model.load_state_dict(kind.from_pretrained(folder, dtype=torch.float32).state_dict())
     training = _Training(model, tokenizer, scenes).train()
 
     def batches() -> Iterator[tuple[NDArray[np.int64], bool]]:

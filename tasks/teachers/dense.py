@@ -18,7 +18,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from infra.scenes import CLASSES, MAX_DEPTH, SHAPES
 from models.labelers.base import WEIGHTS
 from tasks.teachers.data import SIZE, TeacherScenes
 from tasks.teachers.timed import save_half, shuffled, train_for
+
+if TYPE_CHECKING:
+    from transformers import RTDetrV2ForObjectDetection
 
 BATCH = 16
 """Small: on one core, twice the steps are worth more than smoother ones."""
@@ -111,18 +114,19 @@ def _build_normal() -> tuple[nn.Module, Any]:
         Tipsv2VisionConfig,
     )
 
+    # The class declares neither the layers a backbone hands out nor the inner width.
+    undeclared: dict[str, Any] = {"out_indices": [1, 2, 3, 4], "intermediate_size": 288}
     backbone = Tipsv2VisionConfig(
         hidden_size=96,
         num_hidden_layers=4,
         num_attention_heads=3,
-        intermediate_size=288,
         patch_size=8,
         image_size=SIZE,
         num_register_tokens=1,
         layerscale_value=1.0,
-        out_indices=[1, 2, 3, 4],
         apply_layernorm=True,
         reshape_hidden_states=False,
+        **undeclared,
     )
     config = Tipsv2DptConfig(
         backbone_config=backbone,
@@ -154,7 +158,7 @@ def _build_semseg() -> tuple[nn.Module, Any]:
 
     detector = _detector()
     names = dict(enumerate(CLASSES))
-    backbone = copy.deepcopy(detector.config.backbone_config)
+    backbone: Any = copy.deepcopy(detector.config.backbone_config)
     backbone.out_features = ["stage1", "stage2", "stage3", "stage4"]
     config = UperNetConfig(
         backbone_config=backbone,
@@ -164,7 +168,8 @@ def _build_semseg() -> tuple[nn.Module, Any]:
         label2id={name: number for number, name in names.items()},
     )
     network = UperNetForSemanticSegmentation(config)
-    network.backbone.load_state_dict(detector.model.backbone.model.state_dict())
+    features: Any = detector.model.backbone
+    network.backbone.load_state_dict(features.model.state_dict())
     processor = SegformerImageProcessor(
         size={"height": SEMSEG_SIZE, "width": SEMSEG_SIZE},
         image_mean=[0.0] * 3,
@@ -173,7 +178,7 @@ def _build_semseg() -> tuple[nn.Module, Any]:
     return network, processor
 
 
-def _detector() -> nn.Module:
+def _detector() -> RTDetrV2ForObjectDetection:
     """The shipped detector: its backbone tells shapes apart, which takes longest to learn."""
     from transformers import RTDetrV2ForObjectDetection
 
@@ -219,7 +224,8 @@ def train(
     torch.manual_seed(0)
     model, processor = teacher.build()
     if resume:
-        model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
+        kind: Any = type(model)
+        model.load_state_dict(kind.from_pretrained(folder, dtype=torch.float32).state_dict())
     model = model.to(memory_format=torch.channels_last)
 
     def loss_of(batch: tuple[Indices, bool]) -> Tensor:

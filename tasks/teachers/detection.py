@@ -36,12 +36,14 @@ def build() -> RTDetrV2ForObjectDetection:
         RTDetrV2ForObjectDetection,
     )
 
+    # The class does not declare which stages a backbone hands out.
+    undeclared: dict[str, Any] = {"out_features": ["stage2", "stage3", "stage4"]}
     backbone = RTDetrResNetConfig(
         embedding_size=_STAGES[0],
         hidden_sizes=list(_STAGES),
         depths=[1, 1, 1, 1],
         layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
+        **undeclared,
     )
     config = RTDetrV2Config(
         backbone_config=backbone,
