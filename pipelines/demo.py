@@ -53,7 +53,10 @@ SIZES: dict[Scale, Size] = {
         scenes=60, shard_rows=20, tokenizer_steps=8, tokenizer_shards=2, recipe="demo", steps=8,
         batch_size=8, evaluated=4, samples=2, pictures=4,
     ),
-    "demo": Size(scenes=4500, shard_rows=500, tokenizer_shards=8, recipe="demo", evaluated=128),
+    "demo": Size(
+        scenes=4500, shard_rows=500, tokenizer_shards=8, tokenizer_steps=350, recipe="demo",
+        evaluated=128,
+    ),
     "long": Size(
         scenes=12_000, shard_rows=1000, tokenizer_shards=10, tokenizer_steps=1500,
         recipe="demo_long", evaluated=256,
