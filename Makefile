@@ -46,7 +46,7 @@ lint: ready  ## Style and types
 	$(PY) -m mypy
 
 bench: ready  ## Measure the fast paths
-	$(PYTEST) tests/benchmarks -m '' -s -q
+	$(PY) -m tests.benchmarks all --json $(DATA)/benchmarks.json
 
 ui: ready  ## The Prefect UI over the runs of the demo
 	$(PY) -m pipelines.cli ui --root $(DATA)/demo
