@@ -14,7 +14,7 @@ from pipelines.params import EvaluateParams
 from pipelines.stages import seconds_spent, stage_task
 from tasks import chain
 from tasks.evaluate import EvaluateConfig, evaluate
-from tasks.generate import MODEL, newest_run
+from tasks.generate import MODEL, only_run
 from tasks.report import write_report
 
 
@@ -23,7 +23,7 @@ def measure(params: EvaluateParams) -> dict[str, Any]:
     """Every task against the truth; a model that was measured like this before is not again."""
     store = Store(params.root)
     config = _config(store, params)
-    run = params.run or newest_run(store)
+    run = params.run or only_run(store)
     record = f"reports/{run}/measured.json"
     weights = store.version(f"runs/{run}/{MODEL}/model.safetensors")
     measured = {"config": asdict(config), "weights": weights}

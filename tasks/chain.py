@@ -285,9 +285,9 @@ def check(flow: str, choices: dict[str, Any]) -> None:
 
         _one_of("manifest", choices["manifest"], manifest_names(store), "publish")
     if flow in ("evaluate", "generate"):
-        from tasks.generate import newest_run, runs
+        from tasks.generate import only_run, runs
 
-        run = choices["run"] or newest_run(store)
+        run = choices["run"] or only_run(store)
         _one_of("trained run", run, runs(store), "train")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from infra.manifest import load_manifest
 from infra.store import Store
 from models import modalities
 
@@ -32,8 +33,8 @@ def runs(store: Store) -> list[str]:
     )
 
 
-def newest_run(store: Store) -> str:
-    """The run whose model was written last. Raises ValueError where there is none."""
+def only_run(store: Store) -> str:
+    """The one run that holds a model. Raises ValueError where there is none, or several."""
     found = runs(store)
     if not found:
         raise ValueError(f"{store.url} holds no trained model; run `fourm train` first")
@@ -50,7 +51,6 @@ def load_generator(store: Store, run: str) -> Generator:
     """
     from models.fourm.checkpoint import load_stored
     from models.fourm.generate import Generator, base_name
-    from tasks.chain import Chain
     from tasks.train_tokenizers import TEXT
     from tokenizers_vq.text import FILE, TextTokenizer
     from tokenizers_vq.tokenizer import load_tokenizer
@@ -60,7 +60,9 @@ def load_generator(store: Store, run: str) -> Generator:
         have = f"there are {', '.join(found)}" if found else "run `fourm train` first"
         raise ValueError(f"no finished run {run!r} in {store.url}; {have}")
     model = load_stored(store, f"runs/{run}/{MODEL}")
-    paths = {name: info.path for name, info in Chain(store).tokenizers.items()}
+    # Of the manifest it was trained on: the dataset may have other tokenizers by now.
+    manifest = load_manifest(store, *store.read_json(f"runs/{run}/run.json")["manifest"])
+    paths = {name: entry["path"] for name, entry in manifest.tokenizers.items()}
     used = {base_name(spec.name) for spec in model.config.modalities if spec.kind == "img"}
     missing = sorted(used - set(paths))
     if missing:
@@ -99,7 +101,7 @@ def generate(
     Raises:
         ValueError: a modality, run or file does not exist or cannot be read; lists the choices.
     """
-    generator = load_generator(store, run or newest_run(store))
+    generator = load_generator(store, run or only_run(store))
     if not inputs:
         raise ValueError(f"nothing to start from; choose from {', '.join(generator.inputs)}")
     for name in targets:

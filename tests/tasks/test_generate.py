@@ -88,4 +88,4 @@ def test_a_run_that_does_not_exist_names_those_that_do(tmp_path: Path) -> None:
     store.write(f"runs/first/{task.MODEL}/config.json", b"{}")
     with pytest.raises(ValueError, match="there are first"):
         task.load_generator(store, "main")
-    assert task.newest_run(store) == "first"
+    assert task.only_run(store) == "first"
