@@ -58,7 +58,7 @@ SIZES: dict[Scale, Size] = {
         evaluated=128,
     ),
     "long": Size(
-        scenes=12_000, shard_rows=1000, tokenizer_shards=10, tokenizer_steps=1500,
+        scenes=12_000, shard_rows=1000, tokenizer_shards=10, tokenizer_steps=800,
         recipe="demo_long", evaluated=256,
     ),
 }  # fmt: skip
