@@ -32,7 +32,7 @@ ready:
 demo: ready  ## Scenes in, a trained model out: the whole chain (30 minutes on 2 cores)
 	$(PY) -m pipelines.cli demo --root $(DATA)/demo
 
-demo-long: ready  ## The same chain with more scenes and training (90 minutes)
+demo-long: ready  ## The same chain with more scenes and training (sized for 90 minutes)
 	$(PY) -m pipelines.cli demo --scale long --root $(DATA)/demo-long
 
 test: ready  ## The tests that continuous integration runs

@@ -143,7 +143,7 @@ def _open(root: str) -> Store:
 def demo(
     scale: Annotated[
         Literal["demo", "long", "tiny"],
-        typer.Option(help="demo: 30 minutes on two cores; long: 90; tiny: a few, as a smoke test."),
+        typer.Option(help="demo: 30 minutes on two cores; long: sized for 90; tiny: a few."),
     ] = "demo",
     root: Root = "data/demo",
     keep_ui: Annotated[bool, typer.Option(help="Keep the UI up at the end, until Ctrl-C.")] = False,

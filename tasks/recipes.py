@@ -65,7 +65,8 @@ def demo(steps: int = 1300) -> TrainRecipe:
 
 
 def demo_long() -> TrainRecipe:
-    """The demo's training at four times its length: an hour on the same cores."""
+    """The demo's training at four times its length: an hour on the same cores by extrapolation,
+    never run to its end."""
     return demo(steps=5500)
 
 
