@@ -204,13 +204,14 @@ class BlockReader:
         schema = self._batches[0].schema
         if any(not b.schema.equals(schema, check_metadata=True) for b in self._batches):
             raise TornShard(f"{self.path}: blocks differ in columns or metadata")
-        try:
+        try:  # also of names and metadata that are not UTF-8, a kind of ValueError
             self.columns = {f.name: Column.of(f.type) for f in schema if f.name != "key"}
-        except ValueError as error:
+            self.metadata = {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
+            first = schema.field(0)
+        except (ValueError, IndexError) as error:
             raise TornShard(f"{self.path}: {error}") from error
-        if schema.names[0] != "key" or schema.field("key").type != pa.string():
+        if first.name != "key" or first.type != pa.string():
             raise TornShard(f"{self.path}: the first column is not the key")
-        self.metadata = {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
         self._starts = np.cumsum([0, *(b.num_rows for b in self._batches)])
         self.num_rows = int(self._starts[-1])
         self._views: dict[str, list[np.ndarray]] = {}
@@ -225,10 +226,12 @@ class BlockReader:
         try:
             file = pa.ipc.open_file(buffer.slice(member.offset, member.size))
             if file.num_record_batches != 1:
-                raise TornShard(f"{self.path}: {member.name} holds other than one batch")
+                raise ValueError("other than one batch")
             batch = file.get_batch(0)
+            if len(set(batch.schema.names)) < len(batch.schema.names):
+                raise ValueError("two columns of one name")
             batch.validate(full=True)  # offsets that point outside would crash the process
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        except (pa.ArrowException, ValueError, OSError) as error:
             raise TornShard(f"{self.path}: {member.name}: {error}") from error
         return batch
 
