@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tasks.trainer import Task, TrainConfig, Trainer, TrainResult
+from tasks.run_store import read_curve
+from tasks.trainer import ProgressCallback, Task, TrainConfig, Trainer, TrainResult
 
 if TYPE_CHECKING:
     from infra.store import Store
 
+FOLLOW_SECONDS = 5.0
+"""Seconds between two looks at the curve that a run on workers writes."""
+
 
 def fit_distributed(
-    store: Store, path: str, task: Task, config: TrainConfig, num_workers: int
+    store: Store, path: str, task: Task, config: TrainConfig, num_workers: int,
+    on_progress: ProgressCallback | None = None,
 ) -> TrainResult:
-    """Runs `Trainer.fit` on `num_workers` Ray Train workers (one GPU each where there are any).
+    """Runs `Trainer.fit` on `num_workers` Ray Train workers: one GPU each where there are any,
+    else an equal share of the cores, which on a CPU beats as many threads in one process.
 
     The run, its checkpoints and its resume are those of `Trainer`; Ray only restarts workers.
     Needs a Ray session.
     """
+    import ray
     import torch
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     arguments = {"store": store, "path": path, "task": task, "config": config}
-    with tempfile.TemporaryDirectory(prefix="fourm-train-") as scratch:
+    on_gpu = torch.cuda.is_available()
+    share = max(1, int(ray.cluster_resources().get("CPU", 1)) // num_workers)
+    with (
+        tempfile.TemporaryDirectory(prefix="fourm-train-") as scratch,
+        _followed(store, path, config.steps, on_progress),
+    ):
         TorchTrainer(
             _worker,
             train_loop_config=arguments,
             scaling_config=ScalingConfig(
-                num_workers=num_workers, use_gpu=torch.cuda.is_available()
+                num_workers=num_workers, use_gpu=on_gpu,
+                resources_per_worker=None if on_gpu else {"CPU": share},
             ),
             run_config=RunConfig(
                 storage_path=scratch, failure_config=FailureConfig(max_failures=2)
@@ -49,3 +66,36 @@ def _worker(arguments: dict[str, Any]) -> None:
     if rank == 0:
         record = dataclasses.asdict(dataclasses.replace(result, model=None))
         trainer.store.write_json(f"{trainer.path}/result.json", record)
+
+
+@contextmanager
+def _followed(
+    store: Store, path: str, steps: int, on_progress: ProgressCallback | None
+) -> Iterator[None]:
+    """Reports the points that the workers add to the curve of the run meanwhile."""
+    if on_progress is None:
+        yield
+        return
+    seen = max((line["step"] for line in read_curve(store, path)), default=0)
+    stop = threading.Event()
+
+    def report() -> None:
+        nonlocal seen
+        for line in read_curve(store, path):
+            if line["step"] > seen:
+                seen = line.pop("step")
+                on_progress(seen, steps, line)
+
+    def follow() -> None:
+        while not stop.wait(FOLLOW_SECONDS):
+            report()
+
+    # The callback draws into the run it is called in, which a bare thread would not know.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(follow,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    report()

@@ -46,7 +46,7 @@ def demo(steps: int = 1300) -> TrainRecipe:
     """
     return TrainRecipe(
         network={"dim": 256, "encoder_depth": 5, "decoder_depth": 2, "num_heads": 4,
-                 "mlp_ratio": 3.0},
+                 "mlp_ratio": 3.0, "tie_embeddings": False, "token_std": 0.5},
         mixture=Mixture(components=(
             Component(weight=6, inputs={"rgb": 1.0}, num_inputs=(64, 64),
                       targets=_FROM_PIXELS, num_targets=(128, 128)),

@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fourm.train")
 
 KEEP = 2
+FLUSH_SECONDS = 10.0
+"""Most seconds that a point of the curve stays unseen by others."""
 _STATE = re.compile(r"step-(\d+)/state\.json$")
 
 
@@ -98,6 +101,7 @@ class Curve:
         if step:
             self._lines = [line for line in read_curve(store, path) if line["step"] <= step]
         self._writer: Any = None
+        self._flushed = time.monotonic()
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
         """Records metrics reached after `step` optimizer steps."""
@@ -108,9 +112,12 @@ class Curve:
         self._lines.append({"step": step, **metrics})
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
 
     def flush(self) -> None:
         """Writes curve and events to the store."""
+        self._flushed = time.monotonic()
         text = "".join(json.dumps(line) + "\n" for line in self._lines)
         self._store.write(f"{self._path}/curve.jsonl", text.encode())
         if self._writer is not None:

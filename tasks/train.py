@@ -212,7 +212,7 @@ def train_fourm(
         recipe: Network, masking and training.
         run: Name of the run.
         num_workers: Ray Train workers with DDP; 0 trains in this process.
-        on_progress: Called with (step, steps, metrics), in this process only.
+        on_progress: Called with (step, steps, metrics) at the points of the loss curve.
 
     Raises:
         ValueError: the data cannot serve the recipe, or a run of this name has other settings.
@@ -244,7 +244,9 @@ def _fit(
         return result.model, result
     from tasks.distributed import fit_distributed
 
-    result = fit_distributed(store, path, task, task.recipe.training, num_workers)
+    result = fit_distributed(
+        store, path, task, task.recipe.training, num_workers, on_progress
+    )
     newest = Checkpoints(store, path).newest()
     assert newest is not None
     model = task.build_model()

@@ -89,13 +89,15 @@ class TokenTable(nn.Module):
 
     start: Tensor
 
-    def __init__(self, specs: Sequence[ModalitySpec], used: Sequence[bool], dim: int) -> None:
+    def __init__(
+        self, specs: Sequence[ModalitySpec], used: Sequence[bool], dim: int, std: float = 0.02
+    ) -> None:
         super().__init__()
         chosen = [s for s, u in zip(specs, used, strict=True) if u]
         starts = offsets([s.vocab_size for s in chosen])
         self.starts = dict(zip([s.name for s in chosen], starts, strict=False))
         total = sum(s.vocab_size for s in chosen)
-        self.weight = nn.Parameter(torch.randn(max(total, 1), dim) * 0.02)
+        self.weight = nn.Parameter(torch.randn(max(total, 1), dim) * std)
         self.register_buffer(
             "start", torch.tensor([self.starts.get(s.name, 0) for s in specs]), persistent=False
         )

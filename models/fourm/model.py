@@ -171,10 +171,11 @@ class FourM(nn.Module):
         self.config, dim = config, config.dim
         specs = config.modalities
         inputs, targets = [m.is_input for m in specs], [m.is_target for m in specs]
-        self.enc_tokens = TokenTable(specs, [m.is_input and m.discrete for m in specs], dim)
+        self.enc_tokens = TokenTable(specs, [m.is_input and m.discrete for m in specs], dim,
+                                     config.token_std)
         self.heads = TokenTable(specs, targets, dim)
         self.dec_tokens = None if config.tie_embeddings else TokenTable(
-            specs, [m.is_target and m.kind == "seq" for m in specs], dim)
+            specs, [m.is_target and m.kind == "seq" for m in specs], dim, config.token_std)
         self.enc_positions = Positions(specs, inputs, dim)
         self.dec_positions = Positions(specs, targets, dim)
         self.enc_modality = nn.Parameter(torch.randn(len(specs), dim) * 0.02)
@@ -224,7 +225,7 @@ class FourM(nn.Module):
         """Token vectors and position-plus-modality vectors, both [B,N,D], zero in unused slots."""
         used = (batch.enc_mod != PADDING).unsqueeze(2)
         modality = batch.enc_mod.clamp(min=0)
-        emb = self.enc_positions(modality, batch.enc_pos) + self.enc_modality[modality]
+        emb = self.enc_positions(modality, batch.enc_pos) + F.embedding(modality, self.enc_modality)
         x = self.enc_tokens(modality, batch.enc_ids)
         for name, dense in batch.dense.items():
             vectors = self.dense[str(self.config.index(name))](dense.values).to(x.dtype)
@@ -252,7 +253,8 @@ class FourM(nn.Module):
         modality = modality.clamp(min=0)
         fed = (self.dec_tokens or self.heads)(modality, ids)
         x = torch.where(self.is_grid[modality].unsqueeze(2), self.mask_token, fed)
-        return (x + self.dec_positions(modality, position) + self.dec_modality[modality]) * used
+        emb = self.dec_positions(modality, position) + F.embedding(modality, self.dec_modality)
+        return (x + emb) * used
 
     def decode(
         self, encoded: Encoded, ids: Tensor, modality: Tensor, position: Tensor,

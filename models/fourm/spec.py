@@ -102,6 +102,9 @@ class FourMConfig:
     tie_embeddings: bool = True
     """The decoder's input embedding of a sequence is its output matrix."""
     num_register_tokens: int = 0
+    token_std: float = field(default=0.02, compare=False)
+    """Deviation of initial input token vectors. Position vectors have entries of about 0.7: beside
+    them, tokens of 0.02, as released models began with, take long to be noticed."""
     loss: Literal["mod", "token"] = "mod"
     """Mean over modalities of their mean token loss, or the plain mean over tokens."""
     by_name: dict[str, ModalitySpec] = field(init=False, repr=False, compare=False)

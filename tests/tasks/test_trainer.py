@@ -113,13 +113,19 @@ def test_two_gloo_workers_train_what_one_process_trains(tmp_path, monkeypatch):
     from tasks.distributed import fit_distributed
 
     store = Store(str(tmp_path))
-    config = dataclasses.replace(CONFIG, steps=4)
+    config = dataclasses.replace(CONFIG, steps=4, log_every=1)
+    seen: list[tuple[int, int]] = []
     ray.init(num_cpus=3, include_dashboard=False, _node_ip_address="127.0.0.1")
     try:
-        result = fit_distributed(store, "two", Linear(), config, num_workers=2)
+        result = fit_distributed(
+            store, "two", Linear(), config, num_workers=2,
+            on_progress=lambda step, steps, metrics: seen.append((step, steps)),
+        )
     finally:
         ray.shutdown()
     assert result.steps == 4
+    # What the workers log reaches the process that shows it, the last point by its end at least.
+    assert seen == sorted(seen) and seen[-1] == (4, 4)
     one = Trainer(store, "one", Linear(), config).fit().model.state_dict()
     two, _ = Checkpoints(store, "two").newest()
     for name, value in two["model"].items():
