@@ -235,7 +235,7 @@ def generate(
         typer.echo(file)
 
 
-@app.command(epilog="Train one again:  python -m tasks.teachers depth --minutes 12")
+@app.command(epilog="Train one again:  python -m tasks.teachers depth")
 def teachers() -> None:
     """List the networks that label scenes and ship with the package."""
     from models.labelers import preset, weights_revision
