@@ -13,22 +13,19 @@ otherwise cannot overwrite what the winner's commit describes.
 from __future__ import annotations
 
 import hashlib
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import cache
-from importlib import metadata
 from os import environ
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.blocks import BlockReader, is_blocks
+from infra.machine import commit_hash
 from infra.shards import key_digest, member_keys, scan_tar, shard_name
 from infra.stages import Commit, ShardData, Stage
 from infra.store import Store, json_bytes
@@ -137,7 +134,7 @@ class Ledger:
             samples_per_second=round(len(data.keys) / max(data.seconds, 1e-6), 2),
             model=stage.model,
             revision=stage.revision,
-            code_version=code_version(),
+            code_version=commit_hash(),
             run_id=environ.get("FOURM_RUN_ID", ""),
             upstream={
                 f"{c.stage}/{c.shard}": {m: o["sha256"] for m, o in c.outputs.items()}
@@ -239,24 +236,6 @@ def read_statuses(store: Store, commit: Commit) -> pa.Table:
 def count_drops(reasons: Iterable[str]) -> dict[str, int]:
     """Reason -> number of samples, "ok" left out."""
     return dict(sorted(Counter(reason for reason in reasons if reason != OK).items()))
-
-
-@cache
-def code_version() -> str:
-    """Installed version of the package, and the commit when it runs from a checkout."""
-    try:
-        version = metadata.version("fourm")
-    except metadata.PackageNotFoundError:
-        version = "0"
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return version
-    command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return version
-    return f"{version}+g{done.stdout.strip()}"
 
 
 def _check(stage: Stage, shard: int, data: ShardData) -> None:
