@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from os import environ
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
