@@ -128,6 +128,26 @@ def _row(name: str, report: StageReport) -> dict[str, Any]:
     }
 
 
+def hand_on(store: Store, flow: str, version: str | None) -> None:
+    """Announce a complete step, so that automations start the next; see `infra.automations`.
+
+    Only a run of a deployment that stands alone hands on: whoever types commands goes on by hand,
+    and the end-to-end flow goes on by itself. Trouble is logged: the step itself is done.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.runtime import deployment, flow_run
+
+    from infra.automations import announce
+
+    if version is None or not deployment.id or flow_run.parent_flow_run_id:
+        return
+    try:
+        with get_client(sync_client=True) as client:
+            announce(client, store, flow, version)
+    except Exception:
+        logger.exception("%s could not be announced; run it again to try once more", flow)
+
+
 def total_done(rows: list[dict[str, Any]]) -> int:
     """Shards that a run of stages has done, 0 when there was nothing to do."""
     return sum(row["shards done"] for row in rows)
