@@ -199,6 +199,38 @@ def verify(
     typer.echo("everything that is committed is there and whole")
 
 
+@app.command(epilog="Example:  fourm automations --apply --notify slack-webhook/ops")
+def automations(
+    apply: Annotated[bool, typer.Option(help="Make the changes; else only list them.")] = False,
+    silence: Annotated[
+        float, typer.Option(help="Seconds without a heartbeat after which a run has crashed.")
+    ] = 600.0,
+    notify: Annotated[
+        str, typer.Option(help="Notification block that failures are told to: type/name.")
+    ] = "",
+    deployment: Annotated[
+        str, typer.Option(help="Name of the deployments that go on; empty: as in prefect.yaml.")
+    ] = "",
+) -> None:
+    """Set up what the Prefect server does by itself: detect crashes, tell failures, hand over."""
+    import os
+
+    with _sentences():
+        if not os.environ.get("PREFECT_API_URL"):
+            raise ValueError("set PREFECT_API_URL to the Prefect server's API")
+    from prefect.client.orchestration import get_client
+
+    from infra.automations import set_up
+
+    with _sentences(), get_client(sync_client=True) as client:
+        options = {"silence": silence, "notify": notify, "deployment": deployment}
+        for change in set_up(client, apply=apply, **options):
+            note = f" ({change.note})" if change.note else ""
+            typer.echo(f"{change.action:10} {change.name}{note}")
+    if not apply:
+        typer.echo("nothing was changed; --apply does it")
+
+
 @app.command(epilog="Example:  fourm generate --from rgb=photo.jpg --to depth,caption --out out")
 def generate(
     source: Annotated[

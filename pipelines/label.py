@@ -6,10 +6,11 @@ from typing import Any
 
 from prefect import flow
 
+from infra.automations import version_of
 from infra.store import Store
 from pipelines import previews
 from pipelines.params import LabelOptions, LabelParams
-from pipelines.stages import run_jobs, stage_task
+from pipelines.stages import hand_on, run_jobs, stage_task
 from tasks import chain
 from tasks.label import label_jobs
 
@@ -37,4 +38,8 @@ def label_flow(params: LabelParams) -> list[dict[str, Any]]:
     chain.remember(Store(params.root), "label", choices)
     rows = label_pictures(params)
     show_labels(params)
+    dataset = chain.Chain(Store(params.root))
+    shards = dataset.ledger.committed(dataset.fetch)
+    version = version_of(dataset.ledger, dataset.labels.values(), shards)
+    hand_on(dataset.store, "label", version)
     return rows

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from infra.ray_session import Embedded, Existing, RayTarget
+from infra.ray_session import Embedded, Existing, Job, RayJob, RayTarget
 
 LabelerName = Literal["depth", "normal", "semseg", "det", "caption", "clip"]
 DenseName = Literal["rgb", "depth", "normal", "semseg", "clip"]
@@ -39,7 +39,9 @@ class Compute(Form):
     """Where the work of a stage runs."""
 
     ray: RayTarget = Field(
-        Embedded(), description="'embedded' (on this machine), or a cluster's address, or 'auto'."
+        Embedded(),
+        description="'embedded' (on this machine), a cluster's address, 'auto', the http:// "
+        "address of a dashboard to run as a job there, or 'rayjob' for a cluster on Kubernetes.",
     )
     workers: int | None = Field(
         None, ge=0, description="Worker processes; none: one for each core or GPU. 0: without Ray."
@@ -49,10 +51,13 @@ class Compute(Form):
     @field_validator("ray", mode="before")
     @classmethod
     def _words(cls, value: object) -> object:
-        """On the command line an address, or 'embedded', stands for the whole."""
+        """On the command line an address, or a word, stands for the whole."""
         if not isinstance(value, str):
             return value
-        return Embedded() if value == "embedded" else Existing(address=value)
+        if value.startswith(("http://", "https://")):
+            return Job(address=value)
+        words = {"embedded": Embedded(), "rayjob": RayJob()}
+        return words.get(value) or Existing(address=value)
 
 
 class IngestOptions(Form):
@@ -239,4 +244,4 @@ COMMANDS: dict[str, tuple[type[Where], str]] = {
 }
 """Flows whose command is made from their form, with an example of each."""
 
-__all__ = ["COMMANDS", "Embedded", "EndToEndParams", "Existing", "RayTarget"]
+__all__ = ["COMMANDS", "Embedded", "EndToEndParams", "Existing", "Job", "RayJob", "RayTarget"]
