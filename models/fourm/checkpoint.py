@@ -1,9 +1,17 @@
 """Released 4M checkpoints: `config.json` and `model.safetensors` by their published names.
 
-The published configuration holds neither vocabularies nor lengths; vocabularies and grids follow
-from tensor shapes, lengths from `modalities.json`, which this project writes beside the two, or
-from the table below. The input embedding of grids inside the decoder, which no model uses, is
-dropped on reading and written as a copy of the output matrix.
+    model = load("EPFL-VILAB/4M-21_B@<commit>")       # or a folder
+    save_released(model, "my-model")
+
+The published configuration holds neither vocabularies nor lengths; vocabularies, patches and grids
+follow from tensor shapes, lengths from `modalities.json`, which this project writes beside the
+two, or from the table below. A file that does not fit its configuration is refused before a
+network is built.
+
+What released models were trained with and therefore need is kept: sequences longer than their
+position table (people's poses) start again at position 0, an absent modality counts in the mean
+of the `mod` loss. What the released code does wrong and no checkpoint depends on is not: see
+`FourMConfig.loss` for its token loss, `decoding` for guidance over random orders and registers.
 """
 
 from __future__ import annotations
@@ -11,34 +19,95 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from models.fourm.embeddings import DenseInput, position_table
+from models.fourm.embeddings import position_table, sincos_1d
 from models.fourm.model import FourM
+from models.fourm.released import BIASES, SIZES, needed, released_config, to_released
 from models.fourm.spec import POSITION_ROWS, FourMConfig, ModalitySpec
 
 if TYPE_CHECKING:
     from infra.store import Store
 
+__all__ = ["FILES", "build", "files", "load", "load_stored", "save_released", "to_released"]
+
 FILES = ("config.json", "model.safetensors", "modalities.json")
-# (longest sequence, target position that wraps to 0) of released sequences
+Lengths = Mapping[str, tuple[int, int]]
 RELEASED_LENGTHS = {
     "caption": (256, 256), "det": (256, 256), "t5_caption": (77, 77), "metadata": (40, 40),
     "human_poses": (275, 263), "color_palette": (23, 23), "sam_instance": (290, 290),
 }
-_BIASES = ("norm_bias", "qkv_bias", "proj_bias", "mlp_bias")
+"""(longest sequence, target position that wraps to 0) of released sequences."""
+RELEASED_CHUNKS = {"metadata": 2}
+"""Tokens of the chunks that released sequences are shuffled and masked by."""
+_REQUIRED = ("domains_in", "domains_out", "patch_size", "act_layer", *BIASES, *SIZES)
+# Settings that change nothing about a trained model, and the only values of others we compute.
+_IGNORED = frozenset({"image_size", "use_act_checkpoint", "drop_path_rate_encoder",
+                      "drop_path_rate_decoder", "shared_drop_path", "num_register_tokens"})
+_FIXED = {"decoder_causal_mask": False, "decoder_sep_mask": True}
+_SHOWN = 6  # tensors named in an error
 
 
-def load(folder: str | Path) -> FourM:
-    """Reads a checkpoint folder. Raises FileNotFoundError, or ValueError for what does not fit."""
-    folder = Path(folder)
-    return build({name: (folder / name).read_bytes() for name in FILES
-                  if name != "modalities.json" or (folder / name).exists()})
+def load(
+    path_or_hub_id: str | Path, revision: str | None = None, *, lengths: Lengths | None = None
+) -> FourM:
+    """Opens a checkpoint and returns its model in evaluation mode.
+
+    Args:
+        path_or_hub_id: A folder, or a model of the Hugging Face hub, "org/name" or
+            "org/name@revision".
+        revision: Commit, branch or tag of a hub model; pin a commit for a repeatable run.
+        lengths: (longest sequence, position limit) by modality, where they are neither stored
+            nor those of released models.
+
+    Raises:
+        FileNotFoundError: no such folder or hub model, or one without these files.
+        ValueError: the tensors do not fit the configuration: names, shapes and what is missing.
+    """
+    from safetensors.torch import load_file
+
+    folder = locate(path_or_hub_id, revision)
+    lacking = [name for name in FILES[:2] if not (folder / name).exists()]
+    if lacking:
+        raise FileNotFoundError(f"{path_or_hub_id} lacks {' and '.join(lacking)}")
+    contents = {name: (folder / name).read_bytes() for name in FILES
+                if name.endswith(".json") and (folder / name).exists()}
+    return _assembled(contents, load_file(folder / "model.safetensors"), lengths)
+
+
+def locate(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint, downloaded from the hub if it is none of this machine's.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a model of the hub.
+        ValueError: a revision of a folder, or two revisions.
+    """
+    folder, text = Path(path_or_hub_id), str(path_or_hub_id)
+    if folder.is_dir():
+        if revision:
+            raise ValueError(f"{text} is a folder and has no revision {revision!r}")
+        return folder
+    name, _, tag = text.partition("@")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise FileNotFoundError(f"{text} is neither a folder nor a hub id like org/name@revision")
+    if revision and tag and revision != tag:
+        raise ValueError(f"{text} names another revision than {revision!r}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision or tag or None,
+                                      allow_patterns=list(FILES)))
+    except OSError as error:  # the hub's own errors are OSErrors too
+        raise FileNotFoundError(f"{text} is no folder here, and as a hub id it cannot be "
+                                f"downloaded: {error}") from error
 
 
 def load_stored(store: Store, path: str) -> FourM:
@@ -48,18 +117,20 @@ def load_stored(store: Store, path: str) -> FourM:
 
 
 def save_released(model: FourM, folder: str | Path) -> None:
-    """Writes `model` to a folder that released code and `load` read."""
+    """Writes `model` to a folder that released code and `load` read. Each file appears whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files(model).items():
-        (folder / name).write_bytes(data)
+        part = folder / f".{name}.part"
+        part.write_bytes(data)
+        os.replace(part, folder / name)
 
 
 def files(model: FourM) -> dict[str, bytes]:
     """The files of a checkpoint by name."""
     from safetensors.torch import save
 
-    config = _released_config(model.config)
+    config = released_config(model.config)
     tensors = {name: value.detach().cpu().float().contiguous().clone()
                for name, value in to_released(model).items()}
     specs = [dataclasses.asdict(spec) for spec in model.config.modalities]
@@ -71,185 +142,207 @@ def files(model: FourM) -> dict[str, bytes]:
     }
 
 
-def build(
-    contents: Mapping[str, bytes], lengths: Mapping[str, tuple[int, int]] | None = None
-) -> FourM:
-    """Builds the model from the files of a checkpoint.
-
-    `lengths` (longest sequence, position limit) by modality overrides the known lengths.
-    """
+def build(contents: Mapping[str, bytes], lengths: Lengths | None = None) -> FourM:
+    """Builds the model from the files of a checkpoint; otherwise like `load`."""
     from safetensors.torch import load as load_tensors
 
-    config = json.loads(contents["config.json"])
-    tensors = load_tensors(contents["model.safetensors"])
+    return _assembled(contents, load_tensors(contents["model.safetensors"]), lengths)
+
+
+def _assembled(
+    contents: Mapping[str, bytes], tensors: dict[str, Tensor], lengths: Lengths | None
+) -> FourM:
+    config = _checked(json.loads(contents["config.json"]))
     _restore_shared(config, tensors)
+    problems = _Problems()
     if "modalities.json" in contents:
-        specs = [ModalitySpec(**spec) for spec in json.loads(contents["modalities.json"])]
+        specs = _stored_specs(json.loads(contents["modalities.json"]), config)
     else:
         known = {**RELEASED_LENGTHS, **(lengths or {})}
         names = sorted({*config["domains_in"], *config["domains_out"]})
-        specs = [_spec(name, config, tensors, known) for name in names]
-    model = FourM(_own_config(config, specs, tensors))
-    _fill(model, tensors)
+        found = [_spec(name, config, tensors, known, problems) for name in names]
+        specs = [spec for spec in found if spec is not None]
+    if not any(s.is_input for s in specs) or not any(s.is_target for s in specs):
+        problems.report()
+    own = _own_config(config, specs, tensors)
+    _compare(own, tensors, problems)
+    problems.report()
+    model = FourM(own)
+    with torch.no_grad():
+        for name, value in needed(model).items():
+            value.copy_(tensors[name])
     return model.eval()
 
 
-def to_released(model: FourM, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Tensors by their published names; `values` maps parameter names to other tensors of the same
-    shapes (gradients, say), which are then renamed instead."""
-    config, out = model.config, {}
-    for name, own in _core(model):
-        out[name] = own if values is None else values[name]
-    if not config.bias:
-        # Released norms without a bias keep an all-zero one in the file.
-        out.update({n.replace(".weight", ".bias"): torch.zeros_like(out[n])
-                    for n in list(out) if "norm" in n and n.endswith(".weight")})
-    for spec in config.modalities:
-        for name, (source, view) in _embeddings(model, spec).items():
-            table = dict(model.named_parameters()).get(source) if source else None
-            if values is not None and table is not None:
-                out[name] = _same_view(values[source], table, view)
-            else:
-                out[name] = view
-    return out
+class _Problems:
+    """What does not fit, gathered before it is reported; shapes by the names of tensors."""
+
+    def __init__(self) -> None:
+        self.missing: dict[str, str] = {}
+        self.surplus: dict[str, str] = {}
+        self.misshapen: dict[str, str] = {}
+        self.unread: set[str] = set()  # modalities that lack what would tell their shapes
+
+    def report(self) -> None:
+        """Raises ValueError with names and shapes if anything does not fit."""
+        parts = []
+        for kind, found in (("missing", self.missing), ("surplus", self.surplus),
+                            ("misshapen", self.misshapen)):
+            if found:
+                some = [f"{name} {text}" for name, text in sorted(found.items())[:_SHOWN]]
+                more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+                parts.append(f"{len(found)} {kind}: {', '.join(some)}{more}")
+        if parts:
+            raise ValueError(f"the tensors do not fit the configuration; {'; '.join(parts)}")
 
 
-def _same_view(other: Tensor, table: Tensor, view: Tensor) -> Tensor:
-    """The part of `other` that `view` is of `table`."""
-    start = view.storage_offset() - table.storage_offset()
-    return other.reshape(-1)[start : start + view.numel()].view(view.shape)
+def _compare(config: FourMConfig, tensors: Mapping[str, Tensor], problems: _Problems) -> None:
+    """Notes every tensor that a model of `config` lacks, has no use for, or has in another shape.
 
-
-def _core(model: FourM) -> Iterator[tuple[str, Tensor]]:
-    """Parameters whose names are the published ones."""
-    prefixes = ("encoder.", "decoder.", "encoder_norm.", "decoder_norm.", "decoder_proj_context.")
-    for name, value in model.named_parameters():
-        if name.startswith(prefixes) or name in ("mask_token", "register_tokens"):
-            yield name, value
-
-
-def _embeddings(model: FourM, spec: ModalitySpec) -> dict[str, tuple[str, Tensor]]:
-    """Published name -> (own parameter or "", its view) for all embeddings of a modality."""
-    config, index = model.config, model.config.index(spec.name)
-    found: dict[str, tuple[str, Tensor]] = {}
-    if spec.is_input:
-        p = f"encoder_embeddings.{spec.name}"
-        learned = "enc_positions.learned" if spec.learned_positions else ""
-        found[f"{p}.mod_emb"] = "enc_modality", model.enc_modality[index].view(1, 1, -1)
-        found[f"{p}.pos_emb"] = learned, model.enc_positions.rows(spec).unsqueeze(0)
-        if spec.discrete:
-            found[f"{p}.token_emb.weight"] = "enc_tokens.weight", model.enc_tokens.rows(spec)
-        else:
-            proj = "proj" if spec.kind == "pixels" else "emb_proj"
-            dense = cast(DenseInput, model.dense[str(index)])
-            for name, value in dense.proj.named_parameters():
-                found[f"{p}.{proj}.{name}"] = f"dense.{index}.proj.{name}", value
-    if spec.is_target:
-        p = f"decoder_embeddings.{spec.name}"
-        learned = "dec_positions.learned" if spec.learned_positions else ""
-        shared = config.share_modality_embeddings
-        found[f"{p}.mod_emb"] = ("enc_modality" if shared else "dec_modality",
-                                 model.dec_modality[index].view(1, 1, -1))
-        found[f"{p}.pos_emb"] = learned, model.dec_positions.rows(spec).unsqueeze(0)
-        found[f"{p}.to_logits.weight"] = "heads.weight", model.heads.rows(spec)
-        if spec.kind == "seq" and model.dec_tokens is not None:
-            found[f"{p}.token_emb.weight"] = "dec_tokens.weight", model.dec_tokens.rows(spec)
-        else:
-            found[f"{p}.token_emb.weight"] = "heads.weight", model.heads.rows(spec)
-    return found
-
-
-@torch.no_grad()
-def _fill(model: FourM, tensors: dict[str, Tensor]) -> None:
-    """Copies published tensors into the model; every one the model needs must be there."""
-    wanted = dict(_core(model))
-    for spec in model.config.modalities:
-        for name, (_, view) in _embeddings(model, spec).items():
-            if not (name.endswith("token_emb.weight") and spec.kind == "img"
-                    and name.startswith("decoder")):
-                wanted[name] = view
+    Shapes come from a network without storage, so that nothing is allocated for a wrong file.
+    """
+    with torch.device("meta"):
+        model = FourM(config)
+    wanted, allowed = needed(model), to_released(model)
+    skipped = tuple(f"{side}_embeddings.{name}." for name in problems.unread
+                    for side in ("encoder", "decoder"))
     for name, value in wanted.items():
         if name not in tensors:
-            raise ValueError(f"the checkpoint lacks the tensor {name}")
-        if tensors[name].shape != value.shape:
-            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, the configuration "
-                             f"asks for {tuple(value.shape)}")
-        value.copy_(tensors[name])
+            problems.missing[name] = str(list(value.shape))
+    for name, value in tensors.items():
+        if name.startswith(skipped):
+            continue
+        if name not in allowed:
+            problems.surplus[name] = str(list(value.shape))
+        elif value.shape != allowed[name].shape:
+            problems.misshapen[name] = f"{list(value.shape)}, not {list(allowed[name].shape)}"
+        elif name not in wanted and name.endswith(".bias") and bool(value.any()):
+            problems.surplus[name] = f"{list(value.shape)}, not 0 in a model without biases"
+
+
+def _checked(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration, if it is complete and of a network that `FourM` is."""
+    lacking = [key for key in _REQUIRED if key not in config]
+    if lacking:
+        raise ValueError(f"config.json lacks {', '.join(lacking)}")
+    if len({bool(config[key]) for key in BIASES}) > 1:
+        listed = ", ".join(f"{key} {config[key]}" for key in BIASES)
+        raise ValueError(f"biases in some layers only are not supported: {listed}")
+    activation = "SiLU" if config["gated_mlp"] else "GELU"
+    if config["act_layer"] != activation:
+        raise ValueError(f"act_layer {config['act_layer']} is not supported with gated_mlp "
+                         f"{config['gated_mlp']}; only {activation} is")
+    for key, value in _FIXED.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{key} {config[key]} is not supported; only {value} is")
+    unknown = sorted(config.keys() - set(_REQUIRED) - _IGNORED - _FIXED.keys())
+    if unknown:
+        warnings.warn(f"config.json holds unknown settings, which are ignored: "
+                      f"{', '.join(unknown)}", stacklevel=2)
+    return config
 
 
 def _restore_shared(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Puts back modality vectors that were stored once because encoder and decoder share them."""
-    if not config["share_modality_embeddings"]:
-        return
-    for name in config["domains_in"]:
-        enc, dec = f"encoder_embeddings.{name}.mod_emb", f"decoder_embeddings.{name}.mod_emb"
-        if enc not in tensors and dec in tensors:
-            tensors[enc] = tensors[dec]
-        elif dec not in tensors and enc in tensors and name in config["domains_out"]:
-            tensors[dec] = tensors[enc]
+    """Puts back what writers store once: modality vectors that encoder and decoder share, and a
+    decoder's token matrix that is both its input and its output."""
+    pairs = []
+    if config["share_modality_embeddings"]:
+        both = [name for name in config["domains_in"] if name in config["domains_out"]]
+        pairs += [(f"encoder_embeddings.{name}.mod_emb", f"decoder_embeddings.{name}.mod_emb")
+                  for name in both]
+    for name in config["domains_out"]:
+        p = f"decoder_embeddings.{name}"
+        pairs.append((f"{p}.token_emb.weight", f"{p}.to_logits.weight"))
+    for first, second in pairs:
+        if (first in tensors) != (second in tensors):
+            tensors[first] = tensors[second] = tensors.get(first, tensors.get(second))
+
+
+def _stored_specs(stored: list[dict[str, Any]], config: dict[str, Any]) -> list[ModalitySpec]:
+    """Modalities of `modalities.json`."""
+    try:
+        specs = [ModalitySpec(**spec) for spec in stored]
+    except TypeError as error:
+        raise ValueError(f"modalities.json was written by another version: {error}") from error
+    for key, names in (("domains_in", [s.name for s in specs if s.is_input]),
+                       ("domains_out", [s.name for s in specs if s.is_target])):
+        if sorted(names) != sorted(config[key]):
+            raise ValueError(f"modalities.json and {key} of config.json name different "
+                             f"modalities: {sorted(set(names) ^ set(config[key]))}")
+    return specs
 
 
 def _spec(
-    name: str, config: dict[str, Any], tensors: dict[str, Tensor],
-    lengths: Mapping[str, tuple[int, int]],
-) -> ModalitySpec:
+    name: str, config: dict[str, Any], tensors: dict[str, Tensor], lengths: Lengths,
+    problems: _Problems,
+) -> ModalitySpec | None:
+    """The modality `name` from the shapes of its tensors; None notes what is missing for that."""
     is_input, is_target = name in config["domains_in"], name in config["domains_out"]
     prefix = f"{'encoder' if is_input else 'decoder'}_embeddings.{name}"
-    if f"{prefix}.pos_emb" not in tensors:
-        raise ValueError(f"the checkpoint lacks the embeddings of its modality {name}")
-    positions = tensors[f"{prefix}.pos_emb"][0]
+    sources = [key for key in ("proj", "emb_proj", "token_emb")
+               if f"{prefix}.{key}.weight" in tensors]
+    shapes = {f"{prefix}.pos_emb": f"[1, positions, {config['dim']}]",
+              f"{prefix}.{sources[0] if sources else 'token_emb'}.weight": "[rows, columns]"}
+    for key, shape in shapes.items():
+        if key not in tensors:
+            problems.missing[key] = shape
+            problems.unread.add(name)
+        elif tensors[key].dim() != shape.count(",") + 1:
+            problems.misshapen[key] = f"{list(tensors[key].shape)}, not {shape}"
+            problems.unread.add(name)
+    if name in problems.unread:
+        return None
+    positions, weight = (tensors[key] for key in shapes)
+    positions = positions[0]
     common: dict[str, Any] = {"name": name, "is_input": is_input, "is_target": is_target}
-    if f"{prefix}.proj.weight" in tensors:
-        patch = math.isqrt(tensors[f"{prefix}.proj.weight"].shape[1] // 3)
-        return ModalitySpec(kind="pixels", max_tokens=len(positions), patch_size=patch, **common)
+    if sources[0] == "proj":
+        patch = _patch(weight.shape[1], config["patch_size"], name)
+        return ModalitySpec(kind="pixels", max_tokens=len(positions), patch_size=patch,
+                            channels=weight.shape[1] // patch**2, **common)
     longest, limit = lengths.get(name, (256, 256))
-    if f"{prefix}.emb_proj.weight" in tensors:
-        width = tensors[f"{prefix}.emb_proj.weight"].shape[1]
-        return ModalitySpec(kind="seq_emb", max_tokens=longest, channels=width, **common)
-    common["vocab_size"] = len(tensors[f"{prefix}.token_emb.weight"])
-    if len(positions) == POSITION_ROWS:
-        return ModalitySpec(kind="seq", max_tokens=longest, max_length=limit, **common)
+    if sources[0] == "emb_proj":
+        return ModalitySpec(kind="seq_emb", max_tokens=longest, channels=weight.shape[1], **common)
+    common["vocab_size"] = len(weight)
+    if _is_sequence(positions):
+        return ModalitySpec(kind="seq", max_tokens=longest, max_length=limit,
+                            chunk=RELEASED_CHUNKS.get(name, 0), **common)
     spec = ModalitySpec(kind="img", max_tokens=len(positions), **common)
     table = position_table(spec, positions.shape[1])
     learned = table.shape != positions.shape or not torch.allclose(table, positions, atol=1e-4)
     return dataclasses.replace(spec, learned_positions=learned)
 
 
+def _is_sequence(positions: Tensor) -> bool:
+    """Whether a table [rows, D] is that of sequences; a grid of as many rows is none."""
+    if len(positions) != POSITION_ROWS:
+        return False
+    return torch.allclose(sincos_1d(*positions.shape), positions, atol=1e-4)
+
+
+def _patch(width: int, patch: int, name: str) -> int:
+    """Side of the patches of a projection of `width` values, of colours if that is possible."""
+    for side in (patch, math.isqrt(width // 3)):
+        if width == 3 * side**2:
+            return side
+    if width % patch**2:
+        raise ValueError(f"{name}: patches of {width} values are not of {patch} x {patch} pixels")
+    return patch
+
+
 def _own_config(
-    config: dict[str, Any], specs: list[ModalitySpec], tensors: dict[str, Tensor]
+    config: dict[str, Any], specs: Sequence[ModalitySpec], tensors: dict[str, Tensor]
 ) -> FourMConfig:
-    biases = {bool(config[key]) for key in _BIASES}
-    if len(biases) > 1:
-        raise ValueError("checkpoints with biases in some layers only are not supported")
-    tied = all(
-        torch.equal(tensors[f"{p}.token_emb.weight"], tensors[f"{p}.to_logits.weight"])
-        for spec in specs if spec.is_target and spec.kind == "seq"
-        for p in [f"decoder_embeddings.{spec.name}"]
-    )
+    def same(prefix: str) -> bool:
+        first, second = (tensors.get(f"{prefix}.{key}.weight") for key in ("token_emb",
+                                                                           "to_logits"))
+        return first is None or second is None or torch.equal(first, second)
+
+    tied = all(same(f"decoder_embeddings.{spec.name}") for spec in specs
+               if spec.is_target and spec.kind == "seq")
     registers = tensors.get("register_tokens")
+    stated = config.get("num_register_tokens", 0)
+    count = registers.shape[1] if registers is not None and not stated else stated
     return FourMConfig(
-        modalities=tuple(specs), bias=biases.pop(), tie_embeddings=tied,
-        num_register_tokens=0 if registers is None else registers.shape[1],
-        **{key: config[key] for key in (
-            "dim", "encoder_depth", "decoder_depth", "num_heads", "mlp_ratio", "gated_mlp",
-            "qk_norm", "share_modality_embeddings")},
+        modalities=tuple(specs), bias=bool(config["norm_bias"]), tie_embeddings=tied,
+        num_register_tokens=count, **{key: config[key] for key in SIZES},
     )
-
-
-def _released_config(config: FourMConfig) -> dict[str, Any]:
-    pixels = [m for m in config.modalities if m.kind == "pixels"]
-    patch = pixels[0].patch_size if pixels else 16
-    grids = [m for m in config.modalities if m.kind in ("img", "pixels")]
-    out: dict[str, Any] = {
-        "domains_in": [m.name for m in config.inputs],
-        "domains_out": [m.name for m in config.targets],
-        "image_size": patch * max((m.grid for m in grids), default=14), "patch_size": patch,
-        "act_layer": "SiLU" if config.gated_mlp else "GELU",
-        **dict.fromkeys(_BIASES, config.bias),
-        **{key: getattr(config, key) for key in (
-            "dim", "encoder_depth", "decoder_depth", "num_heads", "mlp_ratio", "gated_mlp",
-            "qk_norm", "share_modality_embeddings")},
-    }
-    if config.num_register_tokens:
-        out["num_register_tokens"] = config.num_register_tokens
-    return out

@@ -23,11 +23,13 @@ def sincos_1d(rows: int, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], 1).float()
 
 
-def sincos_2d(grid: int, dim: int) -> Tensor:
-    """Table [grid * grid, dim] for row-major positions: row angles, then column angles."""
-    axis = sincos_1d(grid, dim // 2)
-    index = torch.arange(grid * grid)
-    return torch.cat([axis[index // grid], axis[index % grid]], 1)
+def sincos_2d(rows: int, dim: int, columns: int | None = None) -> Tensor:
+    """Table [rows * columns, dim] for row-major positions: row angles, then column angles. A grid
+    is square unless `columns` says otherwise."""
+    columns = columns or rows
+    axis = sincos_1d(max(rows, columns), dim // 2)
+    index = torch.arange(rows * columns)
+    return torch.cat([axis[index // columns], axis[index % columns]], 1)
 
 
 def position_table(spec: ModalitySpec, dim: int) -> Tensor:

@@ -234,6 +234,16 @@ class FourM(nn.Module):
 
     def encode(self, batch: Batch) -> Encoded:
         """Runs the encoder over the inputs of `batch`."""
+        x, emb, mask = self._encoded(batch)
+        return Encoded(self.decoder_proj_context(x) + emb, mask)
+
+    def features(self, batch: Batch) -> Tensor:
+        """Normalised encoder output [B,R+N,D]: R register tokens, then the slots of `batch`, of
+        which unused ones hold nothing of meaning."""
+        return self._encoded(batch)[0]
+
+    def _encoded(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised output, position-plus-modality vectors and mask, with register tokens."""
         x, emb = self.embed_inputs(batch)
         x = x + emb
         modality = batch.enc_mod
@@ -245,7 +255,7 @@ class FourM(nn.Module):
         mask = additive(key_mask(modality), self._dtype(x))
         for block in self.encoder:
             x = block(x, mask)
-        return Encoded(self.decoder_proj_context(self.encoder_norm(x)) + emb, mask)
+        return self.encoder_norm(x), emb, mask
 
     def embed_targets(self, ids: Tensor, modality: Tensor, position: Tensor) -> Tensor:
         """Decoder input [B,M,D]: mask token or the preceding token, plus position and modality."""

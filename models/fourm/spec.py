@@ -33,6 +33,9 @@ class ModalitySpec:
     """Number of token ids of img and seq."""
     max_length: int = 0
     """seq: target positions from here on take position 0, as in released models; 0 = max_tokens."""
+    chunk: int = 0
+    """seq: tokens of a chunk, for sequences of independent facts (metadata: 2), whose chunks are
+    shuffled and then shown or hidden whole; 0 masks token by token."""
     channels: int = 3
     """Channels of pixels, width of seq_emb vectors."""
     patch_size: int = 16
@@ -89,6 +92,7 @@ class FourMConfig:
     dim: int = 256
     encoder_depth: int = 6
     decoder_depth: int = 6
+    """0 for an encoder alone, which needs no targets."""
     num_heads: int = 4
     mlp_ratio: float = 4.0
     """MLP width over dim; a gated MLP has 2/3 of it."""
@@ -115,8 +119,9 @@ class FourMConfig:
         object.__setattr__(self, "by_name", {m.name: m for m in ordered})
         if len(self.by_name) != len(ordered):
             raise ValueError("modality names must be unique")
-        if not any(m.is_input for m in ordered) or not any(m.is_target for m in ordered):
-            raise ValueError("a model needs at least one input and one target modality")
+        if not any(m.is_input for m in ordered) or not (self.targets or self.decoder_depth == 0):
+            raise ValueError("a model needs at least one input and, unless it has no decoder, "
+                             "one target modality")
         if self.dim % self.num_heads or self.dim % 4:
             raise ValueError(f"dim {self.dim} must be a multiple of num_heads and of 4")
         if self.loss not in ("mod", "token"):
