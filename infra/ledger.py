@@ -41,6 +41,9 @@ STATUS_SCHEMA = pa.schema(
     [("key", pa.string()), ("reason", pa.string()), ("detail", pa.string()), ("shard", pa.int32())]
 )
 
+PASSES = "plan/passes/"
+"""Folder of the records of further passes over rows that failed."""
+
 _READERS = 32
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -69,8 +72,17 @@ class Ledger:
                 )
 
     def read_plan(self) -> dict[str, Any]:
-        """The plan. Raises FileNotFoundError before `write_plan`."""
-        return self.store.read_json("plan/plan.json")
+        """The plan, with the shards that further passes over failed rows appended to it.
+
+        "num_shards" counts all shards, "list_shards" those of the list itself; "passes" are the
+        records of the passes in order. Raises FileNotFoundError before `write_plan`.
+        """
+        plan = self.store.read_json("plan/plan.json")
+        paths = [path for path in self.store.list(PASSES) if path.endswith(".json")]
+        passes = [self.store.read_json(path) for path in paths]
+        added = sum(again["num_shards"] for again in passes)
+        shards = plan["num_shards"]
+        return plan | {"num_shards": shards + added, "list_shards": shards, "passes": passes}
 
     def stage_ids(self) -> list[str]:
         """Ids of all stages with at least one commit."""
@@ -120,7 +132,7 @@ class Ledger:
             modality: self._put(f"shards/{stage.directory(modality)}/{name}", tar, "tar")
             for modality, tar in sorted(data.outputs.items())
         }
-        rows = _status_parquet(shard, data.statuses)
+        rows = _status_parquet(shard, data)
         status = self._put(f"status/{stage.id}/{name}", rows, "parquet")
         commit = Commit(
             stage=stage.id,
@@ -196,7 +208,9 @@ class Ledger:
         """One row for each sample of the committed shards: key, reason, detail, shard."""
         commits = self.commits(stage).values()
         tables = _parallel(lambda commit: read_statuses(self.store, commit), commits)
-        return pa.concat_tables(tables) if tables else STATUS_SCHEMA.empty_table()
+        # Stages of different age tell more or less of their samples.
+        joined = pa.concat_tables(tables, promote_options="default") if tables else None
+        return STATUS_SCHEMA.empty_table() if joined is None else joined
 
     def _numbered(self, prefix: str) -> dict[int, str]:
         """Shard number -> path of the records under a prefix."""
@@ -246,6 +260,8 @@ def _check(stage: Stage, shard: int, data: ShardData) -> None:
     known = {key: reason for key, reason, _ in data.statuses}
     if len(known) != len(data.statuses) or len(set(data.keys)) != len(data.keys):
         raise ValueError(f"{where}: a key occurs twice")
+    if uneven := [name for name, v in data.columns.items() if len(v) != len(data.statuses)]:
+        raise ValueError(f"{where}: column {uneven[0]!r} has not a value for each status")
     kept = set(data.keys)
     if lost := [key for key, reason in known.items() if reason == OK and key not in kept]:
         raise ValueError(f"{where}: {lost[0]} is ok but has no output")
@@ -266,9 +282,11 @@ def first_difference(left: Sequence[str], right: Sequence[str]) -> str:
     return f"{len(left)} samples here and {len(right)} there"
 
 
-def _status_parquet(shard: int, statuses: list[tuple[str, str, str]]) -> bytes:
-    columns = list(zip(*statuses, strict=True)) or [(), (), ()]
-    table = pa.table([*map(list, columns), [shard] * len(statuses)], schema=STATUS_SCHEMA)
+def _status_parquet(shard: int, data: ShardData) -> bytes:
+    columns = list(zip(*data.statuses, strict=True)) or [(), (), ()]
+    table = pa.table([*map(list, columns), [shard] * len(data.statuses)], schema=STATUS_SCHEMA)
+    for name, values in data.columns.items():
+        table = table.append_column(name, values)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()

@@ -15,9 +15,14 @@ from infra.ray_session import Embedded, Existing, Job, RayJob, RayTarget
 
 LabelerName = Literal["depth", "normal", "semseg", "det", "caption", "clip"]
 DenseName = Literal["rgb", "depth", "normal", "semseg", "clip"]
+SourceFormat = Literal["auto", "tsv", "csv", "jsonl", "parquet", "folder", "webdataset"]
+RetryReason = Literal["timeout", "connect", "dns", "rate_limited", "server_error", "truncated"]
 RecipeName = Literal["demo", "demo_long", "fourm_b"]
 
 ALL_LABELERS: list[LabelerName] = ["depth", "normal", "semseg", "det", "caption", "clip"]
+ALL_RETRIES: list[RetryReason] = [
+    "timeout", "connect", "dns", "rate_limited", "server_error", "truncated",
+]  # fmt: skip
 ALL_DENSE: list[DenseName] = ["rgb", "depth", "normal", "semseg", "clip"]
 
 
@@ -63,13 +68,30 @@ class Compute(Form):
 class IngestOptions(Form):
     """What is downloaded, and how."""
 
-    source: str = Field(description="TSV of url<TAB>caption: a path or any fsspec URL.")
+    source: str = Field(
+        description="List of url<TAB>caption, or CSV, JSONL, Parquet (.gz, .zst), a folder of "
+        "pictures, or WebDataset tars: a path, a pattern, or any fsspec URL."
+    )
+    format: SourceFormat = Field("auto", description="auto: from the name.")
+    url_column: str = Field("", description="Name or number of the URLs' column; empty: url.")
+    caption_column: str = Field(
+        "", description="Name or number of the captions' column; empty: caption, '-': none."
+    )
+    extra_columns: list[str] = Field([], description="Columns that are kept beside the caption.")
     limit: int | None = Field(None, ge=1, description="Only the first rows of the list.")
     shard_rows: int = Field(2000, ge=1, le=99_999, description="Rows of a shard.")
     resize: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = Field(
         "keep_ratio", description="keep_ratio: shorter side to the image size, never enlarged."
     )
     image_size: int = Field(256, ge=16, le=8192, description="Side of stored pictures, pixels.")
+    min_side: int = Field(32, ge=1, description="Shortest side that is kept, pixels.")
+    max_pixels: int = Field(
+        64_000_000, ge=1, le=178_000_000, description="Largest area that is decoded, pixels."
+    )
+    max_aspect: float = Field(6.0, ge=1, description="Largest ratio of the sides that is kept.")
+    duplicates: Literal["mark", "drop_exact", "drop_near"] = Field(
+        "mark", description="What becomes of pictures that repeat an earlier one of the set."
+    )
     allow_hosts: list[str] = Field(
         [], description="Private hosts (host or host:port) that may be reached nevertheless."
     )
@@ -174,6 +196,44 @@ class IngestParams(Compute, IngestOptions, Where):
     """Download the pictures of a list into shards, with a fate for every row."""
 
 
+class RetryParams(Compute, Where):
+    """Download once more the rows that failed for passing reasons, as further shards."""
+
+    reasons: list[RetryReason] = Field(ALL_RETRIES, description="Reason classes to try again.")
+
+
+class ImportParams(Compute, Where):
+    """Take over a set in the layout ml-4m, webdataset or parquet, to the same bytes."""
+
+    source: str = Field(min_length=1, description="Folder or s3://bucket/prefix of the set.")
+
+
+class ExportParams(Where):
+    """Write a published set and its labels in a layout that others read."""
+
+    out: str = Field(min_length=1, description="Folder or s3://bucket/prefix to write to.")
+    layout: Literal["ml-4m", "webdataset", "parquet"] = Field(
+        "ml-4m", description="ml-4m: as the released code reads it."
+    )
+    manifest: str = Field("main", pattern=r"^[\w.-]+$", description="Which published set.")
+    parts: list[str] = Field(
+        [], description="What to write, such as rgb, depth, tok_depth; empty: everything."
+    )
+
+
+class PlanParams(Compute, Where):
+    """Print what a dataset will take, before anything is spent: bytes, hours, GPU-hours."""
+
+    source: str = Field("", description="List of a dataset that is not planned yet.")
+    format: SourceFormat = Field("auto", description="auto: from the name.")
+    url_column: str = Field("", description="Name or number of the URLs' column.")
+    caption_column: str = Field("", description="Name or number of the captions' column.")
+    limit: int | None = Field(None, ge=1, description="Only the first rows of the list.")
+    shard_rows: int = Field(2000, ge=1, le=99_999, description="Rows of a shard.")
+    labelers: list[LabelerName] = Field(ALL_LABELERS, description="Labels to make.")
+    modalities: list[DenseName] = Field(ALL_DENSE, description="Modalities to tokenize.")
+
+
 class LabelParams(Compute, LabelOptions, Where):
     """Label every picture: depth, normals, classes, boxes, captions, features."""
 
@@ -235,6 +295,8 @@ SHARED = frozenset({*Where.model_fields, *Compute.model_fields})
 
 COMMANDS: dict[str, tuple[type[Where], str]] = {
     "ingest": (IngestParams, "fourm ingest --root data/mine --source cc12m.tsv --limit 10000"),
+    "retry": (RetryParams, "fourm retry --root data/mine --reasons timeout,server_error"),
+    "import": (ImportParams, "fourm import --root data/theirs --source exports/set"),
     "label": (LabelParams, "fourm label --root data/mine --labelers depth,caption"),
     "train-tokenizers": (TrainTokenizersParams, "fourm train-tokenizers --root data/mine"),
     "tokenize": (TokenizeParams, "fourm tokenize --root data/mine --crops 8"),

@@ -126,7 +126,7 @@ FATES = [
 ELSEWHERE = [
     ("http://169.254.169.254/latest/meta-data", "blocked_address"),
     ("http://0x7f.1/a.jpg", "blocked_address"),
-    ("http://2130706433/a.jpg", "bad_url"),
+    ("http://2130706433/a.jpg", "blocked_address"),
     ("file:///etc/passwd", "blocked_address"),
     ("not a url", "blocked_address"),
     ("http://[bad/", "bad_url"),
