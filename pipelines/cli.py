@@ -282,9 +282,12 @@ def generate(
 def teachers() -> None:
     """List the networks that label scenes and ship with the package."""
     from models.labelers import preset, weights_revision
+    from models.labelers.base import SHIPPED
 
     with _sentences():
         for name, spec in preset("scenes").items():
+            if not spec.model_id.startswith(SHIPPED):
+                continue
             megabytes = sum(f.stat().st_size for f in Path(spec.source).rglob("*")) / 1e6
             typer.echo(f"{name:8} {megabytes:5.1f} MB  {weights_revision(spec)[:12]}")
 

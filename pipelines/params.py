@@ -7,22 +7,43 @@ flows need not be told again. Secrets have no place here: parameters are stored 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from infra.ray_session import Embedded, Existing, Job, RayJob, RayTarget
 
-LabelerName = Literal["depth", "normal", "semseg", "det", "caption", "clip"]
-DenseName = Literal["rgb", "depth", "normal", "semseg", "clip"]
 SourceFormat = Literal["auto", "tsv", "csv", "jsonl", "parquet", "folder", "webdataset"]
 RetryReason = Literal["timeout", "connect", "dns", "rate_limited", "server_error", "truncated"]
-RecipeName = Literal["demo", "demo_long", "fourm_b"]
 
-ALL_LABELERS: list[LabelerName] = ["depth", "normal", "semseg", "det", "caption", "clip"]
 ALL_RETRIES: list[RetryReason] = [
     "timeout", "connect", "dns", "rate_limited", "server_error", "truncated",
 ]  # fmt: skip
+
+def _known_labeler(name: str) -> str:
+    from models.labelers import kinds
+
+    if name not in kinds():
+        raise ValueError(f"no such labeler; there are {', '.join(map(repr, kinds()))}")
+    return name
+
+
+def _known_dense(name: str) -> str:
+    from tasks.tokenizer_recipes import recipe_names
+
+    if name not in recipe_names():
+        raise ValueError(f"no such modality; there are {', '.join(map(repr, recipe_names()))}")
+    return name
+
+
+LabelerName = Annotated[str, AfterValidator(_known_labeler)]
+"""A kind of labeler, of this project or of an installed package."""
+DenseName = Annotated[str, AfterValidator(_known_dense)]
+"""A modality with a recipe for its tokenizer, of this project or of an installed package."""
+RecipeName = Literal["demo", "demo_long", "fourm_b"]
+
+FIRST_LABELERS: list[LabelerName] = ["depth", "normal", "semseg", "det", "caption", "clip"]
+"""The labels of 4M-7; `docs/modalities.md` lists all that there are."""
 ALL_DENSE: list[DenseName] = ["rgb", "depth", "normal", "semseg", "clip"]
 
 
@@ -107,10 +128,14 @@ class IngestOptions(Form):
 class LabelOptions(Form):
     """Which networks label the pictures."""
 
-    preset: Literal["scenes", "modern"] = Field(
-        "modern", description="scenes: the shipped tiny teachers; modern: networks of the hub."
+    preset: Literal["scenes", "modern", "released"] = Field(
+        "modern",
+        description="scenes: the shipped tiny teachers; modern: permissive networks of the hub; "
+        "released: those of 4M as far as they load.",
     )
-    labelers: list[LabelerName] = Field(ALL_LABELERS, description="Labels to make.")
+    labelers: list[LabelerName] = Field(
+        FIRST_LABELERS, description="Labels to make; docs/modalities.md names them all."
+    )
     models: dict[LabelerName, str] = Field(
         {}, description="Other networks: {'depth': 'hub/id@revision'} or a folder."
     )

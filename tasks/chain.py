@@ -138,9 +138,9 @@ class Chain:
     @cached_property
     def labels(self) -> dict[str, Stage]:
         """Label stage of each chosen labeler, by name."""
-        from tasks.label import label_stage
+        from tasks.label import label_stages
 
-        return {name: label_stage(spec, self.fetch) for name, spec in self.labelers.items()}
+        return label_stages(self.labelers.values(), self.fetch)
 
     @cached_property
     def sources(self) -> dict[str, Stage]:
@@ -306,7 +306,9 @@ def check(flow: str, choices: dict[str, Any]) -> None:
 
         read_about(Store(choices["source"]))
     if flow == "label":
-        labelers(choices)
+        from tasks.label import label_stages
+
+        label_stages(labelers(choices).values(), chain.fetch)
     if flow == "train_tokenizers":
         _check_tokenizers(chain, choices)
     if flow == "train":
