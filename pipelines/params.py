@@ -73,8 +73,12 @@ class IngestOptions(Form):
         "", description="Name or number of the captions' column; empty: caption, '-': none."
     )
     extra_columns: list[str] = Field([], description="Columns that are kept beside the caption.")
-    limit: int | None = Field(None, ge=1, description="Only the first rows of the list.")
-    shard_rows: int = Field(2000, ge=1, le=99_999, description="Rows of a shard.")
+    limit: int | None = Field(
+        None, ge=1, description="Only the first rows of the list; of tars, the first tars."
+    )
+    shard_rows: int = Field(
+        2000, ge=1, le=99_999, description="Rows of a shard; a tar of others is one shard."
+    )
     resize: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = Field(
         "keep_ratio", description="keep_ratio: shorter side to the image size, never enlarged."
     )
