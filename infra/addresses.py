@@ -64,7 +64,7 @@ class AddressPolicy:
         """
         if url.scheme not in ("http", "https"):
             raise BlockedAddress(f"scheme {url.scheme!r} is not http or https")
-        host = url.raw_host or ""  # as it is connected to: other digits of Unicode are read as plain ones
+        host = url.raw_host or ""  # as it is connected to: digits of any script are plain here
         if not host:
             raise BlockedAddress("the URL names no host")
         if self.permits_host(host, url.port):

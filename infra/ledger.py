@@ -243,9 +243,10 @@ def read_keys(tar: bytes, source: str) -> list[str]:
     return member_keys(members, source)
 
 
-def read_statuses(store: Store, commit: Commit) -> pa.Table:
-    """Statuses of one shard, one row for each sample."""
-    return pq.read_table(pa.BufferReader(store.read(commit.status["path"])))
+def read_statuses(store: Store, commit: Commit, columns: Sequence[str] | None = None) -> pa.Table:
+    """Statuses of one shard, one row for each sample; only some of the columns if so asked."""
+    data = pa.BufferReader(store.read(commit.status["path"]))
+    return pq.read_table(data, columns=None if columns is None else list(columns))
 
 
 def count_drops(reasons: Iterable[str]) -> dict[str, int]:

@@ -31,9 +31,7 @@ NONE = "-"
 """Name of a caption column that says: there is none."""
 MAX_LINE = 1 << 20
 """Longest line of a list, in characters; longer ones are bad rows."""
-PICTURES = frozenset(
-    {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic"}
-)
+PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic"})
 """Extensions of pictures in folders and tars, also those whose format will be refused by name."""
 
 _COMPRESSED = {"gz": "gzip", "bz2": "bz2", "zst": "zstd"}
@@ -102,8 +100,8 @@ def read_rows(source: Source, limit: int | None = None) -> Iterator[Row]:
         ValueError: a column does not exist, or a file is not of the format, with its name.
     """
     readers: dict[str, Callable[[Source], Iterator[Row]]] = {
-        "tsv": _tsv, "csv": _csv, "jsonl": _jsonl, "parquet": _parquet, "folder": _folder,
-        "webdataset": _tars,
+        "tsv": _tsv, "csv": lambda s: _table(s, _csv_fields, ("url", "caption")), "jsonl": _jsonl,
+        "parquet": _parquet, "folder": _folder, "webdataset": _tars,
     }  # fmt: skip
     for number, row in enumerate(readers[source.format](source)):
         if limit is not None and number >= limit:
@@ -113,7 +111,7 @@ def read_rows(source: Source, limit: int | None = None) -> Iterator[Row]:
 
 def _format_of(path: str) -> Format:
     fs, root = fsspec.core.url_to_fs(path)
-    if not fs.isdir(root):
+    if not _is_folder(fs, root):
         return _by_extension(path)
     for file in _walk(fs, root):
         extension = file["name"].rpartition(".")[2].lower()
@@ -128,6 +126,8 @@ def _by_extension(path: str) -> Format:
     parts = path.lower().rstrip("*").split(".")
     if parts[-1] in _COMPRESSED:
         parts.pop()
+    if "." not in path.rpartition("/")[2]:
+        return "tsv"  # a bare name has always been one
     if parts[-1] not in _FORMATS:
         raise ValueError(
             f"the name of {path} tells no format; choose tsv, csv, jsonl, parquet, folder or "
@@ -153,14 +153,19 @@ def _files(source: Source) -> Iterator[tuple[Any, dict[str, Any]]]:
     fs, root = fsspec.core.url_to_fs(source.path)
     if "*" in root:
         found = [fs.info(name) for name in sorted(fs.glob(root))]
-    elif fs.isdir(root):
+    elif _is_folder(fs, root):
         found = [f for f in _walk(fs, root) if _is_of(f["name"], source.format)]
     else:
-        found = [fs.info(root)]
+        found = [{"name": root}]
     if not found:
         raise FileNotFoundError(f"nothing of format {source.format} at {source.path}")
     for file in found:
         yield fs, file
+
+
+def _is_folder(fs: Any, path: str) -> bool:
+    """Whether a path is a folder; asking that of a web server would fetch the whole list."""
+    return "http" not in fs.protocol and bool(fs.isdir(path))
 
 
 def _is_of(name: str, wanted: Format) -> bool:
@@ -210,10 +215,6 @@ def _tsv(source: Source) -> Iterator[Row]:
         for line in _lines(fs, file["name"]):
             url, _, caption = line.partition("\t")
             yield _row(url, caption, "", problem=_too_long(line), text=line)
-
-
-def _csv(source: Source) -> Iterator[Row]:
-    yield from _table(source, _csv_fields, ("url", "caption"))
 
 
 def _too_long(line: str) -> str:
@@ -395,4 +396,5 @@ def _tars(source: Source) -> Iterator[Row]:
     for fs, file in _files(source):
         name = file["name"]
         short = name.rpartition("/")[2]
-        yield Row(fs.unstrip_protocol(name), text=_json([short, file.get("size")]))
+        size = file["size"] if "size" in file else fs.info(name).get("size")
+        yield Row(fs.unstrip_protocol(name), text=_json([short, size]))

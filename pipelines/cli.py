@@ -296,7 +296,7 @@ def _plan(values: params.PlanParams) -> None:
     from rich.console import Console
 
     from pipelines.plan import lines, table
-    from pipelines.stages import resources
+    from pipelines.workers import resources
 
     with _sentences():
         found = lines(values)
@@ -311,7 +311,7 @@ def _export(values: params.ExportParams) -> None:
     from infra.store import Store
     from tasks.interchange import export_set
 
-    with _sentences(code=1):
+    with _sentences():
         done = export_set(
             _open(values.root),
             Store(values.out),

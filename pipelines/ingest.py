@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from prefect import flow
 
 from infra import ui
+from infra.ledger import OK
 from infra.sources import Source
 from infra.store import Store
 from pipelines.params import IngestOptions, IngestParams, RetryParams
@@ -38,11 +40,10 @@ def fetch_rows(params: IngestParams | RetryParams) -> list[dict[str, Any]]:
     dataset = chain.Chain(store)
     job = fetch.fetch_job(dataset.plan, dataset.fetch_config)
     rows = run_jobs(store, [job], params, "fetch")
-    fates = dataset.ledger.statuses(dataset.download).column("reason").value_counts().to_pylist()
-    table = sorted(
-        ({"fate": fate["values"], "rows": fate["counts"]} for fate in fates),
-        key=lambda line: -line["rows"],
-    )
+    fates: Counter[str] = Counter()
+    for commit in dataset.ledger.commits(dataset.download).values():
+        fates.update({OK: commit.samples, **commit.drops})
+    table = [{"fate": fate, "rows": number} for fate, number in fates.most_common()]
     ui.table("fetch-fates", table, "What became of the rows")
     return rows
 
@@ -56,9 +57,9 @@ def find_repeated(params: IngestParams | RetryParams) -> list[dict[str, Any]]:
     kinds = table.column("kind").value_counts().to_pylist()
     lines = [{"kind": kind["values"], "pictures": kind["counts"]} for kind in kinds]
     ui.table("duplicates", lines, f"Pictures that repeat others, by key in {marks}")
-    if dataset.fetch == dataset.download:
+    drop = dataset.duplicates
+    if drop == "mark":
         return []
-    drop: Any = dataset.duplicates
     job = duplicates.distinct_job(store, dataset.download, drop, marks)
     return run_jobs(store, [job], params, "distinct")
 

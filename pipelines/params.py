@@ -20,6 +20,7 @@ ALL_RETRIES: list[RetryReason] = [
     "timeout", "connect", "dns", "rate_limited", "server_error", "truncated",
 ]  # fmt: skip
 
+
 def _known_labeler(name: str) -> str:
     from models.labelers import kinds
 
@@ -99,8 +100,12 @@ class IngestOptions(Form):
         "", description="Name or number of the captions' column; empty: caption, '-': none."
     )
     extra_columns: list[str] = Field([], description="Columns that are kept beside the caption.")
-    limit: int | None = Field(None, ge=1, description="Only the first rows of the list.")
-    shard_rows: int = Field(2000, ge=1, le=99_999, description="Rows of a shard.")
+    limit: int | None = Field(
+        None, ge=1, description="Only the first rows of the list; of tars, the first tars."
+    )
+    shard_rows: int = Field(
+        2000, ge=1, le=99_999, description="Rows of a shard; a tar of others is one shard."
+    )
     resize: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = Field(
         "keep_ratio", description="keep_ratio: shorter side to the image size, never enlarged."
     )
@@ -255,7 +260,7 @@ class PlanParams(Compute, Where):
     caption_column: str = Field("", description="Name or number of the captions' column.")
     limit: int | None = Field(None, ge=1, description="Only the first rows of the list.")
     shard_rows: int = Field(2000, ge=1, le=99_999, description="Rows of a shard.")
-    labelers: list[LabelerName] = Field(ALL_LABELERS, description="Labels to make.")
+    labelers: list[LabelerName] = Field(FIRST_LABELERS, description="Labels to make.")
     modalities: list[DenseName] = Field(ALL_DENSE, description="Modalities to tokenize.")
 
 

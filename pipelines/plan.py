@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.table import Table
 
-from infra.ledger import Ledger
+from infra.ledger import Ledger, Stage
 from infra.store import Store
 from pipelines.params import PlanParams
-from pipelines.stages import resources
+from pipelines.workers import resources
 from tasks.chain import Chain
 from tasks.estimate import Line, estimate, rates, total
 
@@ -72,17 +74,17 @@ def _count(params: PlanParams) -> int:
 
 def _done(chain: Chain) -> dict[str, int]:
     """Committed shards of the stages as they are chosen now."""
-    stages = []
-    for stages_of in (
-        lambda: [chain.download, chain.fetch],
-        lambda: list(chain.labels.values()),
-        lambda: list(chain.tokens.values()),
-    ):
-        try:
-            stages += stages_of()
-        except (ValueError, FileNotFoundError):  # not decided or not trained yet
-            break
-    return {stage.name: len(chain.ledger.committed(stage)) for stage in stages}
+    return {stage.name: len(chain.ledger.committed(stage)) for stage in _decided(chain)}
+
+
+def _decided(chain: Chain) -> Iterator[Stage]:
+    """Stages that are known by now: labels must be chosen, tokenizers trained."""
+    try:
+        yield from {chain.download, chain.fetch}
+        yield from chain.labels.values()
+        yield from chain.tokens.values()
+    except (ValueError, FileNotFoundError):
+        return
 
 
 def table(found: list[Line], workers: int) -> Table:

@@ -18,11 +18,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from infra import ui
-from infra.machine import cores
-from infra.runner import Resources, StageJob, StageReport, run_stages
+from infra.runner import StageJob, StageReport, run_stages
 from infra.store import Store
 from pipelines import remote
 from pipelines.params import Compute, Where
+from pipelines.workers import resources
 
 logger = logging.getLogger("fourm.flows")
 W = TypeVar("W", bound=Where)
@@ -65,19 +65,6 @@ def stage_task(
 
 def _worth_a_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     return not isinstance(state.result(raise_on_failure=False), remote.FINAL)
-
-
-def resources(compute: Compute) -> Resources:
-    """Workers of a stage: as many as asked, else one for each core, or GPU that it may occupy."""
-    available = getattr(compute.ray, "num_cpus", None) or cores()
-    gpus = getattr(compute.ray, "num_gpus", 0)
-    workers = compute.workers
-    if workers is None:
-        workers = max(1, int(gpus / compute.gpus)) if compute.gpus else available
-    threads = max(1, available // max(1, workers))
-    return Resources(
-        workers=workers, num_cpus=threads if workers else 1, num_gpus=compute.gpus, threads=threads
-    )
 
 
 def run_jobs(

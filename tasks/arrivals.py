@@ -76,13 +76,16 @@ def _tell(row: dict[str, Any], name: str, data: bytes) -> None:
     if not name.lower().endswith(".json"):
         row["caption"] = data.decode("utf-8", "replace")
         return
-    value = json.loads(data)
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        value = None
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     caption = next((value[n] for n in ("caption", "text") if isinstance(value.get(n), str)), "")
     # A text file beside it goes first.
     row["caption"] = row["caption"] or caption
-    row["extra"] = json.dumps({**json.loads(row["extra"] or "{}"), **value}, ensure_ascii=False)
+    row["extra"] = json.dumps({**value, **json.loads(row["extra"] or "{}")}, ensure_ascii=False)
 
 
 def from_tar(path: str, max_bytes: int) -> tuple[list[dict[str, Any]], list[Download]]:

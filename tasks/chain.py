@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from infra.ledger import Ledger, Stage
 from infra.store import Store, StoreConflict, json_bytes
@@ -116,9 +116,11 @@ class Chain:
         return fetch_stage(self.plan, self.fetch_config)
 
     @property
-    def duplicates(self) -> str:
-        """What becomes of pictures that repeat others: mark, drop_exact or drop_near."""
-        return str(self.section("ingest").get("duplicates", "mark"))
+    def duplicates(self) -> Literal["mark", "drop_exact", "drop_near"]:
+        """What becomes of pictures that repeat others."""
+        choice: Literal["mark", "drop_exact", "drop_near"]
+        choice = self.section("ingest").get("duplicates", "mark")
+        return choice
 
     @cached_property
     def fetch(self) -> Stage:
@@ -126,9 +128,7 @@ class Chain:
         from tasks.duplicates import distinct_stage
 
         drop = self.duplicates
-        if drop == "drop_exact" or drop == "drop_near":
-            return distinct_stage(self.download, drop)
-        return self.download
+        return self.download if drop == "mark" else distinct_stage(self.download, drop)
 
     @cached_property
     def labelers(self) -> dict[str, LabelerSpec]:

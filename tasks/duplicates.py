@@ -9,8 +9,11 @@ earlier rows alone, so that shards which a later pass appends change no mark tha
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from infra.ledger import OK, Ledger, ShardData, Stage, read_statuses
+from infra.ledger import OK, Commit, Ledger, ShardData, Stage, read_statuses
 from infra.runner import StageJob
 from infra.shards import read_tar, split_name, write_tar
 from infra.store import Store
@@ -31,6 +34,7 @@ MIN_BITS = 5
 
 _BANDS, _BAND_BITS = 4, 16
 _CHUNK = 2048
+_READERS = 16
 _EXACT, _NEAR = "duplicate", "near_duplicate"
 _MARKS = pa.schema(
     [
@@ -45,7 +49,8 @@ _MARKS = pa.schema(
 def mark_duplicates(store: Store, download: Stage) -> tuple[str, pa.Table]:
     """Find what repeats among the committed pictures, and put the marks into the reports.
 
-    Shards that were committed before hashes were recorded have no marks.
+    Shards that were committed before hashes were recorded have no marks. Marks of the same
+    shards are read back: commits do not change.
 
     Args:
         store: the dataset.
@@ -55,7 +60,12 @@ def mark_duplicates(store: Store, download: Stage) -> tuple[str, pa.Table]:
         Path of the Parquet table, and the table: key, duplicate_of, kind (duplicate or
         near_duplicate), bits in which the hashes part. It is sorted by key.
     """
-    keys, digests, hashes = _hashes(store, download)
+    commits = dict(sorted(Ledger(store).commits(download).items()))
+    about = hashlib.sha256(json.dumps([NEAR_BITS, MIN_BITS, *commits]).encode()).hexdigest()
+    path = f"reports/duplicates@{download.fingerprint[:8]}.{about[:12]}.parquet"
+    if store.exists(path):
+        return path, pq.read_table(pa.BufferReader(store.read(path)))
+    keys, digests, hashes = _hashes(store, commits)
     first, bits = find_duplicates(digests, hashes)
     marked = np.flatnonzero(first >= 0)
     kinds = np.where(bits[marked] < 0, _EXACT, _NEAR)
@@ -70,25 +80,34 @@ def mark_duplicates(store: Store, download: Stage) -> tuple[str, pa.Table]:
     )
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    path = f"reports/duplicates@{download.fingerprint[:8]}.parquet"
     store.write(path, sink.getvalue().to_pybytes())
     return path, table
 
 
-def _hashes(store: Store, download: Stage) -> tuple[pa.Array, np.ndarray, np.ndarray]:
+def _hashes(
+    store: Store, commits: Mapping[int, Commit]
+) -> tuple[pa.Array, np.ndarray, np.ndarray]:
     """Keys of all pictures in order, the first 8 bytes of their sha256, and their hashes."""
-    keys, digests, hashes = [pa.array([], pa.string())], [], []
-    for _, commit in sorted(Ledger(store).commits(download).items()):
-        table = read_statuses(store, commit)
-        if "dhash" not in table.column_names:
-            continue
-        table = table.filter(pc.equal(table["reason"], OK)).combine_chunks()
-        keys.append(table["key"].combine_chunks())
-        known = table["stored_sha256"].to_pylist()
-        digests.append(np.array([int(digest[:16], 16) for digest in known], np.uint64))
-        hashes.append(table["dhash"].to_numpy().astype(np.uint64))
     none = np.zeros(0, np.uint64)
-    return pa.concat_arrays(keys), np.concatenate([none, *digests]), np.concatenate([none, *hashes])
+    keys, digests, hashes = [pa.array([], pa.string())], [none], [none]
+    with ThreadPoolExecutor(_READERS) as pool:
+        for found in pool.map(lambda commit: _of_commit(store, commit), commits.values()):
+            if found is not None:
+                for column, values in zip((keys, digests, hashes), found, strict=True):
+                    column.append(values)
+    return pa.concat_arrays(keys), np.concatenate(digests), np.concatenate(hashes)
+
+
+def _of_commit(store: Store, commit: Commit) -> tuple[pa.Array, np.ndarray, np.ndarray] | None:
+    """The same of one shard; None where no hashes were recorded."""
+    table = read_statuses(store, commit)
+    if "dhash" not in table.column_names:
+        return None
+    table = table.select(["key", "reason", "stored_sha256", "dhash"])
+    table = table.filter(pc.equal(table["reason"], OK)).combine_chunks()
+    digests = [int(digest[:16], 16) for digest in table["stored_sha256"].to_pylist()]
+    hashes = table["dhash"].to_numpy().astype(np.uint64)
+    return table["key"].combine_chunks(), np.array(digests, np.uint64), hashes
 
 
 def find_duplicates(digests: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

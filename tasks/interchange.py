@@ -20,6 +20,7 @@ from infra.manifest import Manifest, load_manifest, publish
 from infra.runner import StageJob
 from infra.shards import TornShard, key_digest
 from infra.store import Store, json_bytes
+from models import modalities
 from models.crops import CropPolicy
 from tasks import chain
 from tasks.foreign import infer
@@ -35,7 +36,6 @@ from tasks.layouts import (
     token_part,
     write_shard,
 )
-from tasks.tokenize import SEQUENCES
 
 ABOUT = "fourm.json"
 VERSION = 1
@@ -113,9 +113,14 @@ def _places(store: Store, manifest: Manifest) -> list[_Place]:
         labels |= {name: stage.id for name, stage in chain.Chain(store).sources.items()}
     found = {name: _Place(name, name, stage) for name, stage in labels.items()}
     for name, entry in manifest.modalities.items():
-        part = f"ids_{name}" if name in SEQUENCES else name
+        part = f"ids_{name}" if _is_sequence(name) else name
         found[part] = _Place(part, name, entry["stage"])
     return [found[name] for name in sorted(found)]
+
+
+def _is_sequence(modality: str) -> bool:
+    """Whether a manifest's modality of this name holds the tokens of a text of that name."""
+    return modality in modalities.names() and modalities.get(modality).kind == "sequence"
 
 
 def _chosen(places: list[_Place], parts: Sequence[str]) -> list[_Place]:
@@ -323,20 +328,20 @@ def finish_import(store: Store, source: Store) -> Manifest | None:
     labels = next((stage for stage in stages if stage.name == "import:labels"), None)
     if labels:
         chain.remember(store, SECTION, dict.fromkeys(labels.outputs, labels.id))
-    modalities = {
+    published = {
         name: stage
         for stage in stages
         for name in stage.outputs
         if name in about["modalities"] and (stage is not labels or name == "rgb")
     }
-    if not any(stage is not labels for stage in modalities.values()):
+    if not any(stage is not labels for stage in published.values()):
         return None
     for path in source.list("tokenizers/"):
         store.write(path, source.read(path))
     return publish(
         ledger,
         about["name"],
-        modalities,
+        published,
         numbers,
         splits={split: [numbers[i] for i in at] for split, at in about["splits"].items()},
         tokenizers=about["tokenizers"],

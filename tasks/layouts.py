@@ -339,9 +339,9 @@ def _to_parquet(parts: Sequence[Part], shard: Shard) -> bytes:
             ]
             columns[part.name] = pa.array(rows, pa.list_(pa.list_(item)))
             continue
-        exts, data = zip(*shard.files[part.name], strict=True) if shard.keys else ((), ())
-        columns[part.name] = pa.array(data, pa.binary())
-        columns[f"{part.name}.ext"] = pa.array(exts, pa.string())
+        files = shard.files[part.name]
+        columns[part.name] = pa.array([data for _, data in files], pa.binary())
+        columns[f"{part.name}.ext"] = pa.array([ext for ext, _ in files], pa.string())
     sink = pa.BufferOutputStream()
     # Small groups: a reader that takes one column of a few rows reads no more than those.
     pq.write_table(pa.table(columns), sink, compression="zstd", row_group_size=256)

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.download import RETRYABLE
-from infra.ledger import OK, PASSES, Ledger, Stage, read_statuses
+from infra.ledger import OK, PASSES, Commit, Ledger, Stage, read_statuses
 from infra.shards import sample_key, shard_name
 from infra.sources import Row, Source, detect, read_rows
 from infra.store import Store
@@ -237,46 +237,62 @@ def plan_retry(store: Store, stage: Stage, reasons: Iterable[str] = RETRYABLE) -
         raise ValueError(f"{len(left)} shards are not downloaded yet; run `fourm ingest` first")
     passes = plan.about["passes"]
     since = passes[-1]["first_shard"] if passes else 0
-    failed, witnesses = _failed(store, plan, stage, since, frozenset(reasons))
     number, first_shard = len(passes) + 1, plan.about["num_shards"]
-    digest = hashlib.sha256(json.dumps([failed, reasons], sort_keys=True).encode()).hexdigest()
-    size = plan.about["shard_rows"]
+    commits = dict(sorted(ledger.commits(stage).items()))
+    # Commits never change, so these name the failed rows without a look at them.
+    origin = [reasons, [commits[shard].status["sha256"] for shard in commits if shard >= since]]
+    name = f"{number:04d}-{hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]}"
+    batch: list[dict[str, Any]] = []
+    rows = shards = 0
+    for row in _failed(store, plan, commits, since, frozenset(reasons)):
+        rows += 1
+        batch.append(row)
+        if len(batch) == plan.about["shard_rows"]:
+            _write_pass(store, name, first_shard + shards, batch)
+            batch, shards = [], shards + 1
+    if batch:
+        _write_pass(store, name, first_shard + shards, batch)
+        shards += 1
     again = {
-        "name": f"{number:04d}-{digest[:12]}",
+        "name": name,
         "first_shard": first_shard,
-        "num_shards": -(-len(failed) // size),
-        "rows": len(failed),
+        "num_shards": shards,
+        "rows": rows,
         "reasons": reasons,
-        "witnesses": witnesses,
+        "witnesses": _witnesses(store, commits),
     }
-    if not failed:
-        return again
-    for shard in range(again["num_shards"]):
-        path = f"plan/passes/{again['name']}/{shard_name(first_shard + shard)}.parquet"
-        store.write(path, _parquet(failed[shard * size : (shard + 1) * size]))
-    if not store.create_json(f"{PASSES}{number:04d}.json", again):
+    if rows and not store.create_json(f"{PASSES}{number:04d}.json", again):
         raise ValueError(f"pass {number} over {store.url} is planned already; run it first")
     return again
 
 
+def _write_pass(store: Store, name: str, shard: int, rows: list[dict[str, Any]]) -> None:
+    store.write(f"plan/passes/{name}/{shard_name(shard)}.parquet", _parquet(rows))
+
+
 def _failed(
-    store: Store, plan: Plan, stage: Stage, since: int, reasons: frozenset[str]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of the shards from `since` on that failed for the reasons, and URLs that answered."""
-    failed: list[dict[str, Any]] = []
-    witnesses: dict[str, str] = {}
-    for shard, commit in sorted(Ledger(store).commits(stage).items()):
-        if shard < since and len(witnesses) >= WITNESSES:
+    store: Store, plan: Plan, commits: dict[int, Commit], since: int, reasons: frozenset[str]
+) -> Iterator[dict[str, Any]]:
+    """Rows of the shards from `since` on that failed for the reasons."""
+    for shard, commit in commits.items():
+        if shard < since or not reasons & commit.drops.keys():
             continue
-        rows = plan.rows(shard)
-        table = read_statuses(store, commit).select(["key", "reason"]).to_pylist()
-        fates = {entry["key"]: entry["reason"] for entry in table}
-        for number, row in enumerate(rows):
-            fate = fates[sample_key(shard, number)]
-            host = row["url"].partition("://")[2].partition("/")[0]
-            if fate == OK and len(witnesses) < WITNESSES:
-                witnesses.setdefault(host, row["url"])
-            if shard >= since and fate in reasons:
-                origin = row["retry_of"] or sample_key(shard, number)
-                failed.append({**row, "retry_of": origin})
-    return failed, list(witnesses.values())
+        fates = read_statuses(store, commit, ["reason"])["reason"].to_pylist()
+        for number, (row, fate) in enumerate(zip(plan.rows(shard), fates, strict=True)):
+            if fate in reasons:
+                yield {**row, "retry_of": row["retry_of"] or sample_key(shard, number)}
+
+
+def _witnesses(store: Store, commits: dict[int, Commit]) -> list[str]:
+    """URLs on different hosts whose pictures came."""
+    found: dict[str, str] = {}
+    for commit in commits.values():
+        table = read_statuses(store, commit)
+        if not commit.samples or "url" not in table.column_names:
+            continue
+        for row in table.select(["reason", "url"]).to_pylist():
+            if row["reason"] == OK:
+                found.setdefault(row["url"].partition("://")[2].partition("/")[0], row["url"])
+            if len(found) == WITNESSES:
+                return list(found.values())
+    return list(found.values())

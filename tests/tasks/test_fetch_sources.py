@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from infra.addresses import AddressPolicy
 from infra.download import Download, DownloadPolicy
 from infra.ledger import Ledger
 from infra.runner import SystemicFailure
@@ -63,6 +64,9 @@ def test_a_folder_of_pictures_is_ingested_with_captions_and_columns(folder, tmp_
     captions = [text.decode() for _, text in read_tar(data.outputs["caption"])]
     assert captions == ["first picture", "second"]
     assert json.loads(data.columns["extra"][1].as_py())["licence"] == "CC0"
+    arrived = [hashlib.sha256(body).hexdigest() for body in (jpeg(1), jpeg(2), b"BM")]
+    assert data.columns["sha256"].to_pylist() == [*arrived[:2], None, None, arrived[2]]
+    assert data.columns["stored_sha256"].to_pylist()[:2] == arrived[:2]
     assert make_plan(store, str(folder), shard_rows=10) == plan
     (folder / "g.jpg").write_bytes(jpeg(4))
     with pytest.raises(ValueError, match="a plan never changes"):
@@ -190,16 +194,6 @@ def test_files_that_vanish_all_at_once_stop_the_run(tmp_path):
         work(store).run(0)
 
 
-def test_proxies_of_the_environment_are_never_asked(tmp_path, monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    (tmp_path / "l.tsv").write_text("http://10.0.0.1/a.jpg\tx\n")
-    store = Store(str(tmp_path / "data"))
-    make_plan(store, str(tmp_path / "l.tsv"), shard_rows=10)
-    data = work(store, addresses=AddressPolicy()).run(0)
-    assert fates(data) == {sample_key(0, 0): "blocked_address"}
-
-
 def test_a_long_list_is_planned_in_buckets_with_the_same_duplicates(tmp_path, monkeypatch):
     monkeypatch.setattr("tasks.plans._BUCKET_ROWS", 7)
     urls = [f"http://h.org/{i % 13}" for i in range(40)]
@@ -210,3 +204,17 @@ def test_a_long_list_is_planned_in_buckets_with_the_same_duplicates(tmp_path, mo
     assert [row["url"] for row in rows] == urls
     expected = [None] * 13 + [sample_key(*divmod(i % 13, 9)) for i in range(13, 40)]
     assert [row["duplicate_of"] for row in rows] == expected
+
+
+def test_planning_takes_the_same_memory_for_a_long_list_as_for_a_short_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("tasks.plans._BUCKET_ROWS", 1000)
+    peaks = []
+    for rows in (3_000, 3_000, 24_000):  # the first warms up
+        source = tmp_path / f"{rows}.tsv"
+        source.write_text("".join(f"http://h.org/{i}\tcaption {i}\n" for i in range(rows)))
+        store = Store(str(tmp_path / f"data-{len(peaks)}"))
+        tracemalloc.start()
+        make_plan(store, str(source), shard_rows=1000)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.3 * peaks[1]
