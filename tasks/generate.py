@@ -128,7 +128,7 @@ def _settings(
 ) -> dict[str, Decoding]:
     """The released sampler's settings; guidance only where it is asked for, because it needs a
     training that often hides conditions."""
-    from models.fourm.decoding import default_decoding
+    from models.fourm.presets import default_decoding
 
     scale = 1.0 if guidance is None else guidance
     return {
