@@ -223,8 +223,10 @@ def automations(
     from infra.automations import set_up
 
     with _sentences(), get_client(sync_client=True) as client:
-        options = {"silence": silence, "notify": notify, "deployment": deployment}
-        for change in set_up(client, apply=apply, **options):
+        changes = set_up(
+            client, apply=apply, silence=silence, notify=notify, deployment=deployment
+        )
+        for change in changes:
             note = f" ({change.note})" if change.note else ""
             typer.echo(f"{change.action:10} {change.name}{note}")
     if not apply:
