@@ -17,22 +17,21 @@ MAX_NODES = 80
 """Stages that are drawn at most; a picture of more cannot be read."""
 
 
-def upstream(ledger: Ledger, manifest: Manifest) -> dict[str, set[str]]:
-    """Stage id -> ids of the stages it was made from, for every stage behind a manifest.
+def behind(ledger: Ledger, manifest: Manifest) -> dict[str, Commit | None]:
+    """Stage id -> a commit of it, for every stage behind a manifest; None where it is gone.
 
     One shard speaks for all: shards of a stage share its fingerprint, and that its upstream.
-
-    Raises:
-        FileNotFoundError: a stage of the manifest has not committed the manifest's first shard.
     """
     shard = manifest.shards()[0]
-    found: dict[str, set[str]] = {}
+    found: dict[str, Commit | None] = {}
     waiting = {about["stage"] for about in manifest.modalities.values()}
     while waiting:
         stage = waiting.pop()
-        commit = ledger.read_commit(stage, shard)
-        found[stage] = {name.rpartition("/")[0] for name in commit.upstream}
-        waiting |= found[stage] - found.keys()
+        try:
+            found[stage] = ledger.read_commit(stage, shard)
+        except FileNotFoundError:
+            found[stage] = None
+        waiting |= _upstream(found[stage]) - found.keys()
     return found
 
 
@@ -42,31 +41,33 @@ def mermaid(ledger: Ledger, manifest: Manifest, source: str = "") -> str:
     Args:
         source: name of the list that the first stages read.
     """
-    edges = upstream(ledger, manifest)
-    stages = sorted(edges)[:MAX_NODES]
+    commits = behind(ledger, manifest)
+    stages = sorted(commits)[:MAX_NODES]
     names = {stage: f"s{number}" for number, stage in enumerate(stages)}
-    shard = manifest.shards()[0]
     lines = ["flowchart LR"]
     if source:
         lines.append(f'  source[("{_text(source)}")]')
-    for stage in stages:
-        lines.append(f'  {names[stage]}["{_label(ledger.read_commit(stage, shard))}"]')
+    lines += [f'  {names[stage]}["{_label(stage, commits[stage])}"]' for stage in stages]
     title = f"{manifest.name} v{manifest.version}"
     lines.append(f'  manifest(["{_text(title)}"])')
     for stage in stages:
-        for before in sorted(edges[stage] & names.keys()):
-            lines.append(f"  {names[before]} --> {names[stage]}")
-        if source and not edges[stage]:
+        before = _upstream(commits[stage])
+        lines += [f"  {names[other]} --> {names[stage]}" for other in sorted(before & names.keys())]
+        if source and not before:
             lines.append(f"  source --> {names[stage]}")
-    for stage in sorted({about["stage"] for about in manifest.modalities.values()} & names.keys()):
-        lines.append(f"  {names[stage]} --> manifest")
+    published = {about["stage"] for about in manifest.modalities.values()}
+    lines += [f"  {names[stage]} --> manifest" for stage in sorted(published & names.keys())]
     return "\n".join(lines)
 
 
-def _label(commit: Commit) -> str:
+def _upstream(commit: Commit | None) -> set[str]:
+    return {name.rpartition("/")[0] for name in commit.upstream} if commit else set()
+
+
+def _label(stage: str, commit: Commit | None) -> str:
     """A stage and its network, without the folder that the network lies in."""
-    model = commit.model.rstrip("/").rpartition("/")[2]
-    return _text(commit.stage) + (f"<br/>{_text(model)}" if model else "")
+    model = commit.model.rstrip("/").rpartition("/")[2] if commit else ""
+    return _text(stage) + (f"<br/>{_text(model)}" if model else "")
 
 
 def _text(text: str) -> str:

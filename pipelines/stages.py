@@ -120,12 +120,16 @@ class _Live:
             self.show()
 
     def show(self) -> None:
-        """The status of the run's stages as a table."""
-        if not ui.in_run() or not self._store.exists("plan/plan.json"):
+        """The status of the run's stages as a table; trouble with it never ends the run."""
+        if not ui.in_run():
             return
         began = time.monotonic()
-        rows = as_rows(status(self._store, self._stages))
-        ui.table(f"{self._title}-status", rows, f"Status of {self._title}")
+        try:
+            rows = as_rows(status(self._store, self._stages))
+        except Exception:
+            logger.warning("the status could not be shown; the run goes on", exc_info=True)
+        else:
+            ui.table(f"{self._title}-status", rows, f"Status of {self._title}")
         # Reading many commits takes a while: at most a twentieth of the time is spent on it.
         spent = time.monotonic() - began
         self._next = time.monotonic() + max(STATUS_SECONDS, 20 * spent)

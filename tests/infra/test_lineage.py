@@ -1,7 +1,7 @@
 """The picture of a manifest holds every stage behind it, and nothing that a name smuggles in."""
 
 from infra.ledger import Ledger, Stage
-from infra.lineage import mermaid, upstream
+from infra.lineage import behind, mermaid
 from infra.manifest import publish
 from infra.runner import StageJob
 from infra.store import Store
@@ -24,8 +24,12 @@ def manifest_of(store: Store, stage: Stage):
 def test_every_stage_behind_a_manifest_is_followed_upstream(tmp_path):
     store = Store(str(tmp_path))
     fetch, label, tokens = published(store)
-    found = upstream(Ledger(store), manifest_of(store, tokens))
-    assert found == {tokens.id: {label.id}, label.id: {fetch.id}, fetch.id: set()}
+    manifest = manifest_of(store, tokens)
+    assert behind(Ledger(store), manifest).keys() == {tokens.id, label.id, fetch.id}
+    store.delete(f"commits/{label.id}/shard-000000.json")
+    found = behind(Ledger(store), manifest)
+    assert found.keys() == {tokens.id, label.id}, "what is gone is drawn, and nothing behind it"
+    assert label.id in mermaid(Ledger(store), manifest)
 
 
 def test_the_picture_leads_from_the_list_to_the_version(tmp_path):
