@@ -304,6 +304,19 @@ class GenerateParams(Where):
     out_dir: str = Field("generated", description="Folder for the pictures and texts.")
 
 
+class JanitorParams(Where):
+    """Remove what no commit and no manifest names: orphans, old attempts and checkpoints."""
+
+    older_than_days: float = Field(
+        7.0, ge=1 / 24, description="Only what was not written for so long, days."
+    )
+    apply: bool = Field(False, description="Remove; otherwise only list what would be removed.")
+    dashboard: str = Field(
+        "",
+        description="Ray dashboard, http://..., whose jobs end when their flow run has ended.",
+    )
+
+
 class EndToEndParams(Compute, Where):
     """The whole chain, from a list of links to a trained and measured model."""
 
@@ -333,6 +346,7 @@ COMMANDS: dict[str, tuple[type[Where], str]] = {
     "publish": (PublishParams, "fourm publish --root data/mine --val-share 0.02"),
     "train": (TrainParams, "fourm train --root data/mine --run first --steps 20000"),
     "evaluate": (EvaluateParams, "fourm evaluate --root data/demo --scenes 512"),
+    "janitor": (JanitorParams, "fourm janitor --root data/mine --older-than-days 30 --apply"),
 }
 """Flows whose command is made from their form, with an example of each."""
 

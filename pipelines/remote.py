@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import UUID
 
 from prefect import Task
 
@@ -128,7 +129,7 @@ def _cancelled() -> bool:
 
     try:
         with get_client(sync_client=True) as client:
-            state = client.read_flow_run(_owner()).state  # type: ignore[arg-type]
+            state = client.read_flow_run(UUID(_owner())).state
     except Exception:
         log.warning("cannot ask whether the run is cancelled", exc_info=True)
         return False
