@@ -10,7 +10,7 @@ import importlib
 import logging
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -74,10 +74,26 @@ _NEXT = {
 def _flow_command(name: str, form: type[params.Where], example: str) -> None:
     module = name.replace("-", "_")
 
+    _form_command(name, form, example, lambda values: _run_flow(module, values))
+
+
+def _tool_command(name: str, form: type[BaseModel], example: str) -> None:
+    def run(values: BaseModel) -> None:
+        tool = importlib.import_module(f"pipelines.{name.replace('-', '_')}")
+        with _sentences():
+            for line in tool.run(values):
+                typer.echo(line)
+
+    _form_command(name, form, example, run)
+
+
+def _form_command(
+    name: str, form: type[_Form], example: str, run: Callable[[_Form], None]
+) -> None:
     def command(**given: Any) -> None:
         with _sentences():
             values = _validated(form, options.collect(form, given))
-        _run_flow(module, values)
+        run(values)
 
     command.__signature__ = options.signature(form)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in options.parameters(form)}
@@ -260,6 +276,8 @@ def main() -> None:
 
 for _name, (_form, _example) in params.COMMANDS.items():
     _flow_command(_name, _form, _example)
+for _tool, (_options, _example) in params.TOOLS.items():
+    _tool_command(_tool, _options, _example)
 
 if __name__ == "__main__":
     main()
