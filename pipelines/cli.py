@@ -76,6 +76,16 @@ def _flow_command(name: str, form: type[params.Where], example: str) -> None:
     _form_command(name, form, example, lambda values: _run_flow(name.replace("-", "_"), values))
 
 
+def _tool_command(name: str, form: type[BaseModel], example: str) -> None:
+    def run(values: BaseModel) -> None:
+        tool = importlib.import_module(f"pipelines.{name.replace('-', '_')}")
+        with _sentences():
+            for line in tool.run(values):
+                typer.echo(line)
+
+    _form_command(name, form, example, run)
+
+
 def _form_command(
     name: str, form: type[_Form], example: str, run: Callable[[_Form], None]
 ) -> None:
@@ -347,6 +357,8 @@ _form_command(
 _form_command(
     "export", params.ExportParams, "fourm export --root data/mine --out exports/set", _export
 )
+for _tool, (_options, _example) in params.TOOLS.items():
+    _tool_command(_tool, _options, _example)
 
 if __name__ == "__main__":
     main()
