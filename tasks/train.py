@@ -18,6 +18,7 @@ from infra.store import Store
 from models.fourm.loader import base_name
 from models.fourm.masking import Draws, mask_batch, transfer_batch
 from models.fourm.spec import FourMConfig, ModalitySpec
+from tasks.flops import Load, fourm_load
 from tasks.mixture import (
     Bound,
     MixedData,
@@ -125,6 +126,10 @@ class FourMTask(Task):
         seen = {spec.name: losses.per_modality[spec.name].detach()
                 for spec, count in counts if count}
         return losses.total, {f"loss/{base_name(name)}": value for name, value in seen.items()}
+
+    def load(self, batch: Batch) -> Load:
+        """Tokens, slots and operations of a batch."""
+        return fourm_load(self.config, batch)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Mean token loss of every target on the validation split, in nats."""
