@@ -269,6 +269,11 @@ def generate(
         float | None, typer.Option(help="Guidance scale; each target has its usual one.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    redraw: Annotated[
+        str,
+        typer.Option(help="Part of rgb to draw anew: xmin,ymin,xmax,ymax in 0..1, a mask picture "
+                          "(white), or the boxes (JSON) before an edit of det."),
+    ] = "",
 ) -> None:
     """Predict any modalities from any others with a trained model; writes pictures and text."""
     from infra.store import Store
@@ -280,6 +285,7 @@ def generate(
             params.GenerateParams,
             {
                 "root": root, "run": run, "samples": samples, "guidance": guidance, "seed": seed,
+                "redraw": redraw,
                 "inputs": dict(_pair(item) for item in source), "out_dir": out,
                 "targets": [name.strip() for name in to.split(",") if name.strip()],
             },

@@ -343,6 +343,10 @@ class GenerateParams(Where):
         None, ge=0, description="Guidance scale; none: each target's usual one, 1: no guidance."
     )
     seed: int = Field(0, ge=0, description="Seed of the sampling.")
+    redraw: str = Field(
+        "", description="Part of rgb to draw anew: xmin,ymin,xmax,ymax in 0..1, a mask picture "
+        "(white), or the boxes (JSON) before an edit of det."
+    )  # fmt: skip
     out_dir: str = Field("generated", description="Folder for the pictures and texts.")
 
 
