@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from infra.manifest import Manifest
 from infra.store import Store
+from models.fourm.draws import Draws
 from models.fourm.loader import TokenDataset, base_name
-from models.fourm.masking import Component, Draws, Mixture, mask_batch, transfer_batch
-from models.fourm.spec import FourMConfig, ModalitySpec
+from models.fourm.masking import Component, Mixture, mask_batch, transfer_batch
+from models.fourm.spec import CHUNKS, FourMConfig, ModalitySpec
 from tasks.recipes import TrainRecipe
 from tasks.run_store import Checkpoints
 from tasks.trainer import ProgressCallback, Task, Trainer
@@ -51,7 +52,8 @@ class RunInfo:
 
 
 def modality_specs(manifest: Manifest, *, max_text: int) -> tuple[ModalitySpec, ...]:
-    """The modalities a manifest offers, as a model sees them.
+    """The modalities a manifest offers, as a model sees them. Feature vectors are told by
+    `channels` (their width) in the manifest's entry, beside `num_tokens`, the most of a sample.
 
     Args:
         manifest: A published token set.
@@ -71,10 +73,15 @@ def modality_specs(manifest: Manifest, *, max_text: int) -> tuple[ModalitySpec, 
         if key not in manifest.tokenizers:
             raise ValueError(f"{manifest.name} v{manifest.version} names no tokenizer of {name}; "
                              f"it has {', '.join(sorted(manifest.tokenizers))}")
+        if "channels" in manifest.tokenizers[key]:  # feature vectors, taken as they are
+            specs.append(ModalitySpec(name=name, kind="seq_emb", is_target=False,
+                                      max_tokens=int(manifest.tokenizers[key]["num_tokens"]),
+                                      channels=int(manifest.tokenizers[key]["channels"])))
+            continue
         vocab = int(manifest.tokenizers[key]["vocab_size"])
         if name in SEQUENCES:
             specs.append(ModalitySpec(name=name, kind="seq", vocab_size=vocab,
-                                      max_tokens=max_text))
+                                      max_tokens=max_text, chunk=CHUNKS.get(name, 0)))
         else:
             tokens = int(manifest.tokenizers[key]["num_tokens"])
             specs.append(ModalitySpec(name=f"{name}@{size}", kind="img", vocab_size=vocab,
@@ -99,11 +106,15 @@ def resolve(mixture: Mixture, config: FourMConfig) -> Mixture:
             if least > room:
                 raise ValueError(f"no batch can hold {least} {kind} tokens of {', '.join(names)}: "
                                  f"together they have {room}; lower num_{kind}s")
-        parts.append(Component(**{**vars(component), "inputs": inputs, "targets": targets}))
+        least = _expand(component.least, config.inputs)
+        parts.append(Component(**{**vars(component), "inputs": inputs, "targets": targets,
+                                  "least": least}))
     return Mixture(components=tuple(parts), per_batch=mixture.per_batch)
 
 
-def _expand(alphas: Mapping[str, float], specs: tuple[ModalitySpec, ...]) -> dict[str, float]:
+def _expand(
+    alphas: Mapping[str, float], specs: tuple[ModalitySpec, ...]
+) -> dict[str, Any]:
     names = {base_name(spec.name): spec.name for spec in specs}
     unknown = sorted(alphas.keys() - names.keys() - {"*"})
     if unknown:

@@ -26,6 +26,7 @@ from models.fourm.decoding import Decoding, Drawn, Shown, as_condition, default_
 from models.fourm.ensemble import Similarity, combine, word_overlap
 from models.fourm.model import FourM
 from models.fourm.spec import EOS_ID, ModalitySpec
+from models.fourm.vectors import pad_vectors, valid_vectors
 from tokenizers_vq.sequences import det_to_string
 
 if TYPE_CHECKING:
@@ -200,14 +201,12 @@ class Generator:
         if spec.kind == "pixels":
             vectors = torch.from_numpy(patchify(np.stack(values), spec.patch_size))
         elif spec.kind == "seq_emb":
-            vectors = torch.from_numpy(np.stack(values).astype(np.float32))
+            return self._shown_vectors(spec, values)
         else:
             vectors = torch.from_numpy(
                 self._tokenizer(spec).encode_values(list(values)).astype(np.int64)
             )
-        if vectors.shape[1] > spec.max_tokens or (
-            spec.kind != "seq_emb" and vectors.shape[1] != spec.max_tokens
-        ):
+        if vectors.shape[1] != spec.max_tokens:
             raise ValueError(
                 f"{base_name(spec.name)} gives {vectors.shape[1]} tokens, the model takes "
                 f"{spec.max_tokens}; resize the input to the model's resolution"
@@ -224,6 +223,13 @@ class Generator:
             table[row, : len(line)] = torch.tensor(line)
             visible[row, : len(line)] = True
         return Shown(table, visible)
+
+    @staticmethod
+    def _shown_vectors(spec: ModalitySpec, values: Sequence[Any]) -> Shown:
+        """Feature vectors [L, C], or `emb` with `mask_valid`, of any lengths."""
+        vectors, length = pad_vectors(spec, [valid_vectors(value) for value in values])
+        visible = np.arange(vectors.shape[1]) < length[:, None]
+        return Shown(torch.from_numpy(vectors), torch.from_numpy(visible))
 
     def _tokenizer(self, spec: ModalitySpec) -> Tokenizer:
         name = base_name(spec.name)
