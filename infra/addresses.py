@@ -9,6 +9,7 @@ the address connected to, so a DNS answer that changes in between changes nothin
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from dataclasses import dataclass, field
 
@@ -16,13 +17,18 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 from yarl import URL
 
-# Ranges that Python calls global although they can lead back into a private network:
-# NAT64 (RFC 6052, 8215), 6to4 (RFC 3056), Teredo (RFC 4380), IETF protocol assignments (RFC 6890).
-_TRANSLATED = tuple(
+# Of IPv6 only this block is public unicast (RFC 4291 2.4): all others, among them NAT64 (RFC 6052,
+# 8215), IPv4-compatible and IPv4-translated addresses (RFC 4291, 2765), may carry a private one.
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+# Ranges that Python calls global although they can lead back into a private network: 6to4 (RFC
+# 3056) and its relays (RFC 7526), Teredo and other protocol assignments (RFC 6890), documentation.
+_NOT_PUBLIC = tuple(
     ipaddress.ip_network(net)
-    for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "192.0.0.0/24")
+    for net in ("2002::/16", "2001::/23", "3fff::/20", "192.0.0.0/24", "192.88.99.0/24")
 )
 _PORTS = (80, 443)
+# A name whose last label is a number is an address to some resolvers: 0x7f.1, 0177.0.0.1.
+_NUMBER = re.compile(r"0x[0-9a-f]*|\d+", re.IGNORECASE)
 
 
 class BlockedAddress(ValueError):
@@ -34,9 +40,9 @@ def is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
         ip = ip.ipv4_mapped
-    if not ip.is_global or ip.is_multicast:
+    if not ip.is_global or ip.is_multicast or (ip.version == 6 and ip not in _GLOBAL_UNICAST):
         return False
-    return not any(ip.version == net.version and ip in net for net in _TRANSLATED)
+    return not any(ip.version == net.version and ip in net for net in _NOT_PUBLIC)
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class AddressPolicy:
         """
         if url.scheme not in ("http", "https"):
             raise BlockedAddress(f"scheme {url.scheme!r} is not http or https")
-        host = url.host or ""
+        host = url.raw_host or ""  # as it is connected to: digits of any script are plain here
         if not host:
             raise BlockedAddress("the URL names no host")
         if self.permits_host(host, url.port):
@@ -68,6 +74,8 @@ class AddressPolicy:
         try:
             literal = is_public(host)
         except ValueError:
+            if _NUMBER.fullmatch(host.rstrip(".").rpartition(".")[2]):
+                raise BlockedAddress(f"{host} is an address in an unusual notation") from None
             return  # a name: the resolver decides
         if not literal:
             raise BlockedAddress(f"{host} is not a public address")

@@ -13,14 +13,11 @@ otherwise cannot overwrite what the winner's commit describes.
 from __future__ import annotations
 
 import hashlib
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import cache
-from importlib import metadata
 from os import environ
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.blocks import BlockReader, is_blocks
+from infra.machine import commit_hash
 from infra.shards import key_digest, member_keys, scan_tar, shard_name
 from infra.stages import Commit, ShardData, Stage
 from infra.store import Store, json_bytes
@@ -42,6 +40,9 @@ OK = "ok"
 STATUS_SCHEMA = pa.schema(
     [("key", pa.string()), ("reason", pa.string()), ("detail", pa.string()), ("shard", pa.int32())]
 )
+
+PASSES = "plan/passes/"
+"""Folder of the records of further passes over rows that failed."""
 
 _READERS = 32
 _T = TypeVar("_T")
@@ -71,8 +72,17 @@ class Ledger:
                 )
 
     def read_plan(self) -> dict[str, Any]:
-        """The plan. Raises FileNotFoundError before `write_plan`."""
-        return self.store.read_json("plan/plan.json")
+        """The plan, with the shards that further passes over failed rows appended to it.
+
+        "num_shards" counts all shards, "list_shards" those of the list itself; "passes" are the
+        records of the passes in order. Raises FileNotFoundError before `write_plan`.
+        """
+        plan = self.store.read_json("plan/plan.json")
+        paths = [path for path in self.store.list(PASSES) if path.endswith(".json")]
+        passes = [self.store.read_json(path) for path in paths]
+        added = sum(again["num_shards"] for again in passes)
+        shards = plan["num_shards"]
+        return plan | {"num_shards": shards + added, "list_shards": shards, "passes": passes}
 
     def stage_ids(self) -> list[str]:
         """Ids of all stages with at least one commit."""
@@ -122,7 +132,7 @@ class Ledger:
             modality: self._put(f"shards/{stage.directory(modality)}/{name}", tar, "tar")
             for modality, tar in sorted(data.outputs.items())
         }
-        rows = _status_parquet(shard, data.statuses)
+        rows = _status_parquet(shard, data)
         status = self._put(f"status/{stage.id}/{name}", rows, "parquet")
         commit = Commit(
             stage=stage.id,
@@ -137,7 +147,7 @@ class Ledger:
             samples_per_second=round(len(data.keys) / max(data.seconds, 1e-6), 2),
             model=stage.model,
             revision=stage.revision,
-            code_version=code_version(),
+            code_version=commit_hash(),
             run_id=environ.get("FOURM_RUN_ID", ""),
             upstream={
                 f"{c.stage}/{c.shard}": {m: o["sha256"] for m, o in c.outputs.items()}
@@ -198,7 +208,9 @@ class Ledger:
         """One row for each sample of the committed shards: key, reason, detail, shard."""
         commits = self.commits(stage).values()
         tables = _parallel(lambda commit: read_statuses(self.store, commit), commits)
-        return pa.concat_tables(tables) if tables else STATUS_SCHEMA.empty_table()
+        # Stages of different age tell more or less of their samples.
+        joined = pa.concat_tables(tables, promote_options="default") if tables else None
+        return STATUS_SCHEMA.empty_table() if joined is None else joined
 
     def _numbered(self, prefix: str) -> dict[int, str]:
         """Shard number -> path of the records under a prefix."""
@@ -231,32 +243,15 @@ def read_keys(tar: bytes, source: str) -> list[str]:
     return member_keys(members, source)
 
 
-def read_statuses(store: Store, commit: Commit) -> pa.Table:
-    """Statuses of one shard, one row for each sample."""
-    return pq.read_table(pa.BufferReader(store.read(commit.status["path"])))
+def read_statuses(store: Store, commit: Commit, columns: Sequence[str] | None = None) -> pa.Table:
+    """Statuses of one shard, one row for each sample; only some of the columns if so asked."""
+    data = pa.BufferReader(store.read(commit.status["path"]))
+    return pq.read_table(data, columns=None if columns is None else list(columns))
 
 
 def count_drops(reasons: Iterable[str]) -> dict[str, int]:
     """Reason -> number of samples, "ok" left out."""
     return dict(sorted(Counter(reason for reason in reasons if reason != OK).items()))
-
-
-@cache
-def code_version() -> str:
-    """Installed version of the package, and the commit when it runs from a checkout."""
-    try:
-        version = metadata.version("fourm")
-    except metadata.PackageNotFoundError:
-        version = "0"
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return version
-    command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return version
-    return f"{version}+g{done.stdout.strip()}"
 
 
 def _check(stage: Stage, shard: int, data: ShardData) -> None:
@@ -266,6 +261,8 @@ def _check(stage: Stage, shard: int, data: ShardData) -> None:
     known = {key: reason for key, reason, _ in data.statuses}
     if len(known) != len(data.statuses) or len(set(data.keys)) != len(data.keys):
         raise ValueError(f"{where}: a key occurs twice")
+    if uneven := [name for name, v in data.columns.items() if len(v) != len(data.statuses)]:
+        raise ValueError(f"{where}: column {uneven[0]!r} has not a value for each status")
     kept = set(data.keys)
     if lost := [key for key, reason in known.items() if reason == OK and key not in kept]:
         raise ValueError(f"{where}: {lost[0]} is ok but has no output")
@@ -286,9 +283,11 @@ def first_difference(left: Sequence[str], right: Sequence[str]) -> str:
     return f"{len(left)} samples here and {len(right)} there"
 
 
-def _status_parquet(shard: int, statuses: list[tuple[str, str, str]]) -> bytes:
-    columns = list(zip(*statuses, strict=True)) or [(), (), ()]
-    table = pa.table([*map(list, columns), [shard] * len(statuses)], schema=STATUS_SCHEMA)
+def _status_parquet(shard: int, data: ShardData) -> bytes:
+    columns = list(zip(*data.statuses, strict=True)) or [(), (), ()]
+    table = pa.table([*map(list, columns), [shard] * len(data.statuses)], schema=STATUS_SCHEMA)
+    for name, values in data.columns.items():
+        table = table.append_column(name, values)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()

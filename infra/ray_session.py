@@ -51,17 +51,67 @@ class Existing(BaseModel):
     address: str = Field("auto", description="'auto', 'host:6379' or 'ray://host:10001'.")
 
 
-RayTarget = Annotated[Embedded | Existing, Field(discriminator="kind")]
+class Job(BaseModel):
+    """A job on a running Ray cluster: the flow only follows it, and finds it again when restarted.
+
+    The package is installed on the cluster, and the dataset is where the cluster can reach it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["job"] = "job"
+    address: str = Field(
+        "http://127.0.0.1:8265", pattern=r"^https?://", description="Ray's dashboard."
+    )
+    entrypoint_cpus: float = Field(0, ge=0, description="CPU cores for the job's own process.")
+    entrypoint_gpus: float = Field(0, ge=0, description="GPUs for the job's own process.")
+    env: dict[str, str] = Field({}, description="Environment of the job; no secrets: it is shown.")
+
+
+class RayJob(BaseModel):
+    """A Ray cluster of its own on Kubernetes, made by KubeRay for the stage and removed after it.
+
+    The template says what the cluster looks like; the times see to it that it never stays.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["rayjob"] = "rayjob"
+    namespace: str = Field("default", min_length=1, description="Kubernetes namespace.")
+    template: str = Field(
+        "", description="RayJob manifest, a path or any fsspec URL; empty: the shipped one."
+    )
+    image: str = Field("", description="Image of every Ray container; empty: the template's.")
+    replicas: int | None = Field(
+        None, ge=0, description="Pods of each worker group; none: the template's."
+    )
+    start_seconds: int = Field(3600, ge=1, description="Most seconds until the cluster runs.")
+    deadline_seconds: int = Field(7 * 86_400, ge=1, description="Most seconds for the whole job.")
+    ttl_seconds: int = Field(300, ge=0, description="Seconds that a finished cluster stays.")
+    entrypoint_cpus: float = Field(0, ge=0, description="CPU cores for the job's own process.")
+    entrypoint_gpus: float = Field(0, ge=0, description="GPUs for the job's own process.")
+    env: dict[str, str] = Field({}, description="Environment of the job; no secrets: it is shown.")
+
+
+RayTarget = Annotated[Embedded | Existing | Job | RayJob, Field(discriminator="kind")]
 
 
 @contextmanager
-def ray_session(target: Embedded | Existing) -> Iterator[None]:
+def ray_session(target: RayTarget) -> Iterator[None]:
     """Connect to or start Ray; on leaving, stop what was started and wait until it is gone.
 
     Where Ray is already initialised in this process the running session is used and left alone.
+
+    Raises:
+        ValueError: the target is a job: its process is another one, see `pipelines.remote`.
     """
     import ray
 
+    if isinstance(target, Job | RayJob):
+        raise ValueError(
+            f"Ray target {target.kind!r} runs whole stages elsewhere and opens no session here; "
+            "the targets of a session are 'embedded' and 'existing'"
+        )
     if ray.is_initialized():
         yield
         return

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra.ledger import Ledger, Stage
 from infra.overlap import pipelined, prefetch
-from infra.ray_session import Embedded, Existing, ray_session
+from infra.ray_session import Embedded, RayTarget, ray_session
 from infra.store import Store
 from infra.units import (
     StageJob,
@@ -138,7 +138,7 @@ def run_stages(
     store: Store,
     jobs: list[StageJob],
     *,
-    target: Embedded | Existing,
+    target: RayTarget,
     resources: Resources,
     on_progress: Callable[[RunProgress], None] | None = None,
 ) -> dict[str, StageReport]:
@@ -252,7 +252,7 @@ def _run_id() -> str:
 def _run_on_ray(
     units: list[dict[str, int]],
     arguments: dict[str, Any],
-    target: Embedded | Existing,
+    target: RayTarget,
     resources: Resources,
 ) -> Generator[UnitStatus, None, None]:
     """Status rows of the units as they finish.

@@ -6,7 +6,10 @@ import hashlib
 import json
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class ShardData:
             reason is "ok" or a class such as "404".
         seconds: wall-clock time of the work.
         info: anything else worth recording; JSON values.
+        columns: further columns of the status table, a value for each status.
     """
 
     keys: list[str]
@@ -95,6 +99,7 @@ class ShardData:
     statuses: list[tuple[str, str, str]]
     seconds: float
     info: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, pa.Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
@@ -36,8 +37,35 @@ GAP, TITLE_HEIGHT, ROW_TITLE_WIDTH = 4, 16, 96
 """Layout of contact sheets, in pixels."""
 
 
+_relay: Callable[[str, dict[str, Any]], None] | None = None
+
+
+@contextmanager
+def relayed(send: Callable[[str, dict[str, Any]], None]) -> Iterator[None]:
+    """Hand over what this process would show, for a flow's process elsewhere to `replay`.
+
+    Args:
+        send: called with a word for `replay` and its arguments, which are JSON values.
+    """
+    global _relay
+    kept, _relay = _relay, send
+    try:
+        yield
+    finally:
+        _relay = kept
+
+
+def replay(what: str, arguments: dict[str, Any]) -> None:
+    """Show here what another process handed to its `relayed`; what is unknown is left out."""
+    known: dict[str, Callable[..., None]] = {"table": table, "markdown": markdown}
+    if what in known:
+        known[what](**arguments)
+
+
 def in_run() -> bool:
-    """Whether this thread runs inside a Prefect flow or task run."""
+    """Whether somebody sees what is shown: a Prefect run of this thread, or of another process."""
+    if _relay is not None:
+        return True
     if "prefect" not in sys.modules:
         return False
     from prefect.context import FlowRunContext, TaskRunContext
@@ -74,11 +102,15 @@ class Progress:
         if done < total and now - self._last < PERIOD_SECONDS:
             return
         self._last = now
-        log.info("%s: %s", self.name, text or f"{done}/{total}")
+        if _relay is None:  # the process that shows it also logs it
+            log.info("%s: %s", self.name, text or f"{done}/{total}")
         self._show(100.0 * done / total if total else 100.0, text)
 
     @_only_a_view
     def _show(self, percent: float, text: str) -> None:
+        if _relay is not None:
+            _relay("progress", {"name": self.name, "percent": percent, "text": text})
+            return
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
         description = text or self.name
@@ -104,6 +136,9 @@ def follow(name: str) -> Callable[[RunProgress], None]:
 @_only_a_view
 def table(key: str, rows: list[dict[str, Any]], title: str) -> None:
     """Show rows as a table."""
+    if _relay is not None:
+        _relay("table", {"key": key, "rows": rows, "title": title})
+        return
     from prefect.artifacts import create_table_artifact
 
     create_table_artifact(rows, key=_key(key), description=title)
@@ -112,6 +147,9 @@ def table(key: str, rows: list[dict[str, Any]], title: str) -> None:
 @_only_a_view
 def markdown(key: str, text: str) -> None:
     """Show a text in Markdown."""
+    if _relay is not None:
+        _relay("markdown", {"key": key, "text": text})
+        return
     from prefect.artifacts import create_markdown_artifact
 
     create_markdown_artifact(text, key=_key(key))

@@ -10,7 +10,7 @@ import importlib
 import logging
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -34,7 +34,7 @@ EXAMPLES = """
 
   fourm generate --root data/demo --from rgb=photo.jpg --to depth,caption
 
-[bold]Your own pictures[/bold], a TSV of url<TAB>caption
+[bold]Your own pictures[/bold], from a list of links, a folder or WebDataset tars
 
   fourm ingest --root data/mine --source cc12m.tsv --limit 10000
 
@@ -63,6 +63,7 @@ def _fourm() -> None:
 
 _NEXT = {
     "ingest": "label",
+    "retry": "label",
     "label": "train-tokenizers",
     "train_tokenizers": "tokenize",
     "tokenize": "publish",
@@ -72,31 +73,41 @@ _NEXT = {
 
 
 def _flow_command(name: str, form: type[params.Where], example: str) -> None:
-    module = name.replace("-", "_")
+    _form_command(name, form, example, lambda values: _run_flow(name.replace("-", "_"), values))
+
+
+def _form_command(
+    name: str, form: type[_Form], example: str, run: Callable[[_Form], None]
+) -> None:
+    """A command whose options are the fields of a form."""
 
     def command(**given: Any) -> None:
         with _sentences():
             values = _validated(form, options.collect(form, given))
-        _run_flow(module, values)
+        run(values)
 
     command.__signature__ = options.signature(form)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in options.parameters(form)}
     app.command(name, help=form.__doc__, epilog=f"Example:  {example}")(command)
 
 
-def _run_flow(module: str, values: params.Where) -> None:
+_MODULES = {"import": "importing"}
+"""Flows whose name no module can have."""
+
+
+def _run_flow(name: str, values: params.Where) -> None:
     """Run a flow in this process, below a local Prefect server unless there is one."""
     from pipelines.server import prefect_server
     from tasks.chain import check
 
     with _sentences():
-        check(module, values.model_dump())
+        check(name, values.model_dump())
     # Prefect's console shows our own loggers too, from this level on.
     logging.getLogger("fourm").setLevel(logging.INFO)
     with _sentences(code=1), prefect_server(_prefect_home(values.root)):
-        flow = getattr(importlib.import_module(f"pipelines.{module}"), f"{module}_flow")
-        flow(values)
-    if following := _NEXT.get(module):
+        module = importlib.import_module(f"pipelines.{_MODULES.get(name, name)}")
+        getattr(module, f"{name}_flow")(values)
+    if following := _NEXT.get(name):
         typer.echo(f"Next:  fourm {following} --root {shlex.quote(values.root)}")
 
 
@@ -199,6 +210,38 @@ def verify(
     typer.echo("everything that is committed is there and whole")
 
 
+@app.command(epilog="Example:  fourm automations --apply --notify slack-webhook/ops")
+def automations(
+    apply: Annotated[bool, typer.Option(help="Make the changes; else only list them.")] = False,
+    silence: Annotated[
+        float, typer.Option(help="Seconds without a heartbeat after which a run has crashed.")
+    ] = 600.0,
+    notify: Annotated[
+        str, typer.Option(help="Notification block that failures are told to: type/name.")
+    ] = "",
+    deployment: Annotated[
+        str, typer.Option(help="Name of the deployments that go on; empty: as in prefect.yaml.")
+    ] = "",
+) -> None:
+    """Set up what the Prefect server does by itself: detect crashes, tell failures, hand over."""
+    import os
+
+    with _sentences():
+        if not os.environ.get("PREFECT_API_URL"):
+            raise ValueError("set PREFECT_API_URL to the Prefect server's API")
+    from prefect.client.orchestration import get_client
+
+    from infra.automations import set_up
+
+    with _sentences(), get_client(sync_client=True) as client:
+        options = {"silence": silence, "notify": notify, "deployment": deployment}
+        for change in set_up(client, apply=apply, **options):
+            note = f" ({change.note})" if change.note else ""
+            typer.echo(f"{change.action:10} {change.name}{note}")
+    if not apply:
+        typer.echo("nothing was changed; --apply does it")
+
+
 @app.command(epilog="Example:  fourm generate --from rgb=photo.jpg --to depth,caption --out out")
 def generate(
     source: Annotated[
@@ -235,15 +278,51 @@ def generate(
         typer.echo(file)
 
 
-@app.command(epilog="Train one again:  python -m tasks.teachers depth --minutes 12")
+@app.command(epilog="Train one again:  python -m tasks.teachers depth")
 def teachers() -> None:
     """List the networks that label scenes and ship with the package."""
     from models.labelers import preset, weights_revision
+    from models.labelers.base import SHIPPED
 
     with _sentences():
         for name, spec in preset("scenes").items():
+            if not spec.model_id.startswith(SHIPPED):
+                continue
             megabytes = sum(f.stat().st_size for f in Path(spec.source).rglob("*")) / 1e6
             typer.echo(f"{name:8} {megabytes:5.1f} MB  {weights_revision(spec)[:12]}")
+
+
+def _plan(values: params.PlanParams) -> None:
+    from rich.console import Console
+
+    from pipelines.plan import lines, table
+    from pipelines.workers import resources
+
+    with _sentences():
+        found = lines(values)
+    Console(width=max(Console().width, 100)).print(table(found, resources(values).workers))
+    if any(line.basis == "assumed" for line in found):
+        typer.echo(
+            "assumed: nothing is measured yet; run the chain over a thousand rows and ask again."
+        )
+
+
+def _export(values: params.ExportParams) -> None:
+    from infra.store import Store
+    from tasks.interchange import export_set
+
+    with _sentences():
+        done = export_set(
+            _open(values.root),
+            Store(values.out),
+            layout=values.layout,
+            manifest=values.manifest,
+            parts=values.parts,
+        )
+    left = f", {done.left_out} with a hole left out" if done.left_out else ""
+    typer.echo(
+        f"{done.samples:,} samples in {done.shards} shards{left}: {', '.join(done.parts)}"
+    )
 
 
 def _pair(item: str) -> tuple[str, str]:
@@ -260,6 +339,12 @@ def main() -> None:
 
 for _name, (_form, _example) in params.COMMANDS.items():
     _flow_command(_name, _form, _example)
+_form_command(
+    "plan", params.PlanParams, "fourm plan --root data/mine --source cc12m.tsv --gpus 1", _plan
+)
+_form_command(
+    "export", params.ExportParams, "fourm export --root data/mine --out exports/set", _export
+)
 
 if __name__ == "__main__":
     main()

@@ -15,6 +15,7 @@ from pipelines.ingest import ingest_flow
 from pipelines.label import label_flow
 from pipelines.params import EndToEndParams
 from pipelines.publish import publish_flow
+from pipelines.remote import is_remote
 from pipelines.tokenize import tokenize_flow
 from pipelines.train import train_flow
 from pipelines.train_tokenizers import train_tokenizers_flow
@@ -38,12 +39,13 @@ def end_to_end_flow(params: EndToEndParams) -> dict[str, Any]:
 
 def _one_session(params: EndToEndParams) -> AbstractContextManager[None]:
     """One Ray for all data stages: starting and stopping it takes 15 s each time. Training has
-    the machine for itself, and a dataset that is tokenized already needs no Ray at all."""
+    the machine for itself, a dataset that is tokenized already needs no Ray at all, and a stage
+    that runs as a job has the Ray of that job."""
+    if params.workers == 0 or is_remote(params):
+        return nullcontext()
     store = Store(params.root)
     tokenized = _chosen_before(store, params) and is_current(store, params.publish.name)
-    if params.workers == 0 or tokenized:
-        return nullcontext()
-    return ray_session(params.ray)
+    return nullcontext() if tokenized else ray_session(params.ray)
 
 
 def _chosen_before(store: Store, params: EndToEndParams) -> bool:

@@ -1,48 +1,71 @@
-"""Flow: the rows of a list become shards of pictures and captions."""
+"""Flow: the rows of a list, a folder or tars become shards of pictures and captions."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from prefect import flow
 
 from infra import ui
+from infra.ledger import OK
+from infra.sources import Source
 from infra.store import Store
-from pipelines.params import IngestOptions, IngestParams
+from pipelines.params import IngestOptions, IngestParams, RetryParams
 from pipelines.stages import run_jobs, stage_task
-from tasks import chain, fetch
+from tasks import chain, duplicates, fetch
 
 
 @stage_task("plan")
 def plan_rows(params: IngestParams) -> int:
     """Cut the list into shards of rows, once and for all; returns their number."""
     store = Store(params.root)
-    plan = fetch.make_plan(
-        store, params.source, shard_rows=params.shard_rows, limit=params.limit
+    source = Source(
+        path=params.source,
+        format=params.format,
+        url=params.url_column,
+        caption=params.caption_column,
+        extra=tuple(params.extra_columns),
     )
+    plan = fetch.make_plan(store, source, shard_rows=params.shard_rows, limit=params.limit)
     choices = params.model_dump(include=set(IngestOptions.model_fields))
     chain.remember(store, "ingest", choices)
     return int(plan["num_shards"])
 
 
 @stage_task("fetch")
-def fetch_rows(params: IngestParams) -> list[dict[str, Any]]:
+def fetch_rows(params: IngestParams | RetryParams) -> list[dict[str, Any]]:
     """Download and clean every planned row."""
     store = Store(params.root)
     dataset = chain.Chain(store)
     job = fetch.fetch_job(dataset.plan, dataset.fetch_config)
     rows = run_jobs(store, [job], params, "fetch")
-    fates = dataset.ledger.statuses(dataset.fetch).column("reason").value_counts().to_pylist()
-    table = sorted(
-        ({"fate": fate["values"], "rows": fate["counts"]} for fate in fates),
-        key=lambda line: -line["rows"],
-    )
+    fates: Counter[str] = Counter()
+    for commit in dataset.ledger.commits(dataset.download).values():
+        fates.update({OK: commit.samples, **commit.drops})
+    table = [{"fate": fate, "rows": number} for fate, number in fates.most_common()]
     ui.table("fetch-fates", table, "What became of the rows")
     return rows
+
+
+@stage_task("duplicates")
+def find_repeated(params: IngestParams | RetryParams) -> list[dict[str, Any]]:
+    """Mark pictures that repeat earlier ones, and leave them out where that was chosen."""
+    store = Store(params.root)
+    dataset = chain.Chain(store)
+    marks, table = duplicates.mark_duplicates(store, dataset.download)
+    kinds = table.column("kind").value_counts().to_pylist()
+    lines = [{"kind": kind["values"], "pictures": kind["counts"]} for kind in kinds]
+    ui.table("duplicates", lines, f"Pictures that repeat others, by key in {marks}")
+    drop = dataset.duplicates
+    if drop == "mark":
+        return []
+    job = duplicates.distinct_job(store, dataset.download, drop, marks)
+    return run_jobs(store, [job], params, "distinct")
 
 
 @flow(name="ingest", description=IngestParams.__doc__)
 def ingest_flow(params: IngestParams) -> list[dict[str, Any]]:
     """Download the pictures of a list into shards, with a fate for every row."""
     plan_rows(params)
-    return fetch_rows(params)
+    return fetch_rows(params) + find_repeated(params)

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from prefect import flow
 
+from infra.automations import version_of
 from infra.store import Store
 from pipelines import previews
 from pipelines.params import LabelOptions, LabelParams
-from pipelines.stages import run_jobs, stage_task
+from pipelines.stages import hand_on, run_jobs, stage_task
 from tasks import chain
-from tasks.label import label_jobs
+from tasks.label import in_turns, label_jobs
 
 
 @stage_task("label")
 def label_pictures(params: LabelParams) -> list[dict[str, Any]]:
-    """Run every chosen labeler over every ingested shard, one after another on the same workers."""
+    """Run every chosen labeler over every ingested shard, one after another on the same workers.
+
+    What looks at other labels comes after them, over the shards that have them all.
+    """
     store = Store(params.root)
     dataset = chain.Chain(store)
     shards = sorted(dataset.ledger.committed(dataset.fetch))
+    rows: list[dict[str, Any]] = []
     jobs = label_jobs(dataset.labelers.values(), dataset.fetch, shards)
-    return run_jobs(store, jobs, params, "label")
+    for turn, group in enumerate(in_turns(jobs), start=1):
+        done = {stage: dataset.ledger.committed(stage) for job in group
+                for stage in job.stage.upstream}
+        ready = [
+            replace(job, shards=tuple(
+                shard for shard in job.shards
+                if all(shard in done[stage] for stage in job.stage.upstream)
+            ))
+            for job in group
+        ]  # fmt: skip
+        rows += run_jobs(store, ready, params, "label" if turn == 1 else f"label-{turn}")
+    return rows
 
 
 @stage_task("label previews")
@@ -37,4 +54,8 @@ def label_flow(params: LabelParams) -> list[dict[str, Any]]:
     chain.remember(Store(params.root), "label", choices)
     rows = label_pictures(params)
     show_labels(params)
+    dataset = chain.Chain(Store(params.root))
+    shards = dataset.ledger.committed(dataset.fetch)
+    version = version_of(dataset.ledger, dataset.labels.values(), shards)
+    hand_on(dataset.store, "label", version)
     return rows

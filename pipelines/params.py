@@ -7,17 +7,44 @@ flows need not be told again. Secrets have no place here: parameters are stored 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from infra.ray_session import Embedded, Existing, RayTarget
+from infra.ray_session import Embedded, Existing, Job, RayJob, RayTarget
 
-LabelerName = Literal["depth", "normal", "semseg", "det", "caption", "clip"]
-DenseName = Literal["rgb", "depth", "normal", "semseg", "clip"]
+SourceFormat = Literal["auto", "tsv", "csv", "jsonl", "parquet", "folder", "webdataset"]
+RetryReason = Literal["timeout", "connect", "dns", "rate_limited", "server_error", "truncated"]
+
+ALL_RETRIES: list[RetryReason] = [
+    "timeout", "connect", "dns", "rate_limited", "server_error", "truncated",
+]  # fmt: skip
+
+
+def _known_labeler(name: str) -> str:
+    from models.labelers import kinds
+
+    if name not in kinds():
+        raise ValueError(f"no such labeler; there are {', '.join(map(repr, kinds()))}")
+    return name
+
+
+def _known_dense(name: str) -> str:
+    from tasks.tokenizer_recipes import recipe_names
+
+    if name not in recipe_names():
+        raise ValueError(f"no such modality; there are {', '.join(map(repr, recipe_names()))}")
+    return name
+
+
+LabelerName = Annotated[str, AfterValidator(_known_labeler)]
+"""A kind of labeler, of this project or of an installed package."""
+DenseName = Annotated[str, AfterValidator(_known_dense)]
+"""A modality with a recipe for its tokenizer, of this project or of an installed package."""
 RecipeName = Literal["demo", "demo_long", "fourm_b"]
 
-ALL_LABELERS: list[LabelerName] = ["depth", "normal", "semseg", "det", "caption", "clip"]
+FIRST_LABELERS: list[LabelerName] = ["depth", "normal", "semseg", "det", "caption", "clip"]
+"""The labels of 4M-7; `docs/modalities.md` lists all that there are."""
 ALL_DENSE: list[DenseName] = ["rgb", "depth", "normal", "semseg", "clip"]
 
 
@@ -39,7 +66,9 @@ class Compute(Form):
     """Where the work of a stage runs."""
 
     ray: RayTarget = Field(
-        Embedded(), description="'embedded' (on this machine), or a cluster's address, or 'auto'."
+        Embedded(),
+        description="'embedded' (on this machine), a cluster's address, 'auto', the http:// "
+        "address of a dashboard to run as a job there, or 'rayjob' for a cluster on Kubernetes.",
     )
     workers: int | None = Field(
         None, ge=0, description="Worker processes; none: one for each core or GPU. 0: without Ray."
@@ -49,22 +78,46 @@ class Compute(Form):
     @field_validator("ray", mode="before")
     @classmethod
     def _words(cls, value: object) -> object:
-        """On the command line an address, or 'embedded', stands for the whole."""
+        """On the command line an address, or a word, stands for the whole."""
         if not isinstance(value, str):
             return value
-        return Embedded() if value == "embedded" else Existing(address=value)
+        if value.startswith(("http://", "https://")):
+            return Job(address=value)
+        words = {"embedded": Embedded(), "rayjob": RayJob()}
+        return words.get(value) or Existing(address=value)
 
 
 class IngestOptions(Form):
     """What is downloaded, and how."""
 
-    source: str = Field(description="TSV of url<TAB>caption: a path or any fsspec URL.")
-    limit: int | None = Field(None, ge=1, description="Only the first rows of the list.")
-    shard_rows: int = Field(2000, ge=1, le=99_999, description="Rows of a shard.")
+    source: str = Field(
+        description="List of url<TAB>caption, or CSV, JSONL, Parquet (.gz, .zst), a folder of "
+        "pictures, or WebDataset tars: a path, a pattern, or any fsspec URL."
+    )
+    format: SourceFormat = Field("auto", description="auto: from the name.")
+    url_column: str = Field("", description="Name or number of the URLs' column; empty: url.")
+    caption_column: str = Field(
+        "", description="Name or number of the captions' column; empty: caption, '-': none."
+    )
+    extra_columns: list[str] = Field([], description="Columns that are kept beside the caption.")
+    limit: int | None = Field(
+        None, ge=1, description="Only the first rows of the list; of tars, the first tars."
+    )
+    shard_rows: int = Field(
+        2000, ge=1, le=99_999, description="Rows of a shard; a tar of others is one shard."
+    )
     resize: Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"] = Field(
         "keep_ratio", description="keep_ratio: shorter side to the image size, never enlarged."
     )
     image_size: int = Field(256, ge=16, le=8192, description="Side of stored pictures, pixels.")
+    min_side: int = Field(32, ge=1, description="Shortest side that is kept, pixels.")
+    max_pixels: int = Field(
+        64_000_000, ge=1, le=178_000_000, description="Largest area that is decoded, pixels."
+    )
+    max_aspect: float = Field(6.0, ge=1, description="Largest ratio of the sides that is kept.")
+    duplicates: Literal["mark", "drop_exact", "drop_near"] = Field(
+        "mark", description="What becomes of pictures that repeat an earlier one of the set."
+    )
     allow_hosts: list[str] = Field(
         [], description="Private hosts (host or host:port) that may be reached nevertheless."
     )
@@ -80,10 +133,14 @@ class IngestOptions(Form):
 class LabelOptions(Form):
     """Which networks label the pictures."""
 
-    preset: Literal["scenes", "modern"] = Field(
-        "modern", description="scenes: the shipped tiny teachers; modern: networks of the hub."
+    preset: Literal["scenes", "modern", "released"] = Field(
+        "modern",
+        description="scenes: the shipped tiny teachers; modern: permissive networks of the hub; "
+        "released: those of 4M as far as they load.",
     )
-    labelers: list[LabelerName] = Field(ALL_LABELERS, description="Labels to make.")
+    labelers: list[LabelerName] = Field(
+        FIRST_LABELERS, description="Labels to make; docs/modalities.md names them all."
+    )
     models: dict[LabelerName, str] = Field(
         {}, description="Other networks: {'depth': 'hub/id@revision'} or a folder."
     )
@@ -169,6 +226,44 @@ class IngestParams(Compute, IngestOptions, Where):
     """Download the pictures of a list into shards, with a fate for every row."""
 
 
+class RetryParams(Compute, Where):
+    """Download once more the rows that failed for passing reasons, as further shards."""
+
+    reasons: list[RetryReason] = Field(ALL_RETRIES, description="Reason classes to try again.")
+
+
+class ImportParams(Compute, Where):
+    """Take over a set in the layout ml-4m, webdataset or parquet, to the same bytes."""
+
+    source: str = Field(min_length=1, description="Folder or s3://bucket/prefix of the set.")
+
+
+class ExportParams(Where):
+    """Write a published set and its labels in a layout that others read."""
+
+    out: str = Field(min_length=1, description="Folder or s3://bucket/prefix to write to.")
+    layout: Literal["ml-4m", "webdataset", "parquet"] = Field(
+        "ml-4m", description="ml-4m: as the released code reads it."
+    )
+    manifest: str = Field("main", pattern=r"^[\w.-]+$", description="Which published set.")
+    parts: list[str] = Field(
+        [], description="What to write, such as rgb, depth, tok_depth; empty: everything."
+    )
+
+
+class PlanParams(Compute, Where):
+    """Print what a dataset will take, before anything is spent: bytes, hours, GPU-hours."""
+
+    source: str = Field("", description="List of a dataset that is not planned yet.")
+    format: SourceFormat = Field("auto", description="auto: from the name.")
+    url_column: str = Field("", description="Name or number of the URLs' column.")
+    caption_column: str = Field("", description="Name or number of the captions' column.")
+    limit: int | None = Field(None, ge=1, description="Only the first rows of the list.")
+    shard_rows: int = Field(2000, ge=1, le=99_999, description="Rows of a shard.")
+    labelers: list[LabelerName] = Field(FIRST_LABELERS, description="Labels to make.")
+    modalities: list[DenseName] = Field(ALL_DENSE, description="Modalities to tokenize.")
+
+
 class LabelParams(Compute, LabelOptions, Where):
     """Label every picture: depth, normals, classes, boxes, captions, features."""
 
@@ -230,6 +325,8 @@ SHARED = frozenset({*Where.model_fields, *Compute.model_fields})
 
 COMMANDS: dict[str, tuple[type[Where], str]] = {
     "ingest": (IngestParams, "fourm ingest --root data/mine --source cc12m.tsv --limit 10000"),
+    "retry": (RetryParams, "fourm retry --root data/mine --reasons timeout,server_error"),
+    "import": (ImportParams, "fourm import --root data/theirs --source exports/set"),
     "label": (LabelParams, "fourm label --root data/mine --labelers depth,caption"),
     "train-tokenizers": (TrainTokenizersParams, "fourm train-tokenizers --root data/mine"),
     "tokenize": (TokenizeParams, "fourm tokenize --root data/mine --crops 8"),
@@ -239,4 +336,4 @@ COMMANDS: dict[str, tuple[type[Where], str]] = {
 }
 """Flows whose command is made from their form, with an example of each."""
 
-__all__ = ["COMMANDS", "Embedded", "EndToEndParams", "Existing", "RayTarget"]
+__all__ = ["COMMANDS", "Embedded", "EndToEndParams", "Existing", "Job", "RayJob", "RayTarget"]

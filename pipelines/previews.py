@@ -21,7 +21,9 @@ _AFTER_RGB = ("depth", "normal", "semseg", "clip", "det")
 
 def show(chain: Chain, samples: int = 6) -> None:
     """Show the first samples of the first shard with every label as one contact sheet."""
-    names = ["rgb", *[name for name in _AFTER_RGB if name in chain.sources]]
+    known = [name for name in _AFTER_RGB if name in chain.sources]
+    others = sorted(chain.sources.keys() - {"rgb", "caption", *known})
+    names = ["rgb", *known, *others]
     shard = _first_shard(chain, [*names, "caption"])
     if shard is None or not ui.in_run():
         return

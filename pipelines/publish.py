@@ -10,7 +10,7 @@ from infra import ui
 from infra.manifest import Manifest
 from infra.store import Store
 from pipelines.params import PublishOptions, PublishParams
-from pipelines.stages import stage_task
+from pipelines.stages import hand_on, stage_task
 from tasks import chain
 from tasks.publish import publish_tokens
 
@@ -53,4 +53,6 @@ def publish_flow(params: PublishParams) -> dict[str, Any]:
     """Prove that all modalities align, and publish a version of the token set."""
     choices = params.model_dump(include=set(PublishOptions.model_fields))
     chain.remember(Store(params.root), "publish", choices)
-    return publish_manifest(params)
+    published = publish_manifest(params)
+    hand_on(Store(params.root), "publish", published["manifest"].replace(" ", "-"))
+    return published

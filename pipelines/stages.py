@@ -18,18 +18,19 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from infra import ui
-from infra.machine import cores
-from infra.runner import Resources, StageJob, StageReport, SystemicFailure, run_stages
+from infra.runner import StageJob, StageReport, run_stages
 from infra.store import Store
+from pipelines import remote
 from pipelines.params import Compute, Where
+from pipelines.workers import resources
 
 logger = logging.getLogger("fourm.flows")
 W = TypeVar("W", bound=Where)
 R = TypeVar("R")
 
 SECONDS = "reports/seconds.json"
-_FINAL = (ValueError, TypeError, KeyError, FileNotFoundError, SystemicFailure, MemoryError)
-"""What another attempt cannot mend: bad values, or trouble that the runner has named already."""
+_LIGHT = frozenset({"plan", "label previews"})
+"""Tasks that only read a little: they stay in the flow's process when the work is a Ray job."""
 
 
 def stage_task(
@@ -44,6 +45,8 @@ def stage_task(
     def decorate(stage: Callable[[W], R]) -> Task[[W], R]:
         @functools.wraps(stage)
         def timed_stage(params: W) -> R:
+            if name not in _LIGHT and remote.is_remote(params):
+                return remote.run(stage, params)
             with timed(Store(params.root), name) if counted else nullcontext():
                 return stage(params)
 
@@ -61,20 +64,7 @@ def stage_task(
 
 
 def _worth_a_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    return not isinstance(state.result(raise_on_failure=False), _FINAL)
-
-
-def resources(compute: Compute) -> Resources:
-    """Workers of a stage: as many as asked, else one for each core, or GPU that it may occupy."""
-    available = getattr(compute.ray, "num_cpus", None) or cores()
-    gpus = getattr(compute.ray, "num_gpus", 0)
-    workers = compute.workers
-    if workers is None:
-        workers = max(1, int(gpus / compute.gpus)) if compute.gpus else available
-    threads = max(1, available // max(1, workers))
-    return Resources(
-        workers=workers, num_cpus=threads if workers else 1, num_gpus=compute.gpus, threads=threads
-    )
+    return not isinstance(state.result(raise_on_failure=False), remote.FINAL)
 
 
 def run_jobs(
@@ -123,6 +113,26 @@ def _row(name: str, report: StageReport) -> dict[str, Any]:
         "samples per second": round(report.samples_per_second, 1),
         "seconds": round(report.seconds, 1),
     }
+
+
+def hand_on(store: Store, flow: str, version: str | None) -> None:
+    """Announce a complete step, so that automations start the next; see `infra.automations`.
+
+    Only a run of a deployment that stands alone hands on: whoever types commands goes on by hand,
+    and the end-to-end flow goes on by itself. Trouble is logged: the step itself is done.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.runtime import deployment, flow_run
+
+    from infra.automations import announce
+
+    if version is None or not deployment.id or flow_run.parent_flow_run_id:
+        return
+    try:
+        with get_client(sync_client=True) as client:
+            announce(client, store, flow, version)
+    except Exception:
+        logger.exception("%s could not be announced; run it again to try once more", flow)
 
 
 def total_done(rows: list[dict[str, Any]]) -> int:

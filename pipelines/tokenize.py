@@ -6,9 +6,10 @@ from typing import Any
 
 from prefect import flow
 
+from infra.automations import version_of
 from infra.store import Store
 from pipelines.params import TokenizeOptions, TokenizeParams
-from pipelines.stages import run_jobs, stage_task
+from pipelines.stages import hand_on, run_jobs, stage_task
 from tasks import chain
 from tasks.tokenize import token_jobs
 
@@ -27,4 +28,8 @@ def tokenize_flow(params: TokenizeParams) -> list[dict[str, Any]]:
     """Turn every modality of every sample into tokens."""
     choices = params.model_dump(include=set(TokenizeOptions.model_fields))
     chain.remember(Store(params.root), "tokenize", choices)
-    return tokenize_labels(params)
+    rows = tokenize_labels(params)
+    dataset = chain.Chain(Store(params.root))
+    version = version_of(dataset.ledger, dataset.tokens.values(), dataset.labelled())
+    hand_on(dataset.store, "tokenize", version)
+    return rows

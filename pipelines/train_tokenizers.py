@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from prefect import flow
@@ -10,7 +12,7 @@ from infra import ui
 from infra.machine import cores
 from infra.store import Store
 from pipelines.params import TokenizerOptions, TrainTokenizersParams
-from pipelines.stages import stage_task
+from pipelines.stages import hand_on, stage_task
 from tasks import chain
 from tasks.train_tokenizers import train_tokenizers
 
@@ -44,4 +46,7 @@ def train_tokenizers_flow(params: TrainTokenizersParams) -> list[dict[str, Any]]
     store = Store(params.root)
     choices = params.model_dump(include=set(TokenizerOptions.model_fields))
     chain.remember_tokenizers(store, choices)
-    return learn_codes(params)
+    rows = learn_codes(params)
+    learned = json.dumps(sorted(row["path"] for row in rows))
+    hand_on(store, "train-tokenizers", hashlib.sha256(learned.encode()).hexdigest()[:16])
+    return rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from infra.ledger import Ledger, Stage
 from infra.store import Store, StoreConflict, json_bytes
@@ -30,11 +30,15 @@ _NEEDED = {
     "tokenize": "nothing says how {url} is tokenized; run `fourm tokenize` first",
 }
 _UPSTREAM = {
+    "retry": ("ingest",),
     "label": ("ingest",),
     "train_tokenizers": ("ingest", "label"),
     "tokenize": ("ingest", "label", "tokenizers"),
     "publish": ("ingest", "label", "tokenizers", "tokenize"),
 }
+
+
+_FILTERS = ("min_side", "max_pixels", "max_aspect")  # choices that older datasets lack
 
 
 def remember(store: Store, section: str, choices: dict[str, Any]) -> None:
@@ -105,11 +109,26 @@ class Chain:
         return fetch_config(self.section("ingest"))
 
     @cached_property
-    def fetch(self) -> Stage:
-        """The stage that writes rgb and the captions of the list."""
+    def download(self) -> Stage:
+        """The stage that gets the pictures and the captions of the list."""
         from tasks.fetch import fetch_stage
 
         return fetch_stage(self.plan, self.fetch_config)
+
+    @property
+    def duplicates(self) -> Literal["mark", "drop_exact", "drop_near"]:
+        """What becomes of pictures that repeat others."""
+        choice: Literal["mark", "drop_exact", "drop_near"]
+        choice = self.section("ingest").get("duplicates", "mark")
+        return choice
+
+    @cached_property
+    def fetch(self) -> Stage:
+        """The stage that writes the rgb and captions which all others read."""
+        from tasks.duplicates import distinct_stage
+
+        drop = self.duplicates
+        return self.download if drop == "mark" else distinct_stage(self.download, drop)
 
     @cached_property
     def labelers(self) -> dict[str, LabelerSpec]:
@@ -119,9 +138,9 @@ class Chain:
     @cached_property
     def labels(self) -> dict[str, Stage]:
         """Label stage of each chosen labeler, by name."""
-        from tasks.label import label_stage
+        from tasks.label import label_stages
 
-        return {name: label_stage(spec, self.fetch) for name, spec in self.labelers.items()}
+        return label_stages(self.labelers.values(), self.fetch)
 
     @cached_property
     def sources(self) -> dict[str, Stage]:
@@ -215,7 +234,11 @@ def fetch_config(choices: dict[str, Any]) -> FetchConfig:
 
     names = ("timeout", "attempts", "concurrency", "per_host", "honour_opt_out")
     return FetchConfig(
-        pictures=PicturePolicy(resize=choices["resize"], size=choices["image_size"]),
+        pictures=PicturePolicy(
+            resize=choices["resize"],
+            size=choices["image_size"],
+            **{name: choices[name] for name in _FILTERS if name in choices},
+        ),
         downloads=DownloadPolicy(
             **{name: choices[name] for name in names},
             addresses=AddressPolicy(frozenset(choices["allow_hosts"])),
@@ -276,8 +299,16 @@ def check(flow: str, choices: dict[str, Any]) -> None:
     chain = Chain(store)
     for section in _UPSTREAM.get(flow, ()):
         chain.section(section)
+    if flow == "ingest":
+        _check_source(choices)
+    if flow == "import":
+        from tasks.interchange import read_about
+
+        read_about(Store(choices["source"]))
     if flow == "label":
-        labelers(choices)
+        from tasks.label import label_stages
+
+        label_stages(labelers(choices).values(), chain.fetch)
     if flow == "train_tokenizers":
         _check_tokenizers(chain, choices)
     if flow == "train":
@@ -289,6 +320,23 @@ def check(flow: str, choices: dict[str, Any]) -> None:
 
         run = choices["run"] or only_run(store)
         _one_of("trained run", run, runs(store), "train")
+
+
+def _check_source(choices: dict[str, Any]) -> None:
+    """Read the first row of the list: its columns are there, or the error names them."""
+    from infra.sources import Source, detect, read_rows
+
+    source = Source(
+        path=choices["source"],
+        format=choices["format"],
+        url=choices["url_column"],
+        caption=choices["caption_column"],
+        extra=tuple(choices["extra_columns"]),
+    )
+    try:
+        next(read_rows(detect(source), 1), None)
+    except FileNotFoundError:
+        raise ValueError(f"there is nothing at {source.path}") from None
 
 
 def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:

@@ -1,43 +1,41 @@
-"""Ingestion: rows of a URL list become ``rgb`` and ``caption`` shards, and a fate for every row.
+"""Ingestion: planned rows become ``rgb`` and ``caption`` shards, and a fate for every row.
 
-The plan cuts the list into immutable row ranges, so a row's key depends on its place in the list
-alone, whatever else was downloaded. One unit downloads its rows concurrently, cleans the pictures
-in threads while other downloads go on, and writes two tars with the same keys in plan order.
+One unit gets its rows' pictures concurrently, cleans them in threads while others are under way,
+and writes two tars with the same keys in plan order. The status table keeps, for every row, its
+fate, URL and further columns, and of what arrived the hashes and the original size.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from infra.addresses import AddressPolicy
 from infra.download import NETWORK, Download, DownloadPolicy, download_all
-from infra.ledger import Ledger, ShardData, Stage
+from infra.ledger import OK, ShardData, Stage
 from infra.runner import StageJob, SystemicFailure
 from infra.shards import sample_key, shard_name, write_tar
 from infra.store import Store
 from models import modalities
-from tasks.pictures import BadPicture, PicturePolicy, clean
+from tasks.arrivals import UNREADABLE, from_files, from_tar
+from tasks.pictures import BadPicture, Picture, PicturePolicy, cleaned
+from tasks.plans import MAX_CAPTION, Plan, make_plan
+
+__all__ = ["FetchConfig", "FetchWork", "fetch_job", "fetch_stage", "make_plan"]
 
 logger = logging.getLogger("fourm.fetch")
 
 SYSTEMIC_SHARE = 0.9
 """A shard of which this share fails by the network is not the web's fault: the run stops."""
 SYSTEMIC_MIN_ROWS = 20
-MAX_CAPTION = 4000
-"""Longest alt text that is kept, in characters."""
-_ROWS = pa.schema([("url", pa.string()), ("caption", pa.string()), ("duplicate_of", pa.string())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,85 +44,6 @@ class FetchConfig:
 
     pictures: PicturePolicy = field(default_factory=PicturePolicy)
     downloads: DownloadPolicy = field(default_factory=DownloadPolicy)
-
-
-def make_plan(store: Store, source: str, *, shard_rows: int, limit: int | None = None) -> dict:
-    """Cuts a TSV (``url<TAB>caption``, local or any fsspec URL) into shards of rows, once.
-
-    Planning the same list again returns the plan that stands. A row whose URL stood earlier in
-    the list is planned as a duplicate and never downloaded.
-
-    Raises:
-        ValueError: when the list is empty, or another list was planned in this dataset.
-    """
-    if shard_rows < 1 or shard_rows > 99_999:
-        raise ValueError(f"shard_rows must be 1 to 99999, got {shard_rows}")
-    ledger = Ledger(store)
-    identity = _identity(source, shard_rows, limit)
-    if store.exists("plan/plan.json"):
-        plan = ledger.read_plan()
-        if plan["id"] != identity:
-            raise ValueError(
-                f"{store.url} was planned from {plan['source']} and a plan never changes: "
-                f"choose another root for {source}"
-            )
-        return plan
-    rows = 0
-    num_shards = 0
-    for shard, batch in enumerate(_planned(source, shard_rows, limit)):
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(batch, schema=_ROWS), buffer)
-        store.write(f"plan/rows/{shard_name(shard)}.parquet", buffer.getvalue())
-        rows += len(batch)
-        num_shards = shard + 1
-    if not rows:
-        raise ValueError(f"{source} holds no rows: expected lines of the form url<TAB>caption")
-    plan = {
-        "id": identity,
-        "source": source,
-        "rows": rows,
-        "shard_rows": shard_rows,
-        "num_shards": num_shards,
-    }
-    ledger.write_plan(plan)  # last: a plan without it is written again from the start
-    return plan
-
-
-def _lines(source: str, limit: int | None) -> Iterator[str]:
-    with fsspec.open(source, "rt", encoding="utf-8", errors="replace", newline="\n") as lines:
-        count = 0
-        for line in lines:
-            if line.strip():
-                if limit is not None and count >= limit:
-                    return
-                count += 1
-                yield line.rstrip("\r\n")
-
-
-def _identity(source: str, shard_rows: int, limit: int | None) -> str:
-    digest = hashlib.sha256(f"{shard_rows}:{limit}:".encode())
-    for line in _lines(source, limit):
-        digest.update(line.encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
-
-
-def _planned(source: str, shard_rows: int, limit: int | None) -> Iterator[list[dict[str, Any]]]:
-    # 8 bytes of hash and a position for each URL: about 1.5 GB for CC12M's 12 million rows.
-    first: dict[bytes, int] = {}
-    batch: list[dict[str, Any]] = []
-    for number, line in enumerate(_lines(source, limit)):
-        url, _, caption = line.partition("\t")
-        digest = hashlib.blake2b(url.strip().encode(), digest_size=8).digest()
-        earlier = first.setdefault(digest, number)
-        duplicate = None if earlier == number else sample_key(*divmod(earlier, shard_rows))
-        text = " ".join(caption.split())[:MAX_CAPTION]
-        batch.append({"url": url.strip(), "caption": text, "duplicate_of": duplicate})
-        if len(batch) == shard_rows:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def fetch_stage(plan: dict, config: FetchConfig) -> Stage:
@@ -159,11 +78,27 @@ def build_work(store_url: str, stage: Stage, config: dict) -> FetchWork:
     )
 
 
+@dataclass
+class _Shard:
+    """The rows of a shard and what has become of them so far."""
+
+    number: int
+    rows: list[dict[str, Any]]
+    fates: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """Row to (reason, detail); a row without one is fine."""
+    hashes: dict[int, str] = field(default_factory=dict)
+    """Row to the sha256 of what arrived, also where it was no good."""
+    pictures: dict[int, Picture] = field(default_factory=dict)
+
+    def key(self, row: int) -> str:
+        return sample_key(self.number, row)
+
+
 class FetchWork:
-    """Downloads and cleans one shard of the plan at a time."""
+    """Gets and cleans the pictures of one shard of the plan at a time."""
 
     def __init__(self, store: Store, pictures: PicturePolicy, downloads: DownloadPolicy) -> None:
-        self._store = store
+        self._plan = Plan(store)
         self._pictures = pictures
         self._downloads = downloads
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="clean")
@@ -176,93 +111,119 @@ class FetchWork:
         """Fetches one shard.
 
         Raises:
-            SystemicFailure: when nearly every row fails by the network.
+            SystemicFailure: when nearly every row fails by the network, or no file can be read.
         """
         started = time.monotonic()
-        data = self._store.read(f"plan/rows/{shard_name(shard)}.parquet")
-        rows = pq.read_table(pa.BufferReader(data)).to_pylist()
-        fates: dict[int, tuple[str, str]] = {
-            i: ("duplicate", f"of {row['duplicate_of']}")
-            for i, row in enumerate(rows)
-            if row["duplicate_of"]
-        }
-        wanted = [i for i in range(len(rows)) if i not in fates]
-        bodies = asyncio.run(self._fetch(rows, wanted, fates))
-        _stop_if_systemic(shard, [fates.get(i, ("ok", ""))[0] for i in wanted])
-        _drop_repeated_bytes(shard, bodies, fates)
-        return _shard_data(shard, rows, bodies, fates, time.monotonic() - started)
+        state = _Shard(shard, self._plan.rows(shard))
+        asyncio.run(self._fetch(state))
+        _drop_repeated_bytes(state)
+        return _shard_data(state, time.monotonic() - started)
 
-    async def _fetch(
-        self, rows: list[dict[str, Any]], wanted: list[int], fates: dict[int, tuple[str, str]]
-    ) -> dict[int, bytes]:
-        """Clean pictures by row; the fate of every other wanted row goes into ``fates``."""
-        loop = asyncio.get_running_loop()
-        bodies: dict[int, bytes] = {}
-
-        async def settle(row: int, download: Download) -> None:
-            try:
-                bodies[row] = await loop.run_in_executor(
-                    self._threads, clean, download.body, self._pictures
-                )
-            except BadPicture as error:
-                fates[row] = (error.reason, str(error))
-
+    async def _fetch(self, state: _Shard) -> None:
+        arrivals = self._arrivals(state)
+        wanted = [row for row in range(len(state.rows)) if row not in state.fates]
         settling = []
-        urls = [rows[i]["url"] for i in wanted]
-        async for download in download_all(urls, self._downloads):
+        async for download in arrivals:
             row = wanted[download.index]
-            if download.reason == "ok":
-                settling.append(asyncio.ensure_future(settle(row, download)))
+            if download.reason == OK:
+                settling.append(asyncio.ensure_future(self._settle(state, row, download)))
             else:
-                fates[row] = (download.reason, download.detail)
+                state.fates[row] = (download.reason, download.detail)
         await asyncio.gather(*settling)
-        return bodies
+        await self._stop_if_systemic(state, wanted)
 
+    def _arrivals(self, state: _Shard) -> AsyncIterator[Download]:
+        """What comes in for the rows that are wanted; all others get their fate at once."""
+        limit = self._downloads.max_bytes
+        if self._plan.format == "webdataset":
+            state.rows, arrived = from_tar(state.rows[0]["url"], limit)
+            return _each(arrived)
+        for number, row in enumerate(state.rows):
+            if row["problem"]:
+                state.fates[number] = ("bad_row", row["problem"])
+            elif row["duplicate_of"]:
+                state.fates[number] = ("duplicate", f"of {row['duplicate_of']}")
+        wanted = [row for row in range(len(state.rows)) if row not in state.fates]
+        if self._plan.format == "folder":
+            return from_files(str(self._plan.about["source"]), state.rows, wanted, limit)
+        return download_all([state.rows[row]["url"] for row in wanted], self._downloads)
 
-def _stop_if_systemic(shard: int, reasons: list[str]) -> None:
-    failed = sum(reason in NETWORK for reason in reasons)
-    if len(reasons) >= SYSTEMIC_MIN_ROWS and failed >= SYSTEMIC_SHARE * len(reasons):
+    async def _settle(self, state: _Shard, row: int, download: Download) -> None:
+        loop = asyncio.get_running_loop()
+        state.hashes[row] = hashlib.sha256(download.body).hexdigest()
+        try:
+            state.pictures[row] = await loop.run_in_executor(
+                self._threads, cleaned, download.body, self._pictures
+            )
+        except BadPicture as error:
+            state.fates[row] = (error.reason, str(error))
+
+    async def _stop_if_systemic(self, state: _Shard, wanted: list[int]) -> None:
+        reasons = [state.fates.get(row, (OK, ""))[0] for row in wanted]
+        failed = sum(reason in NETWORK or reason == UNREADABLE for reason in reasons)
+        if len(reasons) < SYSTEMIC_MIN_ROWS or failed < SYSTEMIC_SHARE * len(reasons):
+            return
+        if await self._somebody_answers(state.number):
+            return
         raise SystemicFailure(
-            f"{failed} of {len(reasons)} rows of {shard_name(shard)} failed by the network "
-            "(DNS, connection or time-out): check this machine's network, then run again; "
-            "nothing of this shard was recorded"
+            f"{failed} of {len(reasons)} rows of {shard_name(state.number)} failed by the network "
+            "(DNS, connection or time-out, or files that cannot be read): check this machine's "
+            "network, then run again; nothing of this shard was recorded"
         )
 
+    async def _somebody_answers(self, shard: int) -> bool:
+        """Whether URLs that once worked do: in a pass over failed rows nearly all may be dead."""
+        again = self._plan.retry_of(shard)
+        witnesses = again["witnesses"] if again else []
+        arrivals = [d.reason async for d in download_all(witnesses, self._downloads)]
+        return any(reason not in NETWORK for reason in arrivals)
 
-def _drop_repeated_bytes(
-    shard: int, bodies: dict[int, bytes], fates: dict[int, tuple[str, str]]
-) -> None:
+
+async def _each(downloads: list[Download]) -> AsyncIterator[Download]:
+    for download in downloads:
+        yield download
+
+
+def _drop_repeated_bytes(state: _Shard) -> None:
     """Of pictures with equal bytes in a shard the first in plan order stays."""
-    first: dict[bytes, int] = {}
-    for row in sorted(bodies):
-        digest = hashlib.sha256(bodies[row]).digest()
-        earlier = first.setdefault(digest, row)
+    first: dict[str, int] = {}
+    for row in sorted(state.pictures):
+        earlier = first.setdefault(state.pictures[row].sha256, row)
         if earlier != row:
-            fates[row] = ("duplicate", f"of {sample_key(shard, earlier)}, byte for byte")
-            del bodies[row]
+            state.fates[row] = ("duplicate", f"of {state.key(earlier)}, byte for byte")
 
 
-def _shard_data(
-    shard: int,
-    rows: list[dict[str, Any]],
-    bodies: dict[int, bytes],
-    fates: dict[int, tuple[str, str]],
-    seconds: float,
-) -> ShardData:
-    kept = sorted(bodies)
+def _shard_data(state: _Shard, seconds: float) -> ShardData:
+    kept = [row for row in sorted(state.pictures) if row not in state.fates]
     caption = modalities.get("caption")
-    keys = [sample_key(shard, row) for row in kept]
-    pictures = write_tar((f"{sample_key(shard, row)}.jpg", bodies[row]) for row in kept)
+    texts = {row: " ".join(state.rows[row]["caption"].split())[:MAX_CAPTION] for row in kept}
+    pictures = write_tar((f"{state.key(row)}.jpg", state.pictures[row].data) for row in kept)
     captions = write_tar(
-        (f"{sample_key(shard, row)}.{caption.ext}", caption.encode(rows[row]["caption"]))
-        for row in kept
+        (f"{state.key(row)}.{caption.ext}", caption.encode(texts[row])) for row in kept
     )
-    statuses = [
-        (sample_key(shard, row), *fates.get(row, ("ok", ""))) for row in range(len(rows))
-    ]
+    every = range(len(state.rows))
     return ShardData(
-        keys=keys,
+        keys=[state.key(row) for row in kept],
         outputs={"rgb": pictures, "caption": captions},
-        statuses=statuses,
+        statuses=[(state.key(row), *state.fates.get(row, (OK, ""))) for row in every],
         seconds=seconds,
+        columns=_columns(state),
     )
+
+
+def _columns(state: _Shard) -> dict[str, pa.Array]:
+    """What the status table tells of every row; null where it is unknown."""
+    every = range(len(state.rows))
+    found = [state.pictures.get(row) for row in every]
+    texts = {
+        name: pa.array([row.get(name) or None for row in state.rows], pa.string())
+        for name in ("url", "extra", "retry_of")
+    }
+    return {
+        **texts,
+        "sha256": pa.array([state.hashes.get(row) for row in every], pa.string()),
+        "stored_sha256": pa.array([p and p.sha256 for p in found], pa.string()),
+        "dhash": pa.array([p and p.dhash for p in found], pa.uint64()),
+        "width": pa.array([p and p.width for p in found], pa.int32()),
+        "height": pa.array([p and p.height for p in found], pa.int32()),
+    }

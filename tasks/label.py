@@ -9,20 +9,24 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, cast
-
-import numpy as np
+from typing import Any
 
 from infra.ledger import Ledger, ShardData, Stage
 from infra.overlap import pipelined
-from infra.shards import MISSING_EXT, hole, read_tar, split_name, write_tar
+from infra.shards import MISSING_EXT, TarIndex, hole, read_tar, split_name, write_tar
 from infra.store import Store
 from infra.units import StageJob, SystemicFailure
 from models import modalities
-from models.labelers import Labeler, LabelerSpec, load_labeler, weights_revision
+from models.labelers import (
+    Labeler,
+    LabelerSpec,
+    labeler_class,
+    load_labeler,
+    weights_revision,
+)
 
 logger = logging.getLogger("fourm.label")
 
@@ -35,7 +39,8 @@ BATCHES_AT_ONCE = 2
 class _Sample:
     key: str
     data: bytes
-    image: np.ndarray | None = None
+    others: dict[str, bytes] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     members: dict[str, bytes] = field(default_factory=dict)
     reason: str = "ok"
@@ -45,7 +50,9 @@ class _Sample:
         self.reason, self.detail = reason, str(error)[:500]
 
 
-def label_stage(spec: LabelerSpec, fetch: Stage) -> Stage:
+def label_stage(
+    spec: LabelerSpec, fetch: Stage, sources: Mapping[str, Stage] | None = None
+) -> Stage:
     """Return the stage of a labeler over fetched pictures.
 
     Batch size and device change no label and are not part of it; precision is.
@@ -53,37 +60,87 @@ def label_stage(spec: LabelerSpec, fetch: Stage) -> Stage:
     Args:
         spec: The labeler.
         fetch: A stage that writes `rgb`.
+        sources: Modality to the stage that writes it, for labelers that look at other labels.
 
     Raises:
-        ValueError: An output is no modality, or shipped weights do not exist.
+        ValueError: An output is no modality, a label that the labeler needs is not made, or
+            shipped weights do not exist.
     """
     for output in spec.outputs:
         modalities.get(output)
+    sources = {**dict.fromkeys(fetch.outputs, fetch), **(sources or {})}
+    kind = labeler_class(spec.name)
+    if missing := [name for name in kind.reads if name not in sources]:
+        raise ValueError(
+            f"labeler {spec.name!r} looks at {missing[0]!r}, which nothing writes; "
+            f"add its labeler, there are {', '.join(sorted(sources))}"
+        )
+    seen = [sources[name] for name in (*kind.reads, *kind.also_reads) if name in sources]
     return Stage(
         name=f"label:{spec.name}",
         version=VERSION,
         params={"options": spec.options, "precision": spec.precision},
         outputs=spec.outputs,
-        upstream=(fetch,),
+        upstream=tuple(dict.fromkeys([fetch, *seen])),
         model=spec.model_id,
         revision=weights_revision(spec),
     )
+
+
+def label_stages(specs: Iterable[LabelerSpec], fetch: Stage) -> dict[str, Stage]:
+    """Return the stage of each labeler by name; what reads other labels comes after them.
+
+    Raises:
+        ValueError: As `label_stage`, or labelers wait for each other.
+    """
+    sources = dict.fromkeys(fetch.outputs, fetch)
+    stages: dict[str, Stage] = {}
+    waiting = list(specs)
+    while waiting:
+        ready = [spec for spec in waiting if not _awaited(spec, waiting)]
+        if not ready:
+            names = ", ".join(spec.name for spec in waiting)
+            raise ValueError(f"labelers {names} wait for the labels of each other")
+        for spec in ready:
+            stages[spec.name] = label_stage(spec, fetch, sources)
+        for spec in ready:
+            sources |= dict.fromkeys(spec.outputs, stages[spec.name])
+        waiting = [spec for spec in waiting if spec not in ready]
+    return stages
+
+
+def _awaited(spec: LabelerSpec, waiting: list[LabelerSpec]) -> bool:
+    kind = labeler_class(spec.name)
+    coming = {output for other in waiting if other is not spec for output in other.outputs}
+    return not coming.isdisjoint((*kind.reads, *kind.also_reads))
 
 
 def label_jobs(
     specs: Iterable[LabelerSpec], fetch: Stage, shards: Iterable[int]
 ) -> list[StageJob]:
     """Return one job for the stage runner for each labeler, over the given shards."""
-    chosen = tuple(shards)
+    chosen, by_name = tuple(shards), {spec.name: spec for spec in specs}
     return [
         StageJob(
-            stage=label_stage(spec, fetch),
+            stage=stage,
             factory="tasks.label:build_work",
-            config=spec.to_dict(),
+            config=by_name[name].to_dict(),
             shards=chosen,
         )
-        for spec in specs
+        for name, stage in label_stages(by_name.values(), fetch).items()
     ]
+
+
+def in_turns(jobs: Iterable[StageJob]) -> list[list[StageJob]]:
+    """Jobs in groups, each of which needs only what fetching and the groups before it made."""
+    groups: dict[int, list[StageJob]] = {}
+    for job in jobs:
+        groups.setdefault(_depth(job.stage), []).append(job)
+    return [groups[depth] for depth in sorted(groups)]
+
+
+def _depth(stage: Stage) -> int:
+    return 1 + max((_depth(each) for each in stage.upstream), default=0)
 
 
 def build_work(store_url: str, stage: Stage, config: dict[str, Any]) -> LabelWork:
@@ -111,6 +168,13 @@ class LabelWork:
         self._stage = stage
         self._fetch = next(each for each in stage.upstream if "rgb" in each.outputs)
         self._labeler = labeler
+        # A labeler's caption goes before the list's, as the later stage upstream.
+        self._sources = {
+            name: each
+            for each in stage.upstream
+            for name in each.outputs
+            if name != "rgb" and name in (*labeler.reads, *labeler.also_reads)
+        }
 
     def run(self, shard: int) -> ShardData:
         """Label the pictures of a shard.
@@ -134,26 +198,44 @@ class LabelWork:
 
     def _pictures(self, shard: int) -> Iterator[_Sample]:
         path, sha256 = self._ledger.open_output(self._fetch, shard, "rgb")
+        others = {name: self._index(stage, shard, name) for name, stage in self._sources.items()}
         for name, data in read_tar(path, sha256=sha256):
             key, extension = split_name(name)
             sample = _Sample(key, data)
             if extension == MISSING_EXT:
                 sample.fail("no_picture", "the fetch stage left a hole")
+            else:
+                self._read_others(sample, others)
             yield sample
 
+    def _index(self, stage: Stage, shard: int, name: str) -> TarIndex:
+        path, sha256 = self._ledger.open_output(stage, shard, name)
+        return TarIndex(path, sha256=sha256)
+
+    def _read_others(self, sample: _Sample, others: dict[str, TarIndex]) -> None:
+        for name, index in others.items():
+            if index.ext(sample.key) != MISSING_EXT:
+                sample.others[name] = index.read(sample.key)
+            elif name in self._labeler.reads:
+                sample.fail("no_label", f"{self._sources[name].id} left a hole")
+
     def _decode(self, samples: list[_Sample]) -> list[_Sample]:
-        decode = modalities.get("rgb").decode
+        needs_picture = "rgb" in self._labeler.reads
         for sample in samples:
             if sample.reason == "ok":
+                data = {"rgb": sample.data} if needs_picture else {}
                 try:
-                    sample.image = decode(sample.data)
+                    sample.inputs = {
+                        name: modalities.get(name).decode(each)
+                        for name, each in {**data, **sample.others}.items()
+                    }
                 except (OSError, ValueError, SyntaxError) as error:
                     sample.fail("undecodable", error)
-            sample.data = b""
+            sample.data, sample.others = b"", {}
         return samples
 
     def _label(self, samples: list[_Sample]) -> list[_Sample]:
-        ready = [sample for sample in samples if sample.image is not None]
+        ready = [sample for sample in samples if sample.reason == "ok"]
         if not ready:
             return samples
         try:
@@ -165,8 +247,7 @@ class LabelWork:
         return samples
 
     def _label_together(self, samples: list[_Sample]) -> None:
-        images = [cast(np.ndarray, sample.image) for sample in samples]
-        labels = self._labeler.label(images)
+        labels = self._labeler.label_samples([sample.inputs for sample in samples])
         for number, sample in enumerate(samples):
             sample.values = {name: values[number] for name, values in labels.items()}
 
@@ -178,10 +259,14 @@ class LabelWork:
 
     def _encode(self, samples: list[_Sample]) -> list[_Sample]:
         for sample in samples:
-            sample.members = {
-                name: modalities.get(name).encode(value) for name, value in sample.values.items()
-            }
-            sample.image, sample.values = None, {}
+            try:
+                sample.members = {
+                    name: modalities.get(name).encode(value)
+                    for name, value in sample.values.items()
+                }
+            except ValueError as error:  # such as a number that is not finite
+                sample.fail("unlabelled", error)
+            sample.inputs, sample.values = {}, {}
         return samples
 
 

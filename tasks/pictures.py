@@ -6,11 +6,13 @@ here is a plain 8-bit RGB JPEG without metadata, upright, in the size that the p
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
@@ -44,28 +46,68 @@ class PicturePolicy:
     """Largest ratio of the sides."""
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A clean picture, and what is known of it."""
+
+    data: bytes
+    """The stored JPEG."""
+    width: int
+    """Of the picture as it came, in pixels, before it was turned upright."""
+    height: int
+    dhash: int
+    """Difference hash of 64 bits: pictures that look alike differ in few of them."""
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the stored bytes."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
 def clean(data: bytes, policy: PicturePolicy) -> bytes:
     """JPEG bytes of a picture under the policy.
 
     Raises:
         BadPicture: reason not_image, bomb, truncated, too_small or extreme_aspect.
     """
+    return cleaned(data, policy).data
+
+
+def cleaned(data: bytes, policy: PicturePolicy) -> Picture:
+    """A picture under the policy with its original size and its hash.
+
+    Raises:
+        BadPicture: see `clean`.
+    """
     image = _open(data, policy)
+    size = image.size
     try:
         # A JPEG decodes straight at 1/2, 1/4 or 1/8 of its size when that is all we need.
         if policy.resize in ("keep_ratio", "center_crop"):
             image.draft("RGB", (policy.size, policy.size))
         image.load()
-        if _is_clean(image, policy):
-            return data
+        if _is_clean(image, size, policy):
+            return Picture(data, *size, difference_hash(image))
         upright = ImageOps.exif_transpose(image) or image
         final = _resized(_to_rgb(upright), policy)
+        seen = difference_hash(final)
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
         reason = "truncated" if "truncated" in str(error).lower() else "not_image"
         raise BadPicture(reason, str(error)) from error
     buffer = io.BytesIO()
     final.save(buffer, "JPEG", quality=policy.quality)
-    return buffer.getvalue()
+    return Picture(buffer.getvalue(), *size, seen)
+
+
+def difference_hash(image: Image.Image) -> int:
+    """64 bits, one for each cell of an 8 x 8 grid: whether it is darker than its right neighbour.
+
+    Survives scaling, recompression and small changes of colour; not cropping or mirroring.
+    """
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
+    # Noise of recompression must not decide between cells that are equal.
+    bits = grey[:, 1:] > grey[:, :-1] + 1
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
 def _open(data: bytes, policy: PicturePolicy) -> Image.Image:
@@ -87,10 +129,13 @@ def _open(data: bytes, policy: PicturePolicy) -> Image.Image:
     return image
 
 
-def _is_clean(image: Image.Image, policy: PicturePolicy) -> bool:
-    """Whether the downloaded JPEG can be stored untouched: no metadata, no resize, plain RGB."""
+def _is_clean(image: Image.Image, size: tuple[int, int], policy: PicturePolicy) -> bool:
+    """Whether the JPEG can be stored untouched: no metadata, no resize, plain RGB.
+
+    Its size is the one before `draft`, which may have shrunk the image to the target already.
+    """
     plain = image.format == "JPEG" and image.mode == "RGB" and set(image.info) <= _PLAIN_INFO
-    return plain and _target(image.size, policy) == image.size
+    return plain and _target(size, policy) == size
 
 
 _PLAIN_INFO = {"jfif", "jfif_version", "jfif_unit", "jfif_density"}

@@ -13,7 +13,7 @@ from tasks.chain import Chain
 def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
     """Publish every shard that is tokenized in all modalities; the pictures go along.
 
-    The last shards are the validation split: at least one, where there are two or more.
+    The last shards of the list are the validation split: at least one, where there are two.
 
     Args:
         store: the dataset.
@@ -30,14 +30,16 @@ def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
     shards = sorted(set.intersection(*done))
     if not shards:
         raise ValueError(f"no shard of {store.url} is tokenized in every modality")
-    held_out = min(len(shards) - 1, max(1, round(len(shards) * val_share)))
-    cut = len(shards) - held_out
+    # Not of the shards that passes over failed rows appended: those are pictures of slow hosts.
+    of_list = [shard for shard in shards if shard < chain.plan["list_shards"]] or shards
+    held_out = min(len(of_list) - 1, max(1, round(len(of_list) * val_share)))
+    val = of_list[len(of_list) - held_out :]
     return publish(
         chain.ledger,
         name,
         stages,
         shards,
-        splits={"train": shards[:cut], "val": shards[cut:]},
+        splits={"train": [shard for shard in shards if shard not in val], "val": val},
         tokenizers={key: _tokenizer(info) for key, info in chain.tokenizers.items()},
         meta={"crops": asdict(chain.crops)},
     )

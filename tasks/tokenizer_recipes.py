@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from models import modalities
 from models.crops import CropPolicy
 
 if TYPE_CHECKING:
@@ -152,6 +153,16 @@ def tokenizer_recipe(name: str, **changes: Any) -> TokenizerRecipe:
     Raises:
         ValueError: if the modality has no learned tokenizer.
     """
-    if name not in _RECIPES:
-        raise ValueError(f"no tokenizer recipe for {name!r}; choose from {', '.join(_RECIPES)}")
-    return replace(_RECIPES[name], **changes)
+    if name not in recipe_names():
+        choices = ", ".join(recipe_names())
+        raise ValueError(f"no tokenizer recipe for {name!r}; choose from {choices}")
+    if name in _RECIPES:
+        return replace(_RECIPES[name], **changes)
+    fields = modalities.get(name).tokenizer or {}
+    return TokenizerRecipe(**{**fields, **changes})
+
+
+def recipe_names() -> list[str]:
+    """Modalities with a learned tokenizer; those that bring their own recipe come last."""
+    own = [name for name in modalities.names() if modalities.get(name).tokenizer is not None]
+    return [*_RECIPES, *(name for name in own if name not in _RECIPES)]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.fourm.decoding import Shown, gather_inputs
+from models.fourm.conditions import Shown, gather_inputs
 from models.fourm.embeddings import DenseInput, position_table, sincos_2d
 from models.fourm.model import EncoderBlock, FourM, Norm
 from models.fourm.spec import PAD_ID, FourMConfig, ModalitySpec

@@ -7,6 +7,7 @@ slots are ordered by modality, then position.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,12 @@ from models.fourm.spec import FourMConfig, ModalitySpec
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+IGNORED = -100
+"""Target of a row that carries no loss."""
+EVEN = 256
+"""Rows of a modality in the loss are padded to a multiple of this: CPU kernels are compiled and
+cached for each shape, and a new shape at every step costs time and memory without end."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Dense:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Dense:
         """The same on `device`."""
-        return Dense(*(getattr(self, f.name).to(device, non_blocking=non_blocking)
+        return Dense(*(_varying(getattr(self, f.name).to(device, non_blocking=non_blocking))
                        for f in fields(self)))
 
 
@@ -56,15 +63,44 @@ class Batch:
     counts: tuple[int, ...]
     """Rows per modality, in the order of `FourMConfig.modalities`."""
     dense: dict[str, Dense] = field(default_factory=dict)
+    parts: tuple[Tensor, ...] = ()
+    """Set by `to` to what `by_modality` returns, so that a compiled network reads no `counts`."""
+
+    def by_modality(self) -> tuple[Tensor, ...]:
+        """Slots and targets [R,2] of each modality, padded to a multiple of `EVEN` with slot 0 and
+        target `IGNORED`."""
+        import torch
+        from torch.nn.functional import pad
+
+        parts = []
+        for slots, ids in zip(self.rows.split(self.counts), self.targets.split(self.counts),
+                              strict=True):
+            missing = -len(slots) % EVEN
+            parts.append(torch.stack([pad(slots, (0, missing)),
+                                      pad(ids, (0, missing), value=IGNORED)], 1))
+        return tuple(parts)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The same on `device`."""
         moved: dict[str, Any] = {
             f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
-            for f in fields(self) if f.name not in ("counts", "dense")
+            for f in fields(self) if f.name not in ("counts", "dense", "parts")
         }
         dense = {k: v.to(device, non_blocking) for k, v in self.dense.items()}
-        return replace(self, **moved, dense=dense)
+        parts = tuple(_varying(part) for part in replace(self, **moved).by_modality())
+        return replace(self, **moved, dense=dense, parts=parts)
+
+
+def _varying(value: Tensor) -> Tensor:
+    """Tells torch.compile, where it is in use, that `value` has another length at every step: else
+    it would compile anew for each, and for 0 once more."""
+    if "torch._dynamo" in sys.modules:
+        from torch._dynamo.decorators import mark_unbacked
+
+        # Empty arrays come from NumPy with strides of 0, which would be another layout.
+        value = value if len(value) else value.new_zeros(value.shape)
+        mark_unbacked(value, 0)
+    return value
 
 
 def loss_rows(dec_mod: np.ndarray, num_modalities: int) -> tuple[np.ndarray, tuple[int, ...]]:

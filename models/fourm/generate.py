@@ -1,8 +1,14 @@
 """Values from values: any modalities of a trained 4M out of any others.
 
     generator = Generator(model, tokenizers, text)
-    found = generator.generate({"rgb": images}, ["depth", "caption"], num_samples=10)
-    found["depth"].values[0]      # ten samples averaged, float32 [H, W]
+    found = generator.generate({"rgb": image}, ["depth", "caption"], num_samples=10)
+    found["depth"].value                     # ten samples averaged, float32 [H, W]
+    generator.generate({"rgb": images}, ["depth"])["depth"].values       # one a picture
+
+    generator.generate({"caption": Part("a red ___ on the floor")}, ["caption"])
+    generator.inpaint("rgb", image, area, {"caption": "a blue cube"})
+    generator.edit_boxes(image, boxes, moved)
+    upscaler.upscale(found, {"rgb": image})  # a second Generator, of a super-resolution model
 
 Modalities go by their names in the catalogue ("rgb", "depth", "det"), whatever the model's own
 name for their tokens ("tok_depth@128").
@@ -11,9 +17,9 @@ name for their tokens ("tok_depth@128").
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,19 +27,38 @@ import torch
 from torch import Tensor
 
 from infra.machine import fast_bf16
-from models.fourm.batch import patchify
-from models.fourm.decoding import Decoding, Drawn, Shown, as_condition, default_decoding, draw
+from models.fourm.conditions import Shown
+from models.fourm.decoding import Decoding, Drawn, as_condition, draw
+from models.fourm.editing import box_area, changed_boxes, pasted
 from models.fourm.ensemble import Similarity, combine, word_overlap
+from models.fourm.grammar import Grammar, grammar_for
+from models.fourm.guidance import Branch
 from models.fourm.model import FourM
-from models.fourm.spec import EOS_ID, ModalitySpec
-from models.fourm.vectors import pad_vectors, valid_vectors
-from tokenizers_vq.sequences import det_to_string
+from models.fourm.presets import UPSCALE_ORDER, base_name, default_decoding, resolution
+from models.fourm.spec import ModalitySpec
+from models.fourm.values import Part, Tokens, Translator, given_tokens, read_boxes
 
 if TYPE_CHECKING:
     from tokenizers_vq.text import TextTokenizer
     from tokenizers_vq.tokenizer import Tokenizer
 
-COORDINATES = 4
+__all__ = ["Generated", "Generator", "Guide", "Part", "Tokens", "base_name", "read_boxes"]
+
+
+@dataclass(frozen=True)
+class Guide:
+    """Conditions that pull a result towards them, or push it away, with a weight of their own.
+
+    Every step adds weight * (l_i - l) to the logits l under the plain conditions, l_i being those
+    under the guide's conditions as well. Guides take the place of a guidance scale.
+
+    Attributes:
+        conditions: As for `Generator.generate`.
+        weight: Negative to lead away.
+    """
+
+    conditions: Mapping[str, Any]
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -52,13 +77,25 @@ class Generated:
     tokens: np.ndarray
     confidence: np.ndarray
 
+    @property
+    def value(self) -> Any:
+        """The value of the only row. Raises ValueError where there are several."""
+        if len(self.values) != 1:
+            raise ValueError(f"there are {len(self.values)} rows; take them from `values`")
+        return self.values[0]
 
-def base_name(name: str) -> str:
-    """Catalogue name of a model's modality: "tok_depth@128" is "depth"."""
-    return name.split("@")[0].removeprefix("tok_")
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What all batches of one call share."""
+
+    specs: Sequence[ModalitySpec]
+    settings: Mapping[str, Decoding]
+    copies: int
+    chain: bool
 
 
-class Generator:
+class Generator(Translator):
     """A trained model together with what turns its tokens into values.
 
     Args:
@@ -75,39 +112,16 @@ class Generator:
         text: TextTokenizer,
         bf16: bool | None = None,
     ) -> None:
-        self.model = model.eval()
-        self.tokenizers = dict(tokenizers)
-        self.text = text
+        super().__init__(model, tokenizers, text)
         self.bf16 = fast_bf16() if bf16 is None else bf16
-
-    @property
-    def inputs(self) -> list[str]:
-        """Modalities that conditions may be given in."""
-        return sorted({base_name(spec.name) for spec in self.model.config.inputs})
-
-    @property
-    def targets(self) -> list[str]:
-        """Modalities that can be generated."""
-        return sorted({base_name(spec.name) for spec in self.model.config.targets})
-
-    def spec(self, name: str, target: bool) -> ModalitySpec:
-        """The model's modality behind a catalogue name; pixels rather than tokens as an input.
-
-        Raises:
-            ValueError: there is none; lists the choices.
-        """
-        specs = self.model.config.targets if target else self.model.config.inputs
-        found = [spec for spec in specs if base_name(spec.name) == name]
-        if not found:
-            what, names = ("generated", self.targets) if target else ("an input", self.inputs)
-            raise ValueError(f"{name!r} cannot be {what}; choose from {', '.join(names)}")
-        return min(found, key=lambda spec: spec.kind != "pixels")
+        self._grammars: dict[str, Grammar] = {}
 
     def generate(
         self,
-        conditions: Mapping[str, Sequence[Any]],
+        conditions: Mapping[str, Any],
         targets: Sequence[str],
         *,
+        guides: Sequence[Guide] = (),
         settings: Mapping[str, Decoding] | None = None,
         num_samples: int = 1,
         seeds: Sequence[int] | None = None,
@@ -118,8 +132,11 @@ class Generator:
         """Generates targets from conditions.
 
         Args:
-            conditions: Values a modality, one a row; None where a row lacks it.
+            conditions: A value a modality, or a list of values, one a row; None where a row lacks
+                it. A `Part` gives some tokens only: of a target itself, they are kept and the
+                rest is generated.
             targets: What to generate, in this order.
+            guides: Weighted conditions, any number of them.
             settings: How to decode a target; the released sampler's settings where absent.
             num_samples: Samples a row, combined in `Generated.values`.
             seeds: One a row, by default its number. A row's result depends on its seed alone.
@@ -130,175 +147,233 @@ class Generator:
         Raises:
             ValueError: a modality that does not exist, conditions of unequal length, no target.
         """
-        rows = _row_count(conditions, seeds)
+        targets = [targets] if isinstance(targets, str) else list(targets)
+        conditions = {name: _rows(values) for name, values in conditions.items()}
+        guided = [{name: _rows(values) for name, values in guide.conditions.items()}
+                  for guide in guides]  # fmt: skip
+        rows = _row_count([conditions, *guided], seeds)
         specs = [self.spec(name, target=True) for name in targets]
         if not specs:
             raise ValueError(f"nothing to generate; choose from {', '.join(self.targets)}")
         seeds = list(range(rows)) if seeds is None else list(seeds)
+        plan = _Plan(specs=specs, settings=settings or {}, copies=num_samples, chain=chain)
         step = max(1, batch_size // num_samples)
         parts = []
         for start in range(0, rows, step):
             chosen = slice(start, start + step)
-            shown = self.show({name: values[chosen] for name, values in conditions.items()})
-            own = seeds[chosen]
-            parts.append(self._draw(shown, specs, settings or {}, own, num_samples, chain))
+            shown, *others = (
+                self.show({n: values[chosen] for n, values in given.items()}, targets)
+                for given in (conditions, *guided)
+            )
+            branches = [Branch(other, guide.weight)
+                        for other, guide in zip(others, guides, strict=True)]  # fmt: skip
+            parts.append(self._draw(shown, branches, seeds[chosen], plan))
         drawn = {spec.name: _joined([part[spec.name] for part in parts]) for spec in specs}
         return {
             name: self._generated(spec, drawn[spec.name], num_samples, similarity)
             for name, spec in zip(targets, specs, strict=True)
         }
 
+    def inpaint(
+        self, name: str, values: Any, areas: Any, conditions: Mapping[str, Any] | None = None,
+        *, paste: bool = True, similarity: Similarity = word_overlap, **options: Any,
+    ) -> Generated:  # fmt: skip
+        """Draws areas of pictures or maps anew and keeps the rest.
+
+        Tokens that an area touches are generated, under the tokens of the rest and any further
+        conditions.
+
+        Args:
+            name: Modality of the pictures, such as "rgb".
+            values: A picture, or a list of them.
+            areas: What is drawn anew: bool over pixels [H, W] or tokens [h, w]; one for all
+                pictures, or a list.
+            conditions: What the new part is to follow, as for `generate`.
+            paste: Whether pixels of kept tokens are those of the original, not of its tokens.
+            similarity: As for `generate`.
+            **options: Further arguments of `generate`.
+
+        Raises:
+            ValueError: an area does not divide into the tokens, and as for `generate`.
+        """
+        values = _rows(values)
+        areas = _rows(areas) if isinstance(areas, list | tuple) else [areas] * len(values)
+        if len(areas) != len(values):
+            raise ValueError(f"{len(values)} pictures have {len(areas)} areas")
+        parts = [Part(value, ~np.asarray(area, bool))
+                 for value, area in zip(values, areas, strict=True)]  # fmt: skip
+        given = {**(conditions or {}), name: parts}
+        found = self.generate(given, [name], similarity=similarity, **options)[name]
+        if not paste:
+            return found
+        spec, samples = self.spec(name, target=True), []
+        for group, part in zip(found.samples, parts, strict=True):
+            cells = ~given_tokens(spec, part.mask).numpy().reshape(spec.grid, spec.grid)
+            samples.append([pasted(made, np.asarray(part.value), cells) for made in group])
+        values = [combine(base_name(name), group, similarity) for group in samples]
+        return replace(found, samples=samples, values=values)
+
+    def edit_boxes(
+        self, pictures: Any, before: Any, after: Any,
+        conditions: Mapping[str, Any] | None = None, *, name: str = "rgb", margin: float = 0.0,
+        **options: Any,
+    ) -> Generated:  # fmt: skip
+        """Moves, replaces, removes or adds boxed objects and keeps everything outside their boxes.
+
+        What differs between two sets of boxes is drawn anew, steered by the second: the places
+        that objects leave, and those that they come to.
+
+        Args:
+            pictures: A picture, or a list of them.
+            before: Its boxes, a value of det; or a list.
+            after: The boxes that it is to have.
+            conditions: What the new part is to follow besides, as for `generate`.
+            name: Modality of the pictures.
+            margin: Width in 0..1 of the picture by which areas are enlarged.
+            **options: Further arguments of `inpaint`.
+
+        Raises:
+            ValueError: lists of unequal length, a box beyond the picture, and as for `inpaint`.
+        """
+        pictures, before, after = _rows(pictures), _rows(before), _rows(after)
+        _row_count([{name: pictures, "boxes before": before, "boxes after": after}], None)
+        side = self.spec(name, target=True).grid
+        areas = [box_area(changed_boxes(old, new), side, margin)
+                 for old, new in zip(before, after, strict=True)]  # fmt: skip
+        return self.inpaint(name, pictures, areas, {**(conditions or {}), "det": after}, **options)
+
+    def upscale(
+        self, low: Mapping[str, Generated], conditions: Mapping[str, Any] | None = None,
+        targets: Sequence[str] | None = None, *, similarity: Similarity = word_overlap,
+        **options: Any,
+    ) -> dict[str, Generated]:  # fmt: skip
+        """Makes again at a higher resolution what another generator made: 4M's second stage.
+
+        This generator's model reads tokens of the lower resolution and writes those of the higher
+        one, of the same base name. Every sample is refined by itself, and what is finished is a
+        condition of what follows.
+
+        Args:
+            low: What a generator of the lower resolution returned.
+            conditions: What was given to it: one value a row, as for `generate`.
+            targets: What to refine; by default all of `low` that this model can, in the released
+                order.
+            similarity: As for `generate`.
+            **options: Further arguments of `generate`; seeds are one a sample.
+
+        Raises:
+            ValueError: this model refines none of it.
+        """
+        copies = max(len(group) for found in low.values() for group in found.samples)
+        given: dict[str, list[Any]] = {
+            name: [value for value in _rows(values) for _ in range(copies)]
+            for name, values in (conditions or {}).items()
+        }
+        able = [name for name in sorted(low, key=_upscale_rank) if self._refines(name)]
+        targets = able if targets is None else list(targets)
+        if not targets or set(targets) - set(able):
+            raise ValueError(f"cannot refine {', '.join(targets or low)}; "
+                             f"choose from {', '.join(able) or 'nothing'}")  # fmt: skip
+        for name, found in low.items():
+            if name in self.inputs and self.spec(name, target=False).kind == "seq":
+                given[name] = [value for group in found.samples for value in group]
+            elif name in self.inputs:
+                given[self._token_spec(name).name] = [Tokens(ids) for ids in found.tokens]
+        made = self.generate(given, targets, similarity=similarity, **options)
+        grouped = {}
+        for name, found in made.items():
+            samples = [found.values[i : i + copies] for i in range(0, len(found.values), copies)]
+            values = [combine(name, group, similarity) for group in samples]
+            grouped[name] = replace(found, samples=samples, values=values)
+        return grouped
+
+    def _refines(self, name: str) -> bool:
+        """Whether the model reads tokens of a modality and writes them at a higher resolution."""
+        specs = [spec for spec in self.model.config.modalities
+                 if spec.kind == "img" and base_name(spec.name) == name]  # fmt: skip
+        least = min((resolution(spec.name) for spec in specs if spec.is_input), default=0)
+        return any(spec.is_target and 0 < least < resolution(spec.name) for spec in specs)
+
     def _draw(
-        self, shown: dict[str, Shown], specs: Sequence[ModalitySpec],
-        settings: Mapping[str, Decoding], seeds: list[int], copies: int, chain: bool,
-    ) -> dict[str, Drawn]:  # fmt: skip
+        self, shown: dict[str, Shown], branches: Sequence[Branch], seeds: list[int], plan: _Plan
+    ) -> dict[str, Drawn]:
         drawn: dict[str, Drawn] = {}
-        every = seeds
-        for spec in specs:
-            decoding = settings.get(base_name(spec.name)) or default_decoding(spec, list(shown))
+        every, copies = seeds, plan.copies
+        for spec in plan.specs:
+            decoding = self._decoding(spec, shown, plan, bool(branches))
             salt = zlib.crc32(spec.name.encode()) << 20
+            grammar = self._grammar(spec) if decoding.well_formed else None
             with self.precision():
                 found = draw(self.model, shown, spec.name, decoding, [s ^ salt for s in every],
-                             copies=copies)  # fmt: skip
+                             copies=copies, branches=branches, grammar=grammar)  # fmt: skip
             drawn[spec.name] = found
-            if chain and spec.is_input and spec is not specs[-1]:
+            if plan.chain and spec.is_input and spec is not plan.specs[-1]:
                 if copies > 1:
                     index = torch.arange(len(every)).repeat_interleave(copies)
-                    shown = {k: v.rows(index.to(v.visible.device)) for k, v in shown.items()}
+                    index = index.to(self.model.mask_token.device)
+                    shown = {k: v.rows(index) for k, v in shown.items()}
+                    branches = [branch.rows(index) for branch in branches]
                     every = [s + (copy << 44) for s in every for copy in range(copies)]
                     copies = 1
                 shown[spec.name] = as_condition(self.model.config, spec.name, found)
         return drawn
+
+    def _decoding(
+        self, spec: ModalitySpec, shown: Iterable[str], plan: _Plan, guides: bool
+    ) -> Decoding:
+        """The settings of a target: those asked for, or the released sampler's."""
+        for name in (spec.name, base_name(spec.name)):
+            if name in plan.settings:
+                return plan.settings[name]
+        # A part of the target itself is what is to be continued, not what it follows.
+        found = default_decoding(spec, [name for name in shown if name != spec.name])
+        return replace(found, guidance=1.0) if guides else found
+
+    def _grammar(self, spec: ModalitySpec) -> Grammar:
+        if spec.name not in self._grammars:
+            self._grammars[spec.name] = grammar_for(base_name(spec.name), self.text,
+                                                    spec.vocab_size)  # fmt: skip
+        return self._grammars[spec.name]
 
     def precision(self) -> Any:
         """The context in which the network runs: bf16 autocast, or nothing."""
         kind = self.model.mask_token.device.type
         return torch.autocast(kind, torch.bfloat16) if self.bf16 else nullcontext()
 
-    def show(self, conditions: Mapping[str, Sequence[Any]]) -> dict[str, Shown]:
-        """Values of conditions as the encoder takes them, by the model's own names."""
-        shown = {}
-        for name, values in conditions.items():
-            spec = self.spec(name, target=False)
-            present = torch.tensor([value is not None for value in values])
-            if not bool(present.any()):
-                continue
-            some = next(value for value in values if value is not None)
-            part = self.shown_as(spec, [some if value is None else value for value in values])
-            part = Shown(part.values, part.visible & present.unsqueeze(1))
-            device = self.model.mask_token.device
-            shown[spec.name] = Shown(part.values.to(device), part.visible.to(device))
-        return shown
-
-    def shown_as(self, spec: ModalitySpec, values: Sequence[Any]) -> Shown:
-        """Values as the tokens (or vectors) of one of the model's modalities, all visible.
-
-        Raises:
-            ValueError: their number is not the model's, or a tokenizer is missing.
-        """
-        if spec.kind == "seq":
-            return self._shown_text(spec, values)
-        if spec.kind == "pixels":
-            vectors = torch.from_numpy(patchify(np.stack(values), spec.patch_size))
-        elif spec.kind == "seq_emb":
-            return self._shown_vectors(spec, values)
-        else:
-            vectors = torch.from_numpy(
-                self._tokenizer(spec).encode_values(list(values)).astype(np.int64)
-            )
-        if vectors.shape[1] != spec.max_tokens:
-            raise ValueError(
-                f"{base_name(spec.name)} gives {vectors.shape[1]} tokens, the model takes "
-                f"{spec.max_tokens}; resize the input to the model's resolution"
-            )
-        return Shown(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool))
-
-    def _shown_text(self, spec: ModalitySpec, values: Sequence[Any]) -> Shown:
-        texts = [v if isinstance(v, str) else det_to_string(v["instances"], bins=self.text.bins)
-                 for v in values]  # fmt: skip
-        ids = [[*line, EOS_ID][: spec.max_tokens] for line in self.text.encode_batch(texts)]
-        table = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
-        visible = torch.zeros(table.shape, dtype=torch.bool)
-        for row, line in enumerate(ids):
-            table[row, : len(line)] = torch.tensor(line)
-            visible[row, : len(line)] = True
-        return Shown(table, visible)
-
-    @staticmethod
-    def _shown_vectors(spec: ModalitySpec, values: Sequence[Any]) -> Shown:
-        """Feature vectors [L, C], or `emb` with `mask_valid`, of any lengths."""
-        vectors, length = pad_vectors(spec, [valid_vectors(value) for value in values])
-        visible = np.arange(vectors.shape[1]) < length[:, None]
-        return Shown(torch.from_numpy(vectors), torch.from_numpy(visible))
-
-    def _tokenizer(self, spec: ModalitySpec) -> Tokenizer:
-        name = base_name(spec.name)
-        if name not in self.tokenizers:
-            have = ", ".join(sorted(self.tokenizers)) or "none"
-            raise ValueError(f"no tokenizer for {name!r}; there are {have}")
-        return self.tokenizers[name]
-
     def _generated(
         self, spec: ModalitySpec, drawn: Drawn, copies: int, similarity: Similarity
     ) -> Generated:
-        name, ids = base_name(spec.name), drawn.ids.cpu().numpy()
-        confidence = drawn.confidence.float().cpu().numpy()
-        if spec.kind == "seq":
-            flat = self._texts(name, drawn, confidence)
-        else:
-            flat = self._tokenizer(spec).decode_tokens(ids)
+        flat = self.values_of(spec, drawn)
         samples = [flat[i : i + copies] for i in range(0, len(flat), copies)]
-        values = [combine(name, group, similarity) for group in samples]
+        values = [combine(base_name(spec.name), group, similarity) for group in samples]
+        ids, confidence = drawn.ids.cpu().numpy(), drawn.confidence.float().cpu().numpy()
         return Generated(samples, values, ids, confidence)
 
-    def _texts(self, name: str, drawn: Drawn, confidence: np.ndarray) -> list[Any]:
-        found: list[Any] = []
-        for row, (ids, length) in enumerate(zip(drawn.ids.tolist(), drawn.lengths.tolist(),
-                                                strict=True)):  # fmt: skip
-            ids = ids[: int(length)]
-            ids = ids[: ids.index(EOS_ID)] if EOS_ID in ids else ids
-            if name == "det":
-                found.append({"instances": read_boxes(ids, confidence[row], self.text)})
-            else:
-                found.append(self.text.decode(ids))
-        return found
+
+def _rows(values: Any) -> list[Any]:
+    """A list or tuple, or an array of pictures [N, H, W, C], holds a value a row; anything else
+    is one value."""
+    several = isinstance(values, list | tuple) or (
+        isinstance(values, np.ndarray) and values.ndim == 4
+    )
+    return list(values) if several else [values]
 
 
-def read_boxes(
-    ids: Sequence[int], confidence: Sequence[float] | np.ndarray, text: TextTokenizer
-) -> list[dict[str, Any]]:
-    """Boxes in a token sequence, each scored by the geometric mean of its tokens' confidence.
-
-    What is no complete, upright box is passed over.
-    """
-    first, bins = text.coordinate_id(0, 0), text.bins
-    axis = [(i - first) // bins if first <= i < first + COORDINATES * bins else -1 for i in ids]
-    boxes = []
-    for start in range(len(ids) - COORDINATES):
-        end = start + COORDINATES
-        if axis[start:end] != list(range(COORDINATES)):
-            continue
-        stop = end
-        while stop < len(ids) and axis[stop] < 0:
-            stop += 1
-        box = [(ids[start + k] - first - k * bins) / (bins - 1) for k in range(COORDINATES)]
-        if stop == end or box[2] < box[0] or box[3] < box[1]:
-            continue
-        score = float(np.exp(np.mean(np.log(np.maximum(confidence[start:stop], 1e-9)))))
-        name = text.decode(ids[end:stop]).strip()
-        boxes.append({"box": box, "class_name": name, "score": score})
-    return boxes
+def _upscale_rank(name: str) -> int:
+    return UPSCALE_ORDER.index(name) if name in UPSCALE_ORDER else len(UPSCALE_ORDER)
 
 
-def _row_count(conditions: Mapping[str, Sequence[Any]], seeds: Sequence[int] | None) -> int:
-    counts = {name: len(values) for name, values in conditions.items()}
+def _row_count(given: Sequence[Mapping[str, list[Any]]], seeds: Sequence[int] | None) -> int:
+    counts = {name: len(values) for part in given for name, values in part.items()}
+    sizes = {len(values) for part in given for values in part.values()}
     if seeds is not None:
         counts["seeds"] = len(seeds)
-    if not counts or min(counts.values()) < 1:
+        sizes.add(len(seeds))
+    if not sizes or min(sizes) < 1:
         raise ValueError("generation needs at least one condition or seed")
-    if len(set(counts.values())) > 1:
+    if len(sizes) > 1:
         raise ValueError(f"conditions must be of one length, not {counts}")
-    return next(iter(counts.values()))
+    return sizes.pop()
 
 
 def _joined(parts: Sequence[Drawn]) -> Drawn:

@@ -15,14 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.fourm.attention import PADDING, additive, attention, key_mask, target_mask
-from models.fourm.batch import Batch
+from models.fourm.batch import IGNORED, Batch
 from models.fourm.embeddings import DenseInput, Positions, TokenTable
 from models.fourm.spec import FourMConfig, ModalitySpec
-
-IGNORED = -100
-EVEN = 256
-"""Rows of a modality in the loss are padded to a multiple of this: CPU kernels are compiled and
-cached for each shape, and a new shape at every step costs time and memory without end."""
 
 
 @dataclass
@@ -201,25 +196,27 @@ class FourM(nn.Module):
         """Losses of one batch."""
         y = self.decode(self.encode(batch), batch.dec_ids, batch.dec_mod, batch.dec_pos,
                         batch.dec_until)
-        rows, sizes = _even(batch.rows, batch.counts, 0)
-        targets, _ = _even(batch.targets, batch.counts, IGNORED)
-        chosen = y.reshape(-1, y.shape[-1]).index_select(0, rows)
-        per_modality, total, zero = {}, [], y.new_zeros((), dtype=torch.float32)
+        return self.losses(y, batch.parts or batch.by_modality())
+
+    def losses(self, y: Tensor, parts: tuple[Tensor, ...]) -> Losses:
+        """Losses of decoder outputs [B,M,D] at the slots and targets [R,2] of every modality."""
         # One split, whose gradient is one concatenation, instead of a slice per modality.
+        rows = y.reshape(-1, y.shape[-1]).index_select(0, torch.cat([part[:, 0] for part in parts]))
+        hidden = rows.split([part.shape[0] for part in parts])
         heads = iter(self.heads.weight.split([m.vocab_size for m in self.config.targets]))
-        parts = zip(self.config.modalities, batch.counts, chosen.split(sizes),
-                    targets.split(sizes), strict=True)
-        for spec, count, hidden, target in parts:
+        per_modality, counts = {}, []
+        for spec, part, found in zip(self.config.modalities, parts, hidden, strict=True):
             if not spec.is_target:
                 continue
-            loss, matrix = zero, next(heads)
-            if count:
-                loss = F.cross_entropy(F.linear(hidden, matrix).float(), target,
-                                       ignore_index=IGNORED)
-            total.append(loss * count if self.config.loss == "token" else loss)
-            per_modality[spec.name] = loss
-        parts_count = max(1, len(batch.rows)) if self.config.loss == "token" else len(total)
-        return Losses(torch.stack(total).sum() / parts_count, per_modality)
+            target = part[:, 1]
+            loss = F.cross_entropy(F.linear(found, next(heads)).float(), target,
+                                   ignore_index=IGNORED, reduction="sum")
+            counts.append((target != IGNORED).sum())
+            per_modality[spec.name] = loss / counts[-1].clamp(min=1)
+        total, count = torch.stack(list(per_modality.values())), torch.stack(counts)
+        if self.config.loss == "token":
+            return Losses((total * count).sum() / count.sum().clamp(min=1), per_modality)
+        return Losses(total.sum() / len(total), per_modality)
 
     def embed_inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Token vectors and position-plus-modality vectors, both [B,N,D], zero in unused slots."""
@@ -228,6 +225,7 @@ class FourM(nn.Module):
         emb = self.enc_positions(modality, batch.enc_pos) + F.embedding(modality, self.enc_modality)
         x = self.enc_tokens(modality, batch.enc_ids)
         for name, dense in batch.dense.items():
+            torch._check(dense.values.shape[0] == dense.slots.shape[0])
             vectors = self.dense[str(self.config.index(name))](dense.values).to(x.dtype)
             x = x.view(-1, x.shape[2]).index_copy(0, dense.slots, vectors).view(x.shape)
         return x * used, emb * used
@@ -291,13 +289,6 @@ class FourM(nn.Module):
     def _dtype(x: Tensor) -> torch.dtype:
         kind = x.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _even(values: Tensor, counts: tuple[int, ...], fill: int) -> tuple[Tensor, list[int]]:
-    """Pads each part of `values` [T], `counts` long, to a multiple of `EVEN`; new lengths too."""
-    sizes = [-(-count // EVEN) * EVEN for count in counts]
-    parts = zip(values.split(counts), counts, sizes, strict=True)
-    return torch.cat([F.pad(part, (0, size - n), value=fill) for part, n, size in parts]), sizes
 
 
 class _HeadNorm(nn.LayerNorm):

@@ -16,7 +16,9 @@ _TABLE_END = 100.0
 _FLOOR = 1e-9
 
 
-def token_schedule(kind: TokenSchedule, steps: int, tokens: int) -> list[int]:
+def token_schedule(
+    kind: TokenSchedule, steps: int, tokens: int, *, fewer: bool = False
+) -> list[int]:
     """Tokens accepted at each step; they sum to `tokens`.
 
     Args:
@@ -24,6 +26,7 @@ def token_schedule(kind: TokenSchedule, steps: int, tokens: int) -> list[int]:
             many at every step.
         steps: Steps wanted; a linear schedule never has more steps than tokens.
         tokens: Tokens to generate.
+        fewer: Whether to take fewer steps where so many do not exist.
 
     Raises:
         ValueError: unknown kind, no steps or tokens, or so many cosine steps that rounding makes
@@ -40,6 +43,8 @@ def token_schedule(kind: TokenSchedule, steps: int, tokens: int) -> list[int]:
     share = [0.5 * (1 + math.cos(math.pi * i / steps)) for i in range(steps)]
     counts = [round(tokens * (a - b)) for a, b in pairwise(share)]
     counts.append(tokens - sum(counts))
+    if counts[-1] < 0 and fewer:
+        return token_schedule(kind, steps - 1, tokens, fewer=True)
     if counts[-1] < 0:
         raise ValueError(
             f"{steps} cosine steps are too many for {tokens} tokens; take fewer, or linear"

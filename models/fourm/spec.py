@@ -149,4 +149,4 @@ class FourMConfig:
         """Id of the modality `name` in a batch. Raises ValueError with the names there are."""
         if name not in self.by_name:
             raise ValueError(f"unknown modality {name!r}; the model has {', '.join(self.by_name)}")
-        return self.modalities.index(self.by_name[name])
+        return list(self.by_name).index(name)

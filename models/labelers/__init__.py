@@ -1,7 +1,15 @@
 """Labelers: off-the-shelf networks that write modalities for images."""
 
 from models.labelers.base import Image, Labeler, LabelerSpec
-from models.labelers.registry import KINDS, PRESETS, load_labeler, preset, weights_revision
+from models.labelers.registry import (
+    KINDS,
+    PRESETS,
+    kinds,
+    labeler_class,
+    load_labeler,
+    preset,
+    weights_revision,
+)
 
 __all__ = [
     "KINDS",
@@ -9,6 +17,8 @@ __all__ = [
     "Image",
     "Labeler",
     "LabelerSpec",
+    "kinds",
+    "labeler_class",
     "load_labeler",
     "preset",
     "weights_revision",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ Image = NDArray[np.uint8]
 SHIPPED = "shipped:"
 """Prefix of a model id that names a folder of this package's `weights`, as in "shipped:depth"."""
 
+COMPUTED = "computed"
+"""Model id of labelers that have no weights: they compute, and their class has a `version`."""
+
 WEIGHTS = Path(__file__).parent / "weights"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -35,7 +38,8 @@ class LabelerSpec:
     Attributes:
         name: The labeler's kind: a key of `registry.KINDS`, such as "depth".
         outputs: The modalities that it writes.
-        model_id: A hub id, a folder, or "shipped:NAME" for weights of this package.
+        model_id: A hub id, a folder, "shipped:NAME" for weights of this package, or "computed"
+            where there are none.
         revision: Commit or tag of a hub model; "" is the hub's default.
         batch_size: Images a forward pass (halved as often as memory demands).
         precision: "fp32", "bf16" or "fp16" (autocast), or "auto": bf16 on a GPU and on a CPU
@@ -98,8 +102,16 @@ class Labeler(ABC):
     """A network that writes one or more modalities for any images.
 
     A subclass loads its model in `__init__` (after `super().__init__`, through
-    `self.pretrained()`) and labels batches of images of one size in `predict`.
+    `self.pretrained()`) and labels batches of images of one size in `predict`. One that looks at
+    more than the picture names what it `reads` and overrides `label_samples`.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("rgb",)
+    """Modalities without which a sample cannot be labelled."""
+    also_reads: ClassVar[tuple[str, ...]] = ()
+    """Modalities that are looked at where a sample has them."""
+    version: ClassVar[int] = 1
+    """Raised when the labels change that a class without weights computes."""
 
     def __init__(self, spec: LabelerSpec) -> None:
         import torch
@@ -177,18 +189,29 @@ class Labeler(ABC):
         for number, image in enumerate(images):
             by_size.setdefault(image.shape, []).append(number)
         for numbers in by_size.values():
-            self._label_one_size(images, numbers, results)
+            self._label_group(images, numbers, results)
         return results
 
-    def _label_one_size(
-        self, images: Sequence[Image], numbers: list[int], results: dict[str, list[Any]]
+    def label_samples(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+        """Label samples: each holds a value of every modality of `reads`, and of `also_reads` as
+        far as it has them."""
+        return self.label([sample["rgb"] for sample in samples])
+
+    def in_batches(self, items: Sequence[Any]) -> dict[str, list[Any]]:
+        """Hand items other than images to `predict`, a batch at a time."""
+        results: dict[str, list[Any]] = {name: [None] * len(items) for name in self.spec.outputs}
+        self._label_group(items, list(range(len(items))), results)
+        return results
+
+    def _label_group(
+        self, items: Sequence[Any], numbers: list[int], results: dict[str, list[Any]]
     ) -> None:
         start = 0
         while start < len(numbers):
             chosen = numbers[start : start + self._batch_size]
             try:
                 with self.inference():
-                    values = self.predict([images[number] for number in chosen])
+                    values = self.predict([items[number] for number in chosen])
             except RuntimeError as error:
                 if not _out_of_memory(error) or len(chosen) == 1:
                     raise

@@ -1,4 +1,8 @@
-"""Kinds of labelers, presets of them, and what identifies their weights."""
+"""Kinds of labelers, presets of them, and what identifies their weights.
+
+A kind is a class here, or the `labeler` of a modality that a user's package adds: such a modality
+has a labeler of its own name in every preset.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ import hashlib
 import importlib
 from pathlib import Path
 
-from models.labelers.base import SHIPPED, Labeler, LabelerSpec
+from models.labelers.base import COMPUTED, Labeler, LabelerSpec
+from models.labelers.networks import PRESETS as NETWORKS
+from models.labelers.networks import Network
 
 KINDS = {
     "depth": "models.labelers.depth:DepthLabeler",
@@ -14,52 +20,94 @@ KINDS = {
     "semseg": "models.labelers.semseg:SemsegLabeler",
     "det": "models.labelers.detection:DetectionLabeler",
     "caption": "models.labelers.caption:CaptionLabeler",
-    "clip": "models.labelers.clip:ClipLabeler",
+    "clip": "models.labelers.features:FeatureLabeler",
+    "color_palette": "models.labelers.palette:PaletteLabeler",
+    "canny_edge": "models.labelers.canny:CannyLabeler",
+    "metadata": "models.labelers.metadata:MetadataLabeler",
+    "dinov2": "models.labelers.features:FeatureLabeler",
+    "imagebind": "models.labelers.features:FeatureLabeler",
+    "sam": "models.labelers.sam:SamLabeler",
+    "human_poses": "models.labelers.pose:PoseLabeler",
+    "t5_caption": "models.labelers.t5:T5Labeler",
 }
-"""Class of each kind of labeler; a kind writes the modality of its name."""
+"""Class of each kind of labeler."""
 
-_HUB = {
-    "depth": "depth-anything/Depth-Anything-V2-Small-hf",
-    "normal": "google/tipsv2-b14-dpt",
-    "semseg": "facebook/mask2former-swin-base-coco-panoptic",
-    "det": "PekingU/rtdetr_v2_r18vd",
-    "caption": "Salesforce/blip-image-captioning-base",
-    "clip": "openai/clip-vit-base-patch16",
+OUTPUTS: dict[str, tuple[str, ...]] = {
+    "dinov2": ("dinov2", "dinov2_global"),
+    "imagebind": ("imagebind", "imagebind_global"),
+    "sam": ("sam_instance", "sam_edge"),
 }
-_HUB_OPTIONS: dict[str, dict[str, object]] = {"depth": {"scale": "inverse"}}
+"""Modalities of the kinds that write others than the one of their name."""
 
-PRESETS = ("scenes", "modern")
+PRESETS = tuple(NETWORKS)
+
+
+def added() -> dict[str, Network]:
+    """Labelers that modalities of users' packages bring along, by the modality's name."""
+    from models import modalities
+
+    found = {}
+    for name in modalities.names():
+        modality = modalities.get(name)
+        if modality.labeler and name not in KINDS:
+            found[name] = Network(
+                model_id=modality.model_id or COMPUTED, licence="its own", resolution="its own"
+            )
+    return found
+
+
+def kinds() -> list[str]:
+    """All kinds of labelers, those of users' packages included."""
+    return [*KINDS, *added()]
 
 
 def preset(name: str) -> dict[str, LabelerSpec]:
     """Return the labelers of a preset by kind.
 
     Args:
-        name: "scenes" (the shipped weights, for rendered scenes) or "modern" (hub models for
-            photographs; pin their `revision` for a run that must be repeatable).
+        name: "scenes" (the shipped weights, for rendered scenes, and what is computed), "modern"
+            or "released" (hub models for photographs: permissive ones, or those that 4M used as
+            far as they load; pin their `revision` for a run that must be repeatable).
 
     Raises:
         ValueError: There is no such preset.
     """
-    if name == "scenes":
-        return {
-            kind: LabelerSpec(
-                name=kind, outputs=(kind,), model_id=SHIPPED + kind, precision="auto"
-            )
-            for kind in KINDS
-        }
-    if name == "modern":
-        return {
-            kind: LabelerSpec(
-                name=kind,
-                outputs=(kind,),
-                model_id=_HUB[kind],
-                batch_size=8,
-                options=_HUB_OPTIONS.get(kind, {}),
-            )
-            for kind in KINDS
-        }
-    raise ValueError(f"no labeler preset {name!r}; there are {', '.join(PRESETS)}")
+    if name not in NETWORKS:
+        raise ValueError(f"no labeler preset {name!r}; there are {', '.join(PRESETS)}")
+    return {
+        kind: LabelerSpec(
+            name=kind,
+            outputs=OUTPUTS.get(kind, (kind,)),
+            model_id=network.model_id,
+            revision=network.revision,
+            batch_size=32 if name == "scenes" else 8,
+            options=dict(network.options),
+        )
+        for kind, network in {**NETWORKS[name], **added()}.items()
+    }
+
+
+def labeler_class(kind: str) -> type[Labeler]:
+    """The class of a kind.
+
+    Raises:
+        ValueError: The kind does not exist, or a modality names no labeler.
+    """
+    from models import modalities
+
+    where = KINDS.get(kind)
+    if where is None and kind in added():
+        where = modalities.get(kind).labeler
+    if where is None:
+        raise ValueError(f"no labeler {kind!r}; there are {', '.join(kinds())}")
+    module, _, name = where.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"labeler {kind!r}: cannot import {where!r}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Labeler)):
+        raise ValueError(f"labeler {kind!r}: {where!r} is no subclass of Labeler")
+    return found
 
 
 def load_labeler(spec: LabelerSpec) -> Labeler:
@@ -69,14 +117,14 @@ def load_labeler(spec: LabelerSpec) -> Labeler:
         ValueError: The kind does not exist, or an option does not fit it.
         OSError: The weights cannot be found.
     """
-    if spec.name not in KINDS:
-        raise ValueError(f"no labeler {spec.name!r}; there are {', '.join(KINDS)}")
-    module, _, name = KINDS[spec.name].partition(":")
-    return getattr(importlib.import_module(module), name)(spec)
+    return labeler_class(spec.name)(spec)
 
 
 def weights_revision(spec: LabelerSpec) -> str:
-    """Return what identifies the weights: a digest of a folder's files, or the hub revision."""
+    """Return what identifies the weights: a digest of a folder's files, the hub revision, or the
+    version of a class that has none."""
+    if spec.model_id == COMPUTED:
+        return f"v{labeler_class(spec.name).version}"
     folder = Path(spec.source)
     if not folder.is_dir():
         return spec.revision or "main"

@@ -20,7 +20,7 @@ __all__ = ["Modality", "get", "names"]
 def _catalogue() -> dict[str, Modality]:
     found: dict[str, Modality] = {}
     for info in pkgutil.iter_modules(__path__):
-        if info.name != "base":
+        if info.name != "base" and not info.name.startswith("_"):
             module = importlib.import_module(f"{__name__}.{info.name}")
             found[module.MODALITY.name] = module.MODALITY
     for point in entry_points(group="fourm.modalities"):

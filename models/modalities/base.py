@@ -8,7 +8,8 @@ objects, so that this module needs no torch.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from models.crops import CropBox
 
-Kind = Literal["image", "map", "feature", "sequence"]
+Kind = Literal["image", "map", "feature", "vector", "sequence"]
 MAX_PIXELS = 64_000_000
 """Largest stored picture that a codec opens: even our own shards may have been tampered with."""
 
@@ -29,7 +30,8 @@ class Modality:
     name: str
     """Name in stages, manifests and on the command line."""
     kind: Kind
-    """image: colours; map: one value or vector a pixel; feature: a coarse grid; sequence: text."""
+    """image: colours; map: one value or vector a pixel; feature: a coarse grid; vector: one for the
+    whole image; sequence: text, or what is written as text."""
     ext: str
     """Extension of its member in a shard, without a dot."""
     encode: Callable[[Any], bytes]
@@ -42,6 +44,14 @@ class Modality:
     """Value to a uint8 picture [H, W, 3] for contact sheets."""
     description: str = ""
     """One line: shape, unit and value range."""
+    labeler: str = ""
+    """ "module:Class" of the labeler that writes it, where no kind of this package's registry
+    does; a subclass of `models.labelers.Labeler`."""
+    model_id: str = ""
+    """Network of that labeler, a hub id or a folder; empty where it computes without one."""
+    tokenizer: Mapping[str, Any] | None = None
+    """Fields of the recipe of its learned tokenizer (`tasks.tokenizer_recipes.TokenizerRecipe`),
+    at least "kind"; None where it has none, or one of the project's own recipes."""
 
 
 def open_image(data: bytes, formats: tuple[str, ...]) -> Image.Image:
@@ -50,6 +60,11 @@ def open_image(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"picture of {image.width} x {image.height} exceeds {MAX_PIXELS} pixels")
     return image
+
+
+def to_json(value: Any) -> bytes:
+    """JSON-like objects as bytes, equal for equal objects."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def png(array: np.ndarray) -> bytes:

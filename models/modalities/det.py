@@ -12,17 +12,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from models.crops import CropBox
-from models.modalities.base import Modality
+from models.modalities._boxes import window
+from models.modalities.base import Modality, to_json
 from models.modalities.semseg import PALETTE
 
-MIN_VISIBLE = 0.1
-"""Least share of a box's area inside the window for it to count as seen in the crop."""
-
 Detections = dict[str, Any]
-
-
-def _encode(value: Detections) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _decode(data: bytes) -> Detections:
@@ -35,14 +29,9 @@ def _decode(data: bytes) -> Detections:
 def _crop(value: Detections, box: CropBox, size: int) -> Detections:
     kept = []
     for instance in value["instances"]:
-        x0, y0, x1, y1 = instance["box"]
-        u0, u1 = (min(max((x - box.left) / box.width, 0.0), 1.0) for x in (x0, x1))
-        v0, v1 = (min(max((y - box.top) / box.height, 0.0), 1.0) for y in (y0, y1))
-        if box.hflip:
-            u0, u1 = 1 - u1, 1 - u0
-        visible = (u1 - u0) * box.width * (v1 - v0) * box.height
-        if visible > MIN_VISIBLE * (x1 - x0) * (y1 - y0):
-            kept.append({**instance, "box": [u0, v0, u1, v1]})
+        seen = window(instance["box"], box)
+        if seen is not None:
+            kept.append({**instance, "box": seen})
     return {**value, "instances": kept}
 
 
@@ -64,7 +53,7 @@ MODALITY = Modality(
     name="det",
     kind="sequence",
     ext="json",
-    encode=_encode,
+    encode=to_json,
     decode=_decode,
     crop=_crop,
     render=lambda value: draw(value, np.full((128, 128, 3), 40, np.uint8)),

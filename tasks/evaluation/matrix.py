@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models.fourm.decoding import FIRST, LAST, Context, Shown
+from models.fourm.conditions import FIRST, LAST, Context, Shown
 from models.fourm.generate import Generator, base_name
 from models.fourm.spec import EOS_ID
 

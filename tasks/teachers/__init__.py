@@ -1,6 +1,6 @@
 """The networks that label scenes: how they are trained, on what, and what they reach.
 
-Run `python -m tasks.teachers NAME --minutes N` to train one again into the shipped weights.
+Run `python -m tasks.teachers NAME` to train one again into the shipped weights.
 """
 
 from __future__ import annotations
@@ -9,41 +9,47 @@ import argparse
 import importlib
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-RECIPES = {
-    "depth": "tasks.teachers.dense",
-    "normal": "tasks.teachers.dense",
-    "semseg": "tasks.teachers.dense",
-    "clip": "tasks.teachers.clip",
-    "det": "tasks.teachers.detection",
-    "caption": "tasks.teachers.caption",
+if TYPE_CHECKING:
+    from tasks.teachers.teaching import Teacher
+
+TEACHERS = {
+    "depth": "tasks.teachers.dense:DepthTeacher",
+    "normal": "tasks.teachers.dense:NormalTeacher",
+    "semseg": "tasks.teachers.dense:SemsegTeacher",
+    "clip": "tasks.teachers.clip:ClipTeacher",
+    "det": "tasks.teachers.detection:DetectionTeacher",
+    "caption": "tasks.teachers.caption:CaptionTeacher",
 }
-"""Module of each teacher: `train(name, scenes, folder, minutes) -> scenes seen`."""
 
 SCENES = 12_000
+RUNS = Path("data/teachers")
+
+
+def teacher(name: str) -> type[Teacher]:
+    """The class of a teacher, a key of `TEACHERS`."""
+    module, _, kind = TEACHERS[name].partition(":")
+    return getattr(importlib.import_module(module), kind)
 
 
 def main() -> None:
-    """Parse the command line, train one teacher, save it."""
-    import torch
-
+    """Train one teacher and save it."""
     from models.labelers.base import WEIGHTS
     from tasks.teachers.data import load_scenes
+    from tasks.teachers.teaching import teach
 
     parser = argparse.ArgumentParser(prog="python -m tasks.teachers", description=main.__doc__)
-    parser.add_argument("name", choices=sorted(RECIPES))
-    parser.add_argument("--minutes", type=float, default=12.0, help="wall time of the training")
+    parser.add_argument("name", choices=sorted(TEACHERS))
+    parser.add_argument("--steps", type=int, help="optimizer steps; as the shipped one if unset")
     parser.add_argument("--scenes", type=int, default=SCENES, help="scenes rendered for it")
     parser.add_argument("--folder", type=Path, help="where to save; the shipped weights if unset")
     parser.add_argument("--resume", action="store_true", help="go on from the weights there are")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(args.threads)
-    scenes = load_scenes(args.scenes)
-    recipe = importlib.import_module(RECIPES[args.name])
-    folder = args.folder or WEIGHTS / args.name
-    # Teachers of dense maps and of CLIP can go on; others take no such argument.
-    extra = {"resume": True} if args.resume else {}
-    seen = recipe.train(args.name, scenes, folder, args.minutes, **extra)
-    logging.getLogger("fourm.teachers").info("%s: trained on %d scenes", args.name, seen)
+    kind, folder = teacher(args.name), args.folder or WEIGHTS / args.name
+    steps = args.steps or kind.steps
+    learner = kind(load_scenes(args.scenes), folder if args.resume else None)
+    run = RUNS / f"{args.name}-{steps}{'-resumed' if args.resume else ''}"
+    teach(learner, folder, run, steps, threads=args.threads)

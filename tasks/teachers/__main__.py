@@ -1,4 +1,4 @@
-"""Train a teacher from the command line: `python -m tasks.teachers NAME --minutes N`."""
+"""Train a teacher from the command line: `python -m tasks.teachers NAME`."""
 
 from tasks.teachers import main
 

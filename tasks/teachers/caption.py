@@ -10,14 +10,14 @@ scenes right; shapes are the weakest (0.73).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from infra.overlap import prefetch
 from infra.scenes import (
     COLORS,
     EVAL_SEED,
@@ -28,16 +28,12 @@ from infra.scenes import (
     render,
     sample_scene,
 )
-from tasks.teachers.data import SIZE, TeacherScenes, recompress
-from tasks.teachers.timed import save_half, shuffled, train_for
+from tasks.teachers.data import SIZE, recompress
+from tasks.teachers.teaching import Indices, Teacher
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
     from transformers import BlipForConditionalGeneration, BlipProcessor
 
-_BATCH = 32
-_LEARNING_RATE = 1.5e-3
 _WIDTH = 128
 _INPUT = 144  # pixels the image is resized to
 _GRID = 12  # patches a side
@@ -95,8 +91,6 @@ def build() -> tuple[BlipForConditionalGeneration, BlipProcessor]:
 
 def _place_patches(model: BlipForConditionalGeneration) -> BlipForConditionalGeneration:
     """Start the position embeddings as waves over both axes, so that neighbours look alike."""
-    import torch
-
     frequency = 1 / 30 ** (torch.arange(_WIDTH // 4) / (_WIDTH // 4))
     angle = torch.arange(_GRID)[:, None] * frequency
     waves = torch.cat([angle.sin(), angle.cos()], 1)
@@ -142,38 +136,8 @@ def _mirror_truth(truth: dict[str, Any]) -> dict[str, Any]:
     return truth | {"caption": mirror(truth["caption"]), "boxes": boxes}
 
 
-def _batches(
-    scenes: TeacherScenes, processor: BlipProcessor, seed: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield pixels, token ids, and the patches' targets; half of the scenes are mirrored."""
-    import torch
-
-    rng = np.random.default_rng(seed)
-    for indices in shuffled(scenes.training, _BATCH, seed):
-        images, texts, facts, boxes = [], [], [], []
-        for index in indices:
-            image, truth = scenes.rgb[index], scenes.annotations[index]
-            instances = scenes.instances[index]
-            if rng.random() < 0.5:
-                image, instances = image[:, ::-1], instances[:, ::-1]
-                truth = _mirror_truth(truth)
-            attributes, box = _patch_targets(instances, truth)
-            images.append(image)
-            texts.append(truth["caption"])
-            facts.append(attributes)
-            boxes.append(box)
-        pixels = list(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
-        yield {
-            **processor(images=pixels, text=texts, padding=True, return_tensors="pt"),
-            "facts": torch.from_numpy(np.stack(facts)),
-            "boxes": torch.from_numpy(np.stack(boxes)),
-        }
-
-
 def _heads() -> nn.Linear:
     """The patches' classifiers and their box, in one layer."""
-    from torch import nn
-
     return nn.Linear(_WIDTH, sum(1 + len(words) for words in _ATTRIBUTES.values()) + 4)
 
 
@@ -189,52 +153,69 @@ def _patch_loss(outputs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.
     return loss + 5 * functional.l1_loss(boxes[solid], batch["boxes"][solid])
 
 
-def train(
-    name: str, scenes: TeacherScenes, folder: Path, minutes: float, *, resume: bool = False
-) -> int:
-    """Train a captioner and write it with its processor into a folder.
+class _Learner(nn.Module):
+    """BLIP, and the heads of its patches."""
 
-    Args:
-        name: The teacher's name, for the log.
-        scenes: What it learns from.
-        folder: Where to write it.
-        minutes: Time to train for.
-        resume: Whether to go on from the folder's weights, at half the learning rate.
+    def __init__(self, blip: nn.Module) -> None:
+        super().__init__()
+        self.blip, self.heads = blip, _heads()
 
-    Returns:
-        Number of scenes seen.
-    """
-    import torch
-    from torch import nn
-
-    torch.manual_seed(0)
-    model, processor = build()
-    if resume:
-        model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
-    learner = nn.ModuleDict({"blip": model.train(), "heads": _heads()})
-
-    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Caption loss plus the patches' loss."""
         tokens = batch["input_ids"]
-        outputs = model(
+        outputs = self.blip(
             pixel_values=batch["pixel_values"],
             input_ids=tokens,
             labels=tokens.masked_fill(tokens == _PAD, -100),
         )
-        patches = learner["heads"](outputs.last_hidden_state[:, 1:])
+        patches = self.heads(outputs.last_hidden_state[:, 1:])
         return outputs.loss + _AUXILIARY * _patch_loss(patches, batch)
 
-    steps = train_for(
-        name,
-        minutes,
-        learner,
-        loss_of,
-        prefetch(_batches(scenes, processor, seed=int(resume))),
-        lr=_LEARNING_RATE / 2 if resume else _LEARNING_RATE,
-        is_hidden=lambda name: ".layer" in name,
-    )
-    save_half(model, folder)
-    processor.save_pretrained(folder)
-    return steps * _BATCH
+
+class CaptionTeacher(Teacher):
+    """Captions with every attribute and relation."""
+
+    lr = 1.5e-3
+    steps = 1450
+
+    def build(self) -> tuple[nn.Module, list[Any]]:
+        """The network and its processor."""
+        network, processor = build()
+        return network, [processor]
+
+    def learner(self, network: nn.Module) -> nn.Module:
+        """With the patches' heads."""
+        return _Learner(network)
+
+    def examples(self, chosen: Indices, rng: np.random.Generator, mirrored: bool) -> Any:
+        """Pixels, token ids, and the patches' targets; half of the scenes are mirrored."""
+        images, texts, facts, boxes = [], [], [], []
+        for index in chosen:
+            image, truth = self.scenes.rgb[index], self.scenes.annotations[index]
+            instances = self.scenes.instances[index]
+            if rng.random() < 0.5:
+                image, instances = image[:, ::-1], instances[:, ::-1]
+                truth = _mirror_truth(truth)
+            attributes, box = _patch_targets(instances, truth)
+            images.append(image)
+            texts.append(truth["caption"])
+            facts.append(attributes)
+            boxes.append(box)
+        pixels = list(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+        (processor,) = self.processors
+        return {
+            **processor(images=pixels, text=texts, padding=True, return_tensors="pt"),
+            "facts": torch.from_numpy(np.stack(facts)),
+            "boxes": torch.from_numpy(np.stack(boxes)),
+        }
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Of one batch."""
+        return model(batch), {}
+
+    def is_hidden(self, name: str) -> bool:
+        """Muon trains the layers' matrices."""
+        return ".layer" in name
 
 
 def score(folder: Path, count: int = 300) -> dict[str, float]:

@@ -12,28 +12,23 @@ at 0.63 and its shape at 0.27, which is chance: shapes need longer (`--resume`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infra.scenes import CLASSES, COLORS, MATERIALS, SHAPES, SIZES
 from tasks.teachers.caption import mirror
 from tasks.teachers.data import SIZE, TeacherScenes
-from tasks.teachers.dense import pixels, truth
-from tasks.teachers.timed import save_half, shuffled, train_for
+from tasks.teachers.teaching import Indices, Teacher, images_of, maps_of
 
 PATCH = 16
 WIDTH = 96
 LENGTH = 48
 """Tokens of the longest caption: five solids and their relations, begin and end."""
 
-_BATCH = 64
 _AUXILIARY = 1.0  # weight of the patches' loss against the contrastive one
 _WORDS = ("a", "an", "empty", "room", "left", "of", "in", "front", "behind")
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -46,8 +41,8 @@ _ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 
 
-def build() -> tuple[nn.Module, Any, Any]:
-    """Return the untrained CLIP, its image processor and its tokenizer."""
+def build() -> tuple[nn.Module, list[Any]]:
+    """Return the untrained CLIP, and its image processor and tokenizer."""
     from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
     words = (*_SPECIAL, *_WORDS, *SIZES, *COLORS, *MATERIALS, *SHAPES)
@@ -81,11 +76,11 @@ def build() -> tuple[nn.Module, Any, Any]:
         size=square, crop_size=square, do_center_crop=False, image_mean=[0.0] * 3,
         image_std=[1.0] * 3,
     )  # fmt: skip
-    return CLIPModel(config), images, tokenizer
+    return CLIPModel(config), [images, tokenizer]
 
 
 def patch_targets(
-    scenes: TeacherScenes, chosen: NDArray[np.int64], mirrored: bool
+    scenes: TeacherScenes, chosen: Indices, mirrored: bool
 ) -> dict[str, Tensor]:
     """What stands at the patches' centres: int64 [B, patches] each.
 
@@ -94,8 +89,9 @@ def patch_targets(
         one more than the index into the words.
     """
     middle = slice(PATCH // 2, None, PATCH)
-    found = {"shape": truth(scenes.classes, chosen, mirrored)[:, middle, middle].flatten(1).long()}
-    instance = truth(scenes.instances, chosen, mirrored)[:, middle, middle].flatten(1).numpy()
+    shape = maps_of(scenes.classes, chosen, mirrored)[:, middle, middle].flatten(1)
+    found = {"shape": shape.long()}
+    instance = maps_of(scenes.instances, chosen, mirrored)[:, middle, middle].flatten(1).numpy()
     for key, words in _ATTRIBUTES.items():
         rows = []
         for number, places in zip(chosen, instance, strict=True):
@@ -106,72 +102,60 @@ def patch_targets(
     return found
 
 
-class _Training(nn.Module):
+class _Learner(nn.Module):
     """CLIP, and the heads that tell what a patch shows."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, scenes: TeacherScenes) -> None:
+    def __init__(self, clip: nn.Module) -> None:
         super().__init__()
-        self.model, self.scenes, self.tokenizer = model, scenes, tokenizer
+        self.clip = clip
         sizes = {"shape": len(CLASSES)} | {key: 1 + len(w) for key, w in _ATTRIBUTES.items()}
         self.heads = nn.ModuleDict({key: nn.Linear(WIDTH, size) for key, size in sizes.items()})
         # A patch feature has no scale of its own, for whoever tokenizes it: keep it near 1.
         self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
 
-    def loss(self, batch: tuple[NDArray[np.int64], bool]) -> Tensor:
-        """Contrastive loss plus the patches' loss of some scenes, mirrored or not."""
-        chosen, mirrored = batch
-        captions = [self.scenes.annotations[number]["caption"] for number in chosen]
-        captions = [mirror(text) for text in captions] if mirrored else captions
-        tokens = self.tokenizer(captions, padding=True, return_tensors="pt")
-        outputs = self.model(
-            input_ids=tokens["input_ids"],
-            attention_mask=tokens["attention_mask"],
-            pixel_values=pixels(self.scenes, chosen, mirrored),
-            return_loss=True,
-        )
+    def forward(self, inputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+        """Contrastive loss plus the patches' loss."""
+        outputs = self.clip(**inputs, return_loss=True)
         patches = self.norm(outputs.vision_model_output.last_hidden_state[:, 1:])
         told = [
             F.cross_entropy(self.heads[key](patches).flatten(0, 1).float(), target.flatten())
-            for key, target in patch_targets(self.scenes, chosen, mirrored).items()
+            for key, target in targets.items()
         ]
         return outputs.loss + _AUXILIARY * torch.stack(told).sum()
 
 
-def _is_hidden(parameter: str) -> bool:
-    return ".encoder.layers." in parameter
+class ClipTeacher(Teacher):
+    """Pictures and captions that must find each other."""
 
+    batch_size = 64
+    lr = 2e-3
+    steps = 375
 
-def train(
-    name: str, scenes: TeacherScenes, folder: Path, minutes: float, *, resume: bool = False
-) -> int:
-    """Train the teacher and save it, weights in half precision, with its tokenizer.
+    def build(self) -> tuple[nn.Module, list[Any]]:
+        """See `build`."""
+        return build()
 
-    Args:
-        name: "clip".
-        scenes: What to learn from; its held-out part is not touched.
-        folder: Where the network, its processor and tokenizer go.
-        minutes: Wall time.
-        resume: Whether to go on from the folder's weights, at half the learning rate.
+    def learner(self, network: nn.Module) -> nn.Module:
+        """With the patches' heads."""
+        return _Learner(network)
 
-    Returns:
-        Number of scenes seen.
-    """
-    torch.manual_seed(0)
-    model, images, tokenizer = build()
-    if resume:
-        kind: Any = type(model)
-        model.load_state_dict(kind.from_pretrained(folder, dtype=torch.float32).state_dict())
-    training = _Training(model, tokenizer, scenes).train()
+    def examples(self, chosen: Indices, rng: np.random.Generator, mirrored: bool) -> Any:
+        """What CLIP takes, and what the patches must tell."""
+        captions = [self.scenes.annotations[number]["caption"] for number in chosen]
+        captions = [mirror(text) for text in captions] if mirrored else captions
+        _, tokenizer = self.processors
+        tokens = tokenizer(captions, padding=True, return_tensors="pt")
+        inputs = {
+            "input_ids": tokens["input_ids"],
+            "attention_mask": tokens["attention_mask"],
+            "pixel_values": images_of(self.scenes, chosen, mirrored),
+        }
+        return inputs, patch_targets(self.scenes, chosen, mirrored)
 
-    def batches() -> Iterator[tuple[NDArray[np.int64], bool]]:
-        for number, chosen in enumerate(shuffled(scenes.training, _BATCH, int(resume))):
-            yield chosen, number % 2 == 1
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of one batch."""
+        return model(*batch), {}
 
-    lr = 1e-3 if resume else 2e-3
-    steps = train_for(
-        name, minutes, training, training.loss, batches(), lr=lr, is_hidden=_is_hidden
-    )
-    save_half(model, folder)
-    images.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return steps * _BATCH
+    def is_hidden(self, name: str) -> bool:
+        """Muon trains the layers' matrices."""
+        return ".encoder.layers." in name

@@ -15,27 +15,21 @@ share of a busy core, and what they reach on 150 to 200 held-out scenes:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infra.scenes import CLASSES, MAX_DEPTH, SHAPES
 from models.labelers.base import WEIGHTS
-from tasks.teachers.data import SIZE, TeacherScenes
-from tasks.teachers.timed import save_half, shuffled, train_for
+from tasks.teachers.data import SIZE
+from tasks.teachers.teaching import Indices, Teacher, images_of, maps_of
 
 if TYPE_CHECKING:
     from transformers import RTDetrV2ForObjectDetection
-
-BATCH = 16
-"""Small: on one core, twice the steps are worth more than smoother ones."""
 
 SOLID_WEIGHT = 1.0
 FIRST_SOLID = CLASSES.index(SHAPES[0])
@@ -43,37 +37,7 @@ FIRST_SOLID = CLASSES.index(SHAPES[0])
 SEMSEG_SIZE = 192
 """Pixels the segmenter enlarges images to: its finest maps are a quarter of that."""
 
-Indices = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class DenseTeacher:
-    """How one network is built and taught.
-
-    Attributes:
-        build: Makes the untrained network and its image processor.
-        loss: (network, pixels float [B, 3, S, S] in 0..1, scenes, indices, mirrored) to a loss.
-        lr: Peak learning rate.
-        muon: Start of the names of matrices that Muon trains; AdamW trains the others.
-    """
-
-    build: Callable[[], tuple[nn.Module, Any]]
-    loss: Callable[[nn.Module, Tensor, TeacherScenes, Indices, bool], Tensor]
-    lr: float = 2e-3
-    muon: str = ""
-
-
-def pixels(scenes: TeacherScenes, chosen: Indices, mirror: bool) -> Tensor:
-    """Return images as float [B, 3, S, S] in 0..1, mirrored if asked."""
-    rgb = torch.from_numpy(np.array(scenes.rgb[chosen])).permute(0, 3, 1, 2)
-    rgb = rgb.flip(-1) if mirror else rgb
-    return rgb.float().div_(255).contiguous(memory_format=torch.channels_last)
-
-
-def truth(array: NDArray[Any], chosen: Indices, mirror: bool) -> Tensor:
-    """Return maps [B, S, S, ...] of the chosen scenes, mirrored if asked."""
-    maps = torch.from_numpy(np.array(array[chosen]))
-    return maps.flip(2) if mirror else maps
+Maps = dict[str, Tensor]
 
 
 def _build_depth() -> tuple[nn.Module, Any]:
@@ -92,18 +56,9 @@ def _build_depth() -> tuple[nn.Module, Any]:
     return GLPNForDepthEstimation(config), GLPNImageProcessor(size_divisor=32)
 
 
-def _depth_loss(
-    model: nn.Module, image: Tensor, scenes: TeacherScenes, chosen: Indices, mirror: bool
-) -> Tensor:
-    predicted = model(image).predicted_depth.float().clamp_min(0.1)
-    expected = truth(scenes.depth, chosen, mirror).float()
-    error = (predicted.log() - expected.log()).abs()
-    return (error * _emphasis(scenes, chosen, mirror)).mean()
-
-
-def _emphasis(scenes: TeacherScenes, chosen: Indices, mirror: bool) -> Tensor:
-    """Weights [B, S, S] of the pixels: solids are a seventh of them, and all the difficulty."""
-    return 1.0 + SOLID_WEIGHT * (truth(scenes.classes, chosen, mirror) >= FIRST_SOLID)
+def _depth_error(model: nn.Module, batch: Maps) -> Tensor:
+    predicted = model(batch["image"]).predicted_depth.float().clamp_min(0.1)
+    return (predicted.log() - batch["depth"].float().log()).abs()
 
 
 def _build_normal() -> tuple[nn.Module, Any]:
@@ -140,17 +95,12 @@ def _build_normal() -> tuple[nn.Module, Any]:
     return network, processor
 
 
-def _normal_loss(
-    model: nn.Module, image: Tensor, scenes: TeacherScenes, chosen: Indices, mirror: bool
-) -> Tensor:
-    expected = F.normalize(truth(scenes.normal, chosen, mirror).float().permute(0, 3, 1, 2), dim=1)
-    if mirror:
-        expected = expected * torch.tensor([-1.0, 1.0, 1.0]).view(1, 3, 1, 1)
-    predicted = F.interpolate(model(image).normals.float(), SIZE, mode="bilinear")
+def _normal_error(model: nn.Module, batch: Maps) -> Tensor:
+    expected = F.normalize(batch["normal"].float().permute(0, 3, 1, 2), dim=1)
+    predicted = F.interpolate(model(batch["image"]).normals.float(), SIZE, mode="bilinear")
     predicted = F.normalize(predicted, dim=1)
     # The distance between unit vectors grows with the angle itself, so that small errors count.
-    error = (predicted - expected).square().sum(1).add(1e-5).sqrt()
-    return (error * _emphasis(scenes, chosen, mirror)).mean()
+    return (predicted - expected).square().sum(1).add(1e-5).sqrt()
 
 
 def _build_semseg() -> tuple[nn.Module, Any]:
@@ -187,64 +137,70 @@ def _detector() -> RTDetrV2ForObjectDetection:
     return RTDetrV2ForObjectDetection.from_pretrained(WEIGHTS / "det", dtype=torch.float32)
 
 
-def _semseg_loss(
-    model: nn.Module, image: Tensor, scenes: TeacherScenes, chosen: Indices, mirror: bool
-) -> Tensor:
-    image = F.interpolate(image, SEMSEG_SIZE, mode="bilinear", antialias=True)
+def _semseg_error(model: nn.Module, batch: Maps) -> Tensor:
+    image = F.interpolate(batch["image"], SEMSEG_SIZE, mode="bilinear", antialias=True)
     logits = F.interpolate(model(image).logits.float(), SIZE, mode="bilinear")
-    error = F.cross_entropy(
-        logits, truth(scenes.classes, chosen, mirror).long(), reduction="none"
-    )
-    return (error * _emphasis(scenes, chosen, mirror)).mean()
+    return F.cross_entropy(logits, batch["classes"].long(), reduction="none")
 
 
-TEACHERS = {
-    "depth": DenseTeacher(_build_depth, _depth_loss),
-    "normal": DenseTeacher(_build_normal, _normal_loss, lr=1.5e-3, muon="backbone.encoder"),
-    "semseg": DenseTeacher(_build_semseg, _semseg_loss),
-}
+class DenseTeacher(Teacher):
+    """A teacher of one map a picture; subclasses name it.
 
-
-def train(
-    name: str, scenes: TeacherScenes, folder: Path, minutes: float, *, resume: bool = False
-) -> int:
-    """Train a teacher and save it, weights in half precision.
-
-    Args:
-        name: A key of `TEACHERS`.
-        scenes: What to learn from; its held-out part is not touched.
-        folder: Where the network and its processor go.
-        minutes: Wall time.
-        resume: Whether to go on from the folder's weights, at half the learning rate.
-
-    Returns:
-        Number of scenes seen.
+    Attributes:
+        maps: Arrays of the scenes that its loss takes, beside the classes.
+        make: Makes the untrained network and its image processor.
+        error: (network, batch) to what each pixel is wrong by, [B, S, S].
+        muon: Start of the names of matrices that Muon trains; AdamW trains the others.
     """
-    teacher = TEACHERS[name]
-    torch.manual_seed(0)
-    model, processor = teacher.build()
-    if resume:
-        kind: Any = type(model)
-        model.load_state_dict(kind.from_pretrained(folder, dtype=torch.float32).state_dict())
-    model = model.to(memory_format=torch.channels_last)
 
-    def loss_of(batch: tuple[Indices, bool]) -> Tensor:
-        return teacher.loss(model, pixels(scenes, *batch), scenes, *batch)
+    batch_size = 16  # on one core, twice the steps are worth more than smoother ones
+    lr = 2e-3
+    maps: tuple[str, ...] = ()
+    make: Callable[[], tuple[nn.Module, Any]]
+    error: Callable[[nn.Module, Maps], Tensor]
+    muon = ""
 
-    steps = train_for(
-        name,
-        minutes,
-        model.train(),
-        loss_of,
-        _batches(scenes.training, seed=int(resume)),
-        lr=teacher.lr / 2 if resume else teacher.lr,
-        is_hidden=lambda parameter: bool(teacher.muon) and parameter.startswith(teacher.muon),
-    )
-    save_half(model, folder)
-    processor.save_pretrained(folder)
-    return steps * BATCH
+    def build(self) -> tuple[nn.Module, list[Any]]:
+        """The network and its processor."""
+        network, processor = type(self).make()
+        return network, [processor]
+
+    def examples(self, chosen: Indices, rng: np.random.Generator, mirrored: bool) -> Maps:
+        """Image and maps; the normals of a mirrored picture point the other way along x."""
+        arrays = {name: getattr(self.scenes, name) for name in (*self.maps, "classes")}
+        batch = {name: maps_of(array, chosen, mirrored) for name, array in arrays.items()}
+        if mirrored and "normal" in batch:
+            batch["normal"] = batch["normal"] * torch.tensor([-1, 1, 1], dtype=torch.int8)
+        return {"image": images_of(self.scenes, chosen, mirrored), **batch}
+
+    def loss(self, model: nn.Module, batch: Maps) -> tuple[Tensor, dict[str, Tensor]]:
+        """Solids count twice: they are a seventh of the pixels, and all the difficulty."""
+        emphasis = 1.0 + SOLID_WEIGHT * (batch["classes"] >= FIRST_SOLID)
+        return (type(self).error(model, batch) * emphasis).mean(), {}
+
+    def is_hidden(self, name: str) -> bool:
+        """What Muon trains."""
+        return bool(self.muon) and name.startswith(self.muon)
 
 
-def _batches(count: int, seed: int) -> Iterator[tuple[Indices, bool]]:
-    for number, chosen in enumerate(shuffled(count, BATCH, seed)):
-        yield chosen, number % 2 == 1
+class DepthTeacher(DenseTeacher):
+    """Metres."""
+
+    maps, steps = ("depth",), 1950
+    make, error = staticmethod(_build_depth), staticmethod(_depth_error)
+
+
+class NormalTeacher(DenseTeacher):
+    """Unit vectors."""
+
+    maps, steps = ("normal",), 1300
+    lr = 1.5e-3
+    muon = "backbone.encoder"
+    make, error = staticmethod(_build_normal), staticmethod(_normal_error)
+
+
+class SemsegTeacher(DenseTeacher):
+    """Classes."""
+
+    steps = 950
+    make, error = staticmethod(_build_semseg), staticmethod(_semseg_error)

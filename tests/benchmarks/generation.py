@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from models.fourm.decoding import Decoding, Shown, draw
+from models.fourm.conditions import Shown
+from models.fourm.decoding import Decoding, draw
 from models.fourm.model import FourM
 from models.fourm.spec import FourMConfig, ModalitySpec
 from tasks.recipes import recipe

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from models.fourm import sampling
 from models.fourm.backbone import patches
-from models.fourm.decoding import FIRST, LAST, Decoding, Drawn, Shown, Step, as_condition, draw
+from models.fourm.conditions import FIRST, LAST, Shown
+from models.fourm.decoding import Decoding, Drawn, Step, as_condition, draw
 from models.fourm.model import FourM
 from models.fourm.schedules import temperature_schedule, token_schedule
 from models.fourm.spans import merge_spans
@@ -51,22 +52,13 @@ def greedy(
 
 
 @contextmanager
-def stated(order: Sequence[int] = ()) -> Iterator[None]:
-    """Replaces chance in the decode loop: argmax for draws, `order` for random orders."""
-
-    def uniform(seeds: Sequence[int], stream: int, count: int) -> Tensor:
-        if len(order) != count:
-            return torch.full((len(seeds), count), 0.5)
-        return torch.argsort(torch.tensor(order)).div(count).expand(len(seeds), -1)
-
-    # Pairs first: the module that defines a function is patched like those that import it.
-    pairs = ((sampling.sample, greedy), (sampling.uniform, uniform))
+def argmax() -> Iterator[None]:
+    """Lets the decode loop take the most likely tokens at any temperature."""
+    old = sampling.sample
     with ExitStack() as stack:
         for name, module in list(sys.modules.items()):
-            for old, new in pairs:
-                own = getattr(module, old.__name__, None) if name.startswith("models.") else None
-                if own is old:
-                    stack.enter_context(patch.object(module, old.__name__, new))
+            if name.startswith("models.") and getattr(module, "sample", None) is old:
+                stack.enter_context(patch.object(module, "sample", greedy))
         yield
 
 
@@ -103,8 +95,11 @@ class _Trace:
              order: Sequence[int] = ()) -> Drawn:
         self.seen = []
         rows = len(next(iter(shown.values())).visible)
-        with stated(order):
-            return draw(self.model, shown, target, decoding, [0] * rows, observe=self.seen.append)
+        ranks = torch.argsort(torch.tensor(order)) / len(order) if len(order) else None
+        with argmax():
+            return draw(self.model, shown, target, decoding, [0] * rows,
+                        ranks=None if ranks is None else ranks.expand(rows, -1),
+                        observe=self.seen.append)
 
     def grids(self) -> list[Check]:
         """Chains of grids, a sequence at the end where there is one; steps are numbered through."""

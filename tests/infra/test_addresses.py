@@ -1,11 +1,16 @@
 """Which addresses a download may reach."""
 
+import asyncio
+
 import pytest
 from yarl import URL
 
-from infra.addresses import AddressPolicy, BlockedAddress, is_public
+from infra.addresses import AddressPolicy, BlockedAddress, PublicResolver, is_public
 
 PRIVATE = [
+    "127.255.255.254", "172.16.0.1", "198.18.0.1", "203.0.113.1", "240.0.0.1", "192.88.99.1", "::",
+    "::127.0.0.1", "::ffff:0:127.0.0.1", "::ffff:100.64.0.1", "64:ff9b:1::a00:1", "fec0::1",
+    "2001:0:7f00:1::", "2001:db8::1", "2001:10::1", "3fff::1", "5f00::1", "100::1", "ff02::1",
     "127.0.0.1", "10.0.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "::1",
     "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::",
     "192.0.0.8", "224.0.0.1", "255.255.255.255",
@@ -30,6 +35,53 @@ def test_public_addresses_are_public(address):
 def test_schemes_ports_and_private_literals_are_refused(url):
     with pytest.raises(BlockedAddress):
         AddressPolicy().check(URL(url))
+
+
+LITERALS = [
+    "0177.0.0.1", "0x7f.0.0.1", "0x7f000001", "2130706433", "017700000001", "127.1", "127.0.1",
+    "0", "0x", "127.0.0.1.", "127.0.0.0x1", "[::ffff:7f00:1]", "[::ffff:127.0.0.1]",
+    "[0:0:0:0:0:ffff:7f00:0001]", "[::127.0.0.1]", "[64:ff9b::169.254.169.254]", "[2002:a00:1::]",
+    "[fe80::1%25eth0]", "[2001:0:a00:1::]",
+    "\uff11\uff12\uff17.0.0.1", "\u2460\u2461\u2466.0.0.1", "127\u30020\u30020\u30021",
+    "user:pass@127.0.0.1", "1.1.1.1@127.0.0.1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", LITERALS)
+def test_an_internal_address_is_refused_in_every_notation(host):
+    with pytest.raises(ValueError, match=r"."):  # some are no URL at all, which is as good
+        AddressPolicy().check(URL(f"http://{host}/a.jpg"))
+
+
+@pytest.mark.parametrize("host", ["example.org", "1.1.1.1", "0x7f.example.org", "3com.net"])
+def test_public_hosts_pass_the_check_of_the_url(host):
+    AddressPolicy().check(URL(f"http://{host}/a.jpg"))
+
+
+class Answers:
+    """A resolver that answers differently each time."""
+
+    def __init__(self, *answers: list[str]) -> None:
+        self.answers = list(answers)
+
+    async def resolve(self, host, port=0, family=0):
+        return [{"hostname": host, "host": a, "port": port} for a in self.answers.pop(0)]
+
+
+def test_every_answer_of_the_name_server_is_checked_and_one_bad_address_condemns_it():
+    async def resolved(*answers):
+        resolver = PublicResolver(AddressPolicy())
+        resolver._inner = Answers(*answers)
+        return [
+            (await asyncio.gather(resolver.resolve("a.org", 80), return_exceptions=True))[0]
+            for _ in answers
+        ]
+
+    good, changed, mixed, mapped = asyncio.run(
+        resolved(["93.184.216.34"], ["127.0.0.1"], ["93.184.216.34", "10.0.0.1"], ["::ffff:a00:1"])
+    )
+    assert [entry["host"] for entry in good] == ["93.184.216.34"]
+    assert all(isinstance(answer, BlockedAddress) for answer in (changed, mixed, mapped))
 
 
 def test_a_named_private_host_may_be_reached_on_its_port_only():

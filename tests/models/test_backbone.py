@@ -11,7 +11,7 @@ import torch
 from models import fourm
 from models.fourm import timm_models
 from models.fourm.backbone import Backbone, embed, pool
-from models.fourm.decoding import Shown
+from models.fourm.conditions import Shown
 from models.fourm.embeddings import sincos_1d, sincos_2d
 from models.fourm.spec import FourMConfig, ModalitySpec
 from tests.models.tiny import CONFIG, SPECS, make

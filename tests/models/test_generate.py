@@ -2,73 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from models.fourm.decoding import (
-    LAST,
-    Decoding,
-    Drawn,
-    Shown,
-    Step,
-    as_condition,
-    draw,
-    gather_inputs,
-)
+from models.fourm.conditions import LAST, Shown, gather_inputs
+from models.fourm.decoding import Decoding, Drawn, Step, as_condition, draw
 from models.fourm.ensemble import combine, vote_boxes
 from models.fourm.generate import Generator, read_boxes
+from models.fourm.guidance import Branch
 from models.fourm.model import FourM
 from models.fourm.sampling import filtered, sample, uniform
 from models.fourm.schedules import temperature_schedule, token_schedule
-from models.fourm.spec import FourMConfig, ModalitySpec
-from tokenizers_vq.text import TextTokenizer, train_text_tokenizer
-
-GRID, CODES = 16, 11
+from tests.models.tiny_fourm import Grey, network, small_text, words
+from tests.models.tiny_fourm import tokens as grid
+from tokenizers_vq.text import TextTokenizer
 
 
 @pytest.fixture(scope="module")
 def text() -> TextTokenizer:
-    corpus = ["a large red metal cube left of a small sphere"] * 3
-    return train_text_tokenizer(corpus, class_names=("cube", "sphere"), bins=8, vocab_size=320)
+    return small_text()
 
 
 @pytest.fixture(scope="module")
 def model(text: TextTokenizer) -> FourM:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    specs = (
-        ModalitySpec(name="rgb@64", kind="pixels", max_tokens=GRID, is_target=False),
-        ModalitySpec(name="tok_rgb@64", kind="img", max_tokens=GRID, vocab_size=CODES),
-        ModalitySpec(name="tok_depth@64", kind="img", max_tokens=GRID, vocab_size=CODES),
-        ModalitySpec(name="caption", kind="seq", max_tokens=12, vocab_size=text.vocab_size),
-        ModalitySpec(name="det", kind="seq", max_tokens=12, vocab_size=text.vocab_size),
-    )
-    config = FourMConfig(
-        modalities=specs, dim=32, encoder_depth=2, decoder_depth=2, num_heads=2
-    )
-    net = FourM(config).eval()
-    with torch.no_grad():  # spread the scores, so that random weights are not undecided
-        net.heads.weight.mul_(40)
-    return net
-
-
-class FakeTokenizer:
-    """Codes are mean grey levels of patches."""
-
-    def encode_values(self, values: list[np.ndarray]) -> np.ndarray:
-        grey = np.stack(values).reshape(len(values), 4, 16, 4, 16, 3).mean((2, 4, 5))
-        return np.minimum(grey * CODES / 256, CODES - 1).reshape(len(values), -1).astype(np.uint16)
-
-    def decode_tokens(self, tokens: np.ndarray) -> list[np.ndarray]:
-        grid = tokens.reshape(-1, 4, 4).repeat(16, 1).repeat(16, 2)
-        return list((grid / CODES).astype(np.float32))
-
-
-def grid(rows: int, seed: int = 0) -> Shown:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, CODES, (rows, GRID), generator=generator)
-    return Shown(ids, torch.ones_like(ids, dtype=torch.bool))
+    return network(text)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +60,7 @@ def test_unknown_schedules_and_impossible_ones_name_the_choices() -> None:
         token_schedule("square", 2, 4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="constant, linear, onex"):
         temperature_schedule("onex:a", 1.0, [1])
-    with pytest.raises(ValueError, match="maskgit, roar, autoregressive"):
+    with pytest.raises(ValueError, match="maskgit, roar, halton, autoregressive"):
         Decoding(order="diffusion")  # type: ignore[arg-type]
 
 
@@ -130,18 +90,34 @@ def test_samples_follow_their_probabilities_and_greedy_takes_the_best() -> None:
     assert sample(logits, torch.full((4000,), 0.99), 0.0)[0].unique().tolist() == [0]
 
 
-@pytest.mark.parametrize("order", ["maskgit", "roar"])
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
+CAPTION = words(3, 210, 230, 3)
+GUIDANCE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "scale": {"guidance": 2.0},
+    "weights": {"guidance": {"tok_rgb@64": 2.0, "caption": -0.5}},
+    "branches": {"branches": ({"caption": CAPTION}, {"caption": words(3, 240, 3)})},
+}
+
+
+@pytest.mark.parametrize("order", ["maskgit", "roar", "halton", "autoregressive", "remask"])
+@pytest.mark.parametrize("guidance", GUIDANCE)
 def test_a_row_comes_out_the_same_whatever_it_is_batched_with(
-    model: FourM, order: str, guidance: float
+    model: FourM, order: str, guidance: str
 ) -> None:
-    decoding = Decoding(order=order, steps=3, guidance=guidance)  # type: ignore[arg-type]
-    shown = grid(3)
-    together = draw(model, {"tok_rgb@64": shown}, "tok_depth@64", decoding, [5, 6, 7])
-    last = {"tok_rgb@64": shown.rows(torch.tensor([2]))}
-    alone = draw(model, last, "tok_depth@64", decoding, [7])
+    options = dict(GUIDANCE[guidance])
+    branches = [Branch(part, weight) for part, weight in
+                zip(options.pop("branches", ()), (1.5, -0.5), strict=False)]  # fmt: skip
+    if order == "remask":
+        order, options = "maskgit", {**options, "remask": 0.4}
+    decoding = Decoding(order=order, steps=3, **options)  # type: ignore[arg-type]
+    target = "det" if order == "autoregressive" else "tok_depth@64"
+    shown = {"tok_rgb@64": grid(3), "caption": CAPTION}
+    together = draw(model, shown, target, decoding, [5, 6, 7], branches=branches)
+    row = torch.tensor([2])
+    last = {name: part.rows(row) for name, part in shown.items()}
+    alone = draw(model, last, target, decoding, [7], branches=[b.rows(row) for b in branches])
     assert torch.equal(together.ids[2:], alone.ids)
-    assert bool((together.confidence > 0).all())
+    assert bool((together.confidence[0, :1] > 0).all())
 
 
 def test_cached_decoding_equals_one_pass_over_the_whole_sequence(model: FourM) -> None:
@@ -214,8 +190,8 @@ def test_orders_that_do_not_fit_and_inputs_as_targets_are_refused(model: FourM) 
 
 @pytest.fixture(scope="module")
 def generator(model: FourM, text: TextTokenizer) -> Generator:
-    fake = FakeTokenizer()
-    return Generator(model, {"rgb": fake, "depth": fake}, text, bf16=False)  # type: ignore
+    coarse = {"rgb": Grey(colours=True), "depth": Grey()}
+    return Generator(model, coarse, text, bf16=False)  # type: ignore
 
 
 def test_values_in_values_out_over_a_chain(generator: Generator) -> None:

@@ -253,7 +253,7 @@ def test_a_specification_survives_json():
 def test_unknown_kinds_presets_options_and_weights_are_named(save):
     with pytest.raises(ValueError, match="depth, normal"):
         load_labeler(_spec("pose", "x"))
-    with pytest.raises(ValueError, match="scenes, modern"):
+    with pytest.raises(ValueError, match="scenes, modern, released"):
         preset("old")
     with pytest.raises(ValueError, match="no option sacle; it has max_depth, scale"):
         load_labeler(_spec("depth", save(_glpn), sacle="metric"))
@@ -261,9 +261,24 @@ def test_unknown_kinds_presets_options_and_weights_are_named(save):
         load_labeler(_spec("depth", "shipped:nothing"))
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_hold_every_kind(name):
-    assert set(preset(name)) == set(KINDS)
+def test_presets_for_photographs_hold_every_kind_and_scenes_what_needs_no_download():
+    for name in set(PRESETS) - {"scenes"}:
+        assert set(preset(name)) == set(KINDS)
+    for kind, spec in preset("scenes").items():
+        assert kind in KINDS
+        assert spec.model_id.startswith("shipped:") or spec.model_id == "computed"
+
+
+def test_the_scenes_preset_is_the_one_that_stored_labels_were_made_with():
+    from infra.stages import Stage
+    from tasks.label import label_stage
+
+    fetch = Stage("fetch", 1, {}, ("rgb", "caption"))
+    spec = preset("scenes")["semseg"]
+    assert label_stage(spec, fetch).fingerprint == Stage(
+        "label:semseg", 1, {"options": {}, "precision": "auto"}, ("semseg",), (fetch,),
+        "shipped:semseg", weights_revision(spec),
+    ).fingerprint  # fmt: skip
 
 
 def test_the_revision_of_a_folder_changes_with_its_bytes(tmp_path):

@@ -22,11 +22,42 @@ def example(name: str) -> object:
         "caption": "a small red cube",
         "clip": rng.normal(size=(8, 8, 16)).astype(np.float16),
         "det": {"instances": [{"box": [0.1, 0.2, 0.5, 0.6], "class_name": "cube", "score": 0.9}]},
+        "canny_edge": rng.integers(0, 2, (32, 32), dtype=np.uint8) * 255,
+        "color_palette": {str(n): [[i, 10 * i, 255 - i] for i in range(n)] for n in range(1, 8)},
+        "metadata": {"original_width": 640, "entropy": 5.5, "n_humans": 0},
+        "dinov2": rng.normal(size=(4, 6, 16)).astype(np.float16),
+        "dinov2_global": rng.normal(size=16).astype(np.float16),
+        "imagebind": rng.normal(size=(4, 6, 16)).astype(np.float16),
+        "imagebind_global": rng.normal(size=16).astype(np.float16),
+        "t5_caption": rng.normal(size=(5, 16)).astype(np.float16),
+        "sam_edge": rng.integers(0, 256, (32, 32), dtype=np.uint8),
+        "sam_instance": {
+            "size": [32, 32],
+            "instances": [
+                {"box": [4, 8, 10, 20], "score": 0.9, "mask": rng.random((12, 6)) > 0.3},
+                {"box": [0, 0, 32, 32], "score": 0.8, "mask": np.ones((32, 32), bool)},
+            ],
+        },
+        "human_poses": {
+            "humans": [
+                {"box": [0.1, 0.2, 0.5, 0.8], "score": 0.9,
+                 "keypoints": [[0.1 + i / 50, 0.2 + i / 50, 0.5] for i in range(17)]},
+            ]
+        },
     }[name]
 
 
 def distance(name: str, first: object, second: object) -> float:
-    if name in ("caption", "det"):
+    if name == "sam_instance":
+        encode = modalities.get(name).encode
+        return 0.0 if encode(first) == encode(second) else 1.0
+    if name == "human_poses":
+        flat = [
+            np.array([[*h["box"], *np.ravel(h["keypoints"])] for h in value["humans"]])
+            for value in (first, second)
+        ]
+        return float(np.abs(flat[0] - flat[1]).max())
+    if modalities.get(name).kind == "sequence" and not isinstance(first, np.ndarray):
         return 0.0 if first == second else 1.0
     return float(np.abs(np.asarray(first, float) - np.asarray(second, float)).max())
 
@@ -61,7 +92,7 @@ def test_every_modality_renders_as_a_colour_picture(name):
 
 
 def test_an_unknown_modality_is_refused_with_the_valid_choices():
-    with pytest.raises(ValueError, match="'thermal'; choose from caption, clip, depth"):
+    with pytest.raises(ValueError, match="'thermal'; choose from canny_edge, caption, clip"):
         modalities.get("thermal")
 
 
@@ -100,3 +131,130 @@ def test_crops_are_pure_and_stay_inside_the_image(key, index, aspect, scale):
 def test_a_crop_that_the_policy_does_not_have_is_refused():
     with pytest.raises(ValueError, match="crop 4 does not exist"):
         crop_box(CropPolicy(num_crops=4), "0", 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("color_palette", b'{"1": [[0, 0, 0]]}', "list of one object"),
+        ("color_palette", b'[{"2": [[0, 0, 0]]}]', "n colours"),
+        ("color_palette", b'[{"1": [[0, 0, 256]]}]', "n colours"),
+        ("metadata", b'{"width": 3}', "no field 'width'; there are original_width"),
+        ("metadata", b'{"entropy": NaN}', "entropy is nan, not a finite number"),
+        ("metadata", b"[]", "object of fields"),
+        ("sam_instance", b"[]", "'size' and 'instances'"),
+        (
+            "sam_instance",
+            b'{"size": [9, 9], "instances": [{"box": [0, 0, 10, 1], "score": 1, "counts": [0]}]}',
+            "lie in",
+        ),
+        (
+            "sam_instance",
+            b'{"size": [9, 9], "instances": [{"box": [0, 0, 2, 1], "score": 1, "counts": [1, 9]}]}',
+            "add up",
+        ),
+        ("sam_instance", b'{"size": [99999, 99999], "instances": []}', "99999 x 99999"),
+        ("human_poses", b"{}", "list 'humans'"),
+        ("human_poses", b'{"humans": [{"keypoints": [[0, 0, 1]]}]}', "17 keypoints"),
+        ("human_poses", b'{"humans": [{}]}', "17 keypoints"),
+        ("sam_instance", b'{"instances": []}', "'size' and 'instances'"),
+        ("sam_instance", b'{"size": [9, 9], "instances": [{}]}', "'box', 'score' and 'counts'"),
+        ("t5_caption", modalities.get("clip").encode(np.zeros((78, 4))), "1 to 77 rows"),
+        ("dinov2", b"\x93NUMPY junk", ""),
+    ],
+)
+def test_a_file_that_holds_something_else_is_refused_by_what_is_wrong(name, data, message):
+    with pytest.raises(ValueError, match=message):
+        modalities.get(name).decode(data)
+
+
+def test_metadata_names_the_21_fields_in_the_order_of_the_released_types():
+    from models.modalities.metadata import FIELDS
+
+    assert len(set(FIELDS)) == 21
+    assert FIELDS[9:15] == (
+        "colorfulness", "brightness", "contrast", "saturation", "entropy", "walkability",
+    )  # fmt: skip
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**32))
+@settings(max_examples=100, deadline=None)
+def test_any_mask_survives_its_run_lengths(height, width, bits):
+    from models.modalities.sam_instance import instance
+
+    mask = np.random.default_rng(bits).random((height, width)) < bits % 5 / 4
+    found = instance(mask, 0.5)
+    assert (found is None) == (not mask.any())
+    if found:
+        modality = modalities.get("sam_instance")
+        value = {"size": [height, width], "instances": [found]}
+        (again,) = modality.decode(modality.encode(value))["instances"]
+        left, top, right, bottom = again["box"]
+        full = np.zeros_like(mask)
+        full[top:bottom, left:right] = again["mask"]
+        np.testing.assert_array_equal(full, mask)
+
+
+def test_instances_of_a_crop_are_in_its_pixels_and_hidden_ones_are_gone():
+    value = example("sam_instance")
+    right = modalities.get("sam_instance").crop(value, CropBox(0.0, 0.5, 1.0, 0.5), 64)
+    assert right["size"] == [64, 64]
+    (only,) = right["instances"]
+    assert only["box"] == [0, 0, 64, 64]
+    flipped = modalities.get("sam_instance").crop(value, CropBox(0, 0, 1, 1, hflip=True), 32)
+    assert flipped["instances"][0]["box"][0] >= 22
+
+
+def test_500_instances_are_stored_and_rendered():
+    from models.modalities.sam_instance import instance
+
+    masks = [np.zeros((50, 50), bool) for _ in range(500)]
+    for number, mask in enumerate(masks):
+        mask[number // 10, 5 * (number % 10) : 5 * (number % 10) + 2] = True
+    value = {"size": [50, 50], "instances": [instance(mask, 0.9) for mask in masks]}
+    modality = modalities.get("sam_instance")
+    assert len(modality.decode(modality.encode(value))["instances"]) == 500
+    assert len(modality.crop(value, WHOLE, 50)["instances"]) == 500
+    picture = modality.render(value)
+    assert picture.shape == (50, 50, 3)
+    assert (picture[0, 0] != picture[0, 3]).any()
+
+
+def test_the_stretched_mask_of_an_instance_is_what_its_tokenizer_sees():
+    from models.modalities.sam_instance import instance, patch
+
+    mask = np.zeros((20, 30), bool)
+    mask[5:15, 10:20] = True
+    mask[5:15, 20:30] = False
+    assert patch(instance(mask, 1.0)).shape == (64, 64)
+    assert patch(instance(mask, 1.0)).min() == 1
+
+
+def test_a_mirror_turns_left_keypoints_into_right_ones():
+    value = example("human_poses")
+    flipped = modalities.get("human_poses").crop(value, CropBox(0, 0, 1, 1, hflip=True), 32)
+    before, after = value["humans"][0]["keypoints"], flipped["humans"][0]["keypoints"]
+    assert after[0][:2] == pytest.approx([1 - before[0][0], before[0][1]])
+    assert after[5][:2] == pytest.approx([1 - before[6][0], before[6][1]])
+    gone = modalities.get("human_poses").crop(value, CropBox(0, 0.6, 1, 0.4), 32)
+    assert gone["humans"] == []
+
+
+def test_a_stored_feature_file_never_unpickles():
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    for name in ("clip", "dinov2_global", "t5_caption"):
+        with pytest.raises(ValueError, match="allow_pickle"):
+            modalities.get(name).decode(buffer.getvalue())
+
+
+def test_the_page_of_all_modalities_is_current():
+    from pathlib import Path
+
+    from models.modalities.__main__ import RELEASED, document
+
+    page = Path(__file__).resolve().parents[2] / "docs" / "modalities.md"
+    assert page.read_text() == document(), "run python -m models.modalities > docs/modalities.md"
+    assert set(RELEASED) == set(modalities.names())

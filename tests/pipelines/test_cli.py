@@ -43,7 +43,7 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
 
 
 def test_help_of_every_command_shows_an_example() -> None:
-    for name in (*COMMANDS, "generate", "demo", "status", "verify"):
+    for name in (*COMMANDS, "plan", "export", "generate", "demo", "status", "verify"):
         code, output = _run(name, "--help")
         assert code == 0
         assert f"fourm {name}" in " ".join(output.split())
@@ -61,6 +61,13 @@ def test_help_of_every_command_shows_an_example() -> None:
         (["verify", "--root", "{tmp}"], "there is no dataset at"),
         (["generate", "--from", "photo.jpg", "--to", "depth"], "modality=file-or-text"),
         (["demo", "--root", "s3://bucket/demo"], "local folder"),
+        (["retry", "--root", "{tmp}"], "run `fourm ingest` first"),
+        (["retry", "--root", "{tmp}", "--reasons", "not_found"], "'server_error'"),
+        (["plan", "--root", "{tmp}"], "name its list with --source"),
+        (["export", "--root", "{tmp}", "--out", "{tmp}/x"], "there is no dataset at"),
+        (["export", "--root", "{tmp}", "--out", "x", "--layout", "lmdb"], "'parquet'"),
+        (["import", "--root", "{tmp}/d", "--source", "{tmp}"], "fourm ingest --format webdataset"),
+        (["ingest", "--root", "{tmp}/d", "--source", "x.tsv"], "there is nothing at x.tsv"),
         (["ingest", "--source", "x.tsv", "--shard-rows", "0"], "greater than or equal to 1"),
     ],
 )
@@ -72,6 +79,34 @@ def test_what_is_wrong_is_said_in_one_sentence_before_any_work(
     assert sentence in " ".join(output.split())
     assert "Traceback" not in output
     assert not list(tmp_path.iterdir()), "work has begun"
+
+
+def test_the_plan_of_a_list_is_printed_and_nothing_is_written(tmp_path: Path) -> None:
+    source = tmp_path / "l.csv"
+    source.write_text("url,caption\n" + "http://a.org/1.jpg,x\n" * 4000)
+    code, output = _run(
+        "plan", "--root", str(tmp_path / "d"), "--source", str(source), "--labelers", "depth,det",
+        "--shard-rows", "1000", "--workers", "2", "--gpus", "1",
+    )  # fmt: skip
+    assert code == 0
+    words = " ".join(output.split())
+    for expected in ("fetch │ 4 │ 4,000", "label:depth", "tokens:clip", "assumed", "GPU-hours"):
+        assert expected in words
+    assert "label:semseg" not in words
+    assert [path.name for path in tmp_path.iterdir()] == ["l.csv"]
+
+
+def test_the_form_offers_all_formats_layouts_and_reasons() -> None:
+    from typing import get_args
+
+    from infra.download import RETRYABLE
+    from infra.sources import Format
+    from pipelines.params import ExportParams, RetryReason, SourceFormat
+    from tasks.layouts import LAYOUTS
+
+    assert get_args(SourceFormat) == get_args(Format)
+    assert set(get_args(RetryReason)) == RETRYABLE
+    assert get_args(ExportParams.model_fields["layout"].annotation) == LAYOUTS
 
 
 def test_lists_and_addresses_are_given_as_words() -> None:
@@ -91,12 +126,10 @@ def test_the_form_offers_all_recipes_and_modalities() -> None:
     from typing import get_args
 
     from models.labelers import KINDS, PRESETS
-    from pipelines.params import DenseName, LabelerName, LabelOptions, RecipeName
+    from pipelines.params import ALL_DENSE, LabelOptions, RecipeName, TokenizerOptions
     from tasks.recipes import RECIPES
-    from tasks.tokenizer_recipes import tokenizer_recipe
 
     assert set(get_args(RecipeName)) == set(RECIPES)
-    assert set(get_args(LabelerName)) == set(KINDS)
+    assert LabelOptions(labelers=list(KINDS)).labelers == list(KINDS)
     assert set(get_args(LabelOptions.model_fields["preset"].annotation)) == set(PRESETS)
-    for name in get_args(DenseName):
-        tokenizer_recipe(name)
+    assert TokenizerOptions(modalities=ALL_DENSE).modalities == ALL_DENSE

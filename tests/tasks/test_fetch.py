@@ -1,6 +1,7 @@
 """Ingestion against a hostile local web: every row gets a fate, good rows get their bytes."""
 
 import asyncio
+import hashlib
 import io
 import threading
 from collections import Counter
@@ -126,7 +127,7 @@ FATES = [
 ELSEWHERE = [
     ("http://169.254.169.254/latest/meta-data", "blocked_address"),
     ("http://0x7f.1/a.jpg", "blocked_address"),
-    ("http://2130706433/a.jpg", "bad_url"),
+    ("http://2130706433/a.jpg", "blocked_address"),
     ("file:///etc/passwd", "blocked_address"),
     ("not a url", "blocked_address"),
     ("http://[bad/", "bad_url"),
@@ -147,6 +148,15 @@ def test_every_row_gets_its_fate_and_good_rows_their_bytes(hostile, tmp_path):
     assert ledger.commit(stage, 0, data).samples == 3
     assert hostile.asked["/status/404"] == 1  # what no retry can mend is not retried
     assert hostile.asked["/status/500"] == 3
+
+
+def test_proxies_of_the_environment_are_never_asked(hostile, tmp_path, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    lines = [f"http://127.0.0.1:{hostile.port}/img/1\tx"]
+    _, _, data = ingest(tmp_path, lines, config(hostile.port))
+    assert [reason for _, reason, _ in data.statuses] == ["ok"]
 
 
 def test_fetching_the_same_rows_again_gives_the_same_bytes(hostile, tmp_path):
@@ -178,6 +188,15 @@ def test_a_plan_never_changes_and_planning_again_is_free(tmp_path):
     assert make_plan(store, str(source), shard_rows=10) == plan
     with pytest.raises(ValueError, match="a plan never changes"):
         make_plan(store, str(source), shard_rows=5)
+
+
+def test_the_identity_of_a_plain_list_is_the_digest_of_its_lines(tmp_path):
+    source, lines = tmp_path / "list.tsv", ["http://a.org/1\tone  \t x", "bare", "\tno url"]
+    source.write_text("\r\n\n".join(lines))
+    plan = make_plan(Store(str(tmp_path / "data")), str(source), shard_rows=10)
+    whole = b"10:None:" + "".join(f"{line}\n" for line in lines).encode()
+    assert plan["id"] == hashlib.sha256(whole).hexdigest()
+    assert set(plan) >= {"id", "source", "rows", "shard_rows", "num_shards"}
 
 
 def test_an_empty_list_is_refused(tmp_path):

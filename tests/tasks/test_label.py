@@ -18,7 +18,14 @@ from infra.units import SystemicFailure
 from models import modalities
 from models.labelers import LabelerSpec
 from models.labelers.base import Image, Labeler
-from tasks.label import LabelWork, build_work, label_jobs, label_stage
+from tasks.label import (
+    LabelWork,
+    build_work,
+    in_turns,
+    label_jobs,
+    label_stage,
+    label_stages,
+)
 
 FETCH = Stage("fetch", 1, {}, ("rgb", "caption"))
 SPEC = LabelerSpec("depth", ("depth",), "org/model", revision="1", batch_size=2, device="cpu")
@@ -120,3 +127,101 @@ def test_weights_that_cannot_be_loaded_stop_the_run_and_are_named(tmp_path):
 def test_an_output_that_is_no_modality_is_named_before_any_work():
     with pytest.raises(ValueError, match="unknown modality 'taste'"):
         label_stage(dataclasses.replace(SPEC, outputs=("taste",)), FETCH)
+
+
+# --- labels that other labels are made from ---------------------------------------------------
+
+
+def spec(kind: str, *outputs: str) -> LabelerSpec:
+    return LabelerSpec(kind, outputs or (kind,), "org/model", revision="1", device="cpu")
+
+
+def computed(kind: str) -> LabelerSpec:
+    return LabelerSpec(kind, (kind,), "computed", batch_size=2, precision="fp32", device="cpu")
+
+
+def test_what_reads_other_labels_has_them_upstream_and_comes_after_them():
+    specs = [computed("metadata"), spec("human_poses"), spec("det"), spec("t5_caption")]
+    stages = label_stages(specs, FETCH)
+    assert stages["det"].upstream == (FETCH,)
+    assert stages["human_poses"].upstream == (FETCH, stages["det"])
+    assert set(stages["metadata"].upstream) == {FETCH, stages["det"], stages["human_poses"]}
+    assert stages["t5_caption"].upstream == (FETCH,)
+    turns = in_turns(label_jobs(specs, FETCH, range(2)))
+    assert [[job.stage.name for job in turn] for turn in turns] == [
+        ["label:det", "label:t5_caption"], ["label:human_poses"], ["label:metadata"],
+    ]  # fmt: skip
+
+
+def test_a_labeler_s_caption_goes_before_the_list_s():
+    stages = label_stages([spec("t5_caption"), spec("caption")], FETCH)
+    assert stages["t5_caption"].upstream == (FETCH, stages["caption"])
+
+
+def test_a_label_that_nothing_writes_is_named_before_any_work():
+    with pytest.raises(ValueError, match="'human_poses' looks at 'det', which nothing writes"):
+        label_stages([spec("human_poses")], FETCH)
+
+
+class Names(Labeler):
+    """The caption, and the number of boxes where there are any."""
+
+    reads = ("caption", "depth")
+    also_reads = ("det",)
+
+    def predict(self, images: Sequence[Any]) -> dict[str, list[Any]]:
+        return {"metadata": [
+            {"caption_n_chars": len(each["caption"]), "brightness": float(each["depth"].max()),
+             "n_coco_instances": len(each.get("det", {"instances": []})["instances"])}
+            for each in images
+        ]}  # fmt: skip
+
+    def label_samples(self, samples: Sequence[Any]) -> dict[str, list[Any]]:
+        assert all("rgb" not in sample for sample in samples)
+        return self.in_batches(samples)
+
+
+def test_samples_bring_their_labels_and_holes_upstream_are_holes_or_absent(tmp_path):
+    store = Store(str(tmp_path))
+    keys = [f"0000000000{n}" for n in range(4)]
+    commit_pictures(store, [(f"{key}.jpg", jpeg(50)) for key in keys])
+    depth, det = Stage("label:depth", 1, {}, ("depth",), (FETCH,)), Stage(
+        "label:det", 1, {}, ("det",), (FETCH,)
+    )
+    far = modalities.get("depth").encode(np.ones((4, 4), np.float32))
+    boxes = modalities.get("det").encode({"instances": [{"box": [0, 0, 1, 1]}]})
+    members = {
+        depth: [hole(keys[0], "x"), *((f"{key}.png", far) for key in keys[1:])],
+        det: [*((f"{key}.json", boxes) for key in keys[:2]), hole(keys[2], "x"),
+              (f"{keys[3]}.json", b"{}")],
+    }  # fmt: skip
+    for stage, tar in members.items():
+        outputs = {stage.outputs[0]: write_tar(tar)}
+        statuses = [(key, "ok", "") for key in keys]
+        Ledger(store).commit(stage, 0, ShardData(keys, outputs, statuses, 1.0))
+    own = LabelerSpec("metadata", ("metadata",), "computed", batch_size=8, device="cpu")
+    stage = Stage("label:metadata", 1, {}, ("metadata",), (FETCH, depth, det))
+    data = LabelWork(store, stage, Names(own)).run(0)
+    reasons = [reason for _, reason, _ in data.statuses]
+    assert reasons == ["no_label", "ok", "ok", "undecodable"]
+    assert "label:depth" in data.statuses[0][2]
+    found = dict(read_tar(data.outputs["metadata"]))
+    decode = modalities.get("metadata").decode
+    assert decode(found[f"{keys[1]}.json"]) == {
+        "caption_n_chars": 4, "brightness": 1.0, "n_coco_instances": 1,
+    }  # fmt: skip
+    assert decode(found[f"{keys[2]}.json"])["n_coco_instances"] == 0
+
+
+def test_a_value_that_cannot_be_stored_is_a_hole_of_its_sample_alone(tmp_path):
+    class Odd(Labeler):
+        def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
+            values = [float(image.max()) for image in images]
+            return {"metadata": [{"entropy": v if v < 200 else float("nan")} for v in values]}
+
+    store = Store(str(tmp_path))
+    commit_pictures(store, [("00000000000.jpg", jpeg(50)), ("00000000001.jpg", jpeg(250))])
+    own = LabelerSpec("metadata", ("metadata",), "computed", batch_size=8, device="cpu")
+    stage = Stage("label:metadata", 1, {}, ("metadata",), (FETCH,))
+    data = LabelWork(store, stage, Odd(own)).run(0)
+    assert [reason for _, reason, _ in data.statuses] == ["ok", "unlabelled"]

@@ -79,6 +79,46 @@ def test_a_clean_jpeg_of_the_right_size_keeps_its_bytes():
     assert clean(data, POLICY) == data
 
 
+@pytest.mark.parametrize("resize", ["keep_ratio", "center_crop"])
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_a_clean_jpeg_of_a_multiple_of_the_size_is_shrunk_too(resize, factor):
+    data = encoded(NOISE.resize((64 * factor, 64 * factor)), "JPEG", quality=90)
+    assert opened(clean(data, PicturePolicy(size=64, resize=resize))).size == (64, 64)
+
+
+@pytest.mark.parametrize("fmt", ["GIF", "WEBP", "PNG"])
+def test_of_an_animation_the_first_frame_is_kept(fmt):
+    frames = [Image.new("RGB", (90, 120), colour) for colour in ("red", "blue", "green")]
+    data = encoded(frames[0], fmt, save_all=True, append_images=frames[1:])
+    red, _, blue = np.asarray(opened(clean(data, POLICY))).mean((0, 1))
+    assert red > 240
+    assert blue < 15
+
+
+def test_transparency_is_laid_over_white_and_palettes_keep_their_colours():
+    clear = Image.new("RGBA", (90, 120), (255, 0, 0, 0))
+    assert np.asarray(opened(clean(encoded(clear, "PNG"), POLICY))).min() > 250
+    palette = Image.new("RGB", (90, 120), (10, 200, 30)).quantize(4)
+    pixels = np.asarray(opened(clean(encoded(palette, "PNG"), POLICY)), np.float32)
+    assert np.abs(pixels - [10, 200, 30]).max() < 6
+
+
+def test_inverted_cmyk_keeps_its_colours():
+    data = encoded(Image.new("RGB", (90, 120), (200, 40, 40)).convert("CMYK"), "JPEG", quality=95)
+    red, green, _ = np.asarray(opened(clean(data, POLICY))).mean((0, 1))
+    assert red > 180
+    assert green < 70
+
+
+def test_a_text_chunk_that_inflates_without_end_is_refused():
+    packed = zlib.compress(bytes(200_000_000), 9)
+    body = b"zTXtbomb\0\0" + packed
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    data = encoded(NOISE, "PNG")
+    with pytest.raises(BadPicture):
+        clean(data[:33] + chunk + data[33:], POLICY)
+
+
 @pytest.mark.parametrize(
     ("resize", "size"),
     [("no", (120, 90)), ("keep_ratio", (85, 64)), ("keep_ratio_largest", (64, 48)),

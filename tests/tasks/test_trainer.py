@@ -125,7 +125,8 @@ def test_two_gloo_workers_train_what_one_process_trains(tmp_path, monkeypatch):
         ray.shutdown()
     assert result.steps == 4
     # What the workers log reaches the process that shows it, the last point by its end at least.
-    assert seen == sorted(seen) and seen[-1] == (4, 4)
+    assert seen == sorted(seen)
+    assert seen[-1] == (4, 4)
     one = Trainer(store, "one", Linear(), config).fit().model.state_dict()
     two, _ = Checkpoints(store, "two").newest()
     for name, value in two["model"].items():

@@ -1,0 +1,273 @@
+"""Values to tokens of a trained 4M and back: pictures, maps, texts and boxes, whole or in part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.fourm.batch import patchify
+from models.fourm.conditions import FIRST, Shown
+from models.fourm.model import FourM
+from models.fourm.presets import base_name, resolution
+from models.fourm.spec import EOS_ID, ModalitySpec
+from models.fourm.vectors import pad_vectors, valid_vectors
+from tokenizers_vq.sequences import det_to_string
+
+if TYPE_CHECKING:
+    from models.fourm.decoding import Drawn
+    from tokenizers_vq.text import TextTokenizer
+    from tokenizers_vq.tokenizer import Tokenizer
+
+COORDINATES = 4
+HOLE = "___"
+"""Stands in a text for words that are not known."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A condition of which only some tokens are given.
+
+    Attributes:
+        value: As its modality takes it. A text holds `___` in the place of what is not known:
+            "a red ___ left of a ___ sphere".
+        mask: What is given of a picture or map: bool over pixels [H, W] or tokens [h, w]. A token
+            is given if all its pixels are. None for texts.
+    """
+
+    value: Any
+    mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A condition as the token ids [L] of a grid instead of a value."""
+
+    ids: np.ndarray
+
+
+class Translator:
+    """A trained model's modalities in the words of the catalogue.
+
+    Args:
+        model: The network; put in evaluation mode.
+        tokenizers: A tokenizer for each modality of grids, by catalogue name.
+        text: The tokenizer of captions and boxes.
+    """
+
+    def __init__(
+        self, model: FourM, tokenizers: Mapping[str, Tokenizer], text: TextTokenizer
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizers = dict(tokenizers)
+        self.text = text
+
+    @property
+    def inputs(self) -> list[str]:
+        """Modalities that conditions may be given in."""
+        return sorted({base_name(spec.name) for spec in self.model.config.inputs})
+
+    @property
+    def targets(self) -> list[str]:
+        """Modalities that can be generated."""
+        return sorted({base_name(spec.name) for spec in self.model.config.targets})
+
+    def spec(self, name: str, target: bool) -> ModalitySpec:
+        """The model's modality behind a name of the catalogue, or behind its own ("tok_rgb@224").
+
+        Where there are several, an input is pixels rather than tokens and of the lowest
+        resolution, a target of the highest.
+
+        Raises:
+            ValueError: there is none; lists the choices.
+        """
+        specs = self.model.config.targets if target else self.model.config.inputs
+        found = [spec for spec in specs if name in (spec.name, base_name(spec.name))]
+        if not found:
+            what, names = ("generated", self.targets) if target else ("an input", self.inputs)
+            raise ValueError(f"{name!r} cannot be {what}; choose from {', '.join(names)}")
+        if target:
+            return max(found, key=lambda spec: resolution(spec.name))
+        return min(found, key=lambda spec: (spec.kind != "pixels", resolution(spec.name)))
+
+    def show(
+        self, conditions: Mapping[str, Sequence[Any]], targets: Iterable[str] = ()
+    ) -> dict[str, Shown]:
+        """Values of conditions as the encoder takes them, by the model's own names.
+
+        Args:
+            conditions: Values a modality, one a row; None where a row lacks it.
+            targets: Names of what is generated: a `Part` of one of them is shown as its tokens.
+        """
+        shown, wanted = {}, set(targets)
+        for name, values in conditions.items():
+            spec = self._shown_spec(name, values, name in wanted)
+            present = torch.tensor([value is not None for value in values])
+            if not bool(present.any()):
+                continue
+            some = next(value for value in values if value is not None)
+            part = self.shown_as(spec, [some if value is None else value for value in values])
+            part = Shown(part.values, part.visible & present.unsqueeze(1))
+            device = self.model.mask_token.device
+            shown[spec.name] = Shown(part.values.to(device), part.visible.to(device))
+        return shown
+
+    def _shown_spec(self, name: str, values: Sequence[Any], target: bool) -> ModalitySpec:
+        spec = self.spec(name, target=False)
+        if spec.kind == "pixels" and any(isinstance(value, Tokens) for value in values):
+            spec = self._token_spec(name)
+        if target and any(isinstance(value, Part) for value in values):
+            spec = self.spec(name, target=True)
+            if not spec.is_input:
+                raise ValueError(f"{name!r} cannot be given in part: the model never reads it")
+        return spec
+
+    def _token_spec(self, name: str) -> ModalitySpec:
+        """The input of the lowest resolution that is a grid of tokens."""
+        found = [spec for spec in self.model.config.inputs
+                 if spec.kind == "img" and name in (spec.name, base_name(spec.name))]  # fmt: skip
+        if not found:
+            raise ValueError(f"{name!r} is no grid of tokens to this model")
+        return min(found, key=lambda spec: resolution(spec.name))
+
+    def shown_as(self, spec: ModalitySpec, values: Sequence[Any]) -> Shown:
+        """Values as the tokens (or vectors) of one of the model's modalities.
+
+        Raises:
+            ValueError: their number is not the model's, or a tokenizer is missing.
+        """
+        if spec.kind == "seq":
+            return self._shown_text(spec, values)
+        whole = [value.value if isinstance(value, Part) else value for value in values]
+        if spec.kind == "seq_emb":
+            return _shown_vectors(spec, whole)
+        if spec.kind == "pixels":
+            vectors = torch.from_numpy(patchify(np.stack(whole), spec.patch_size))
+        else:
+            vectors = torch.from_numpy(self._grid_ids(spec, whole))
+        if vectors.shape[1] != spec.max_tokens:
+            raise ValueError(
+                f"{base_name(spec.name)} gives {vectors.shape[1]} tokens, the model takes "
+                f"{spec.max_tokens}; resize the input to the model's resolution"
+            )
+        visible = torch.ones(vectors.shape[:2], dtype=torch.bool)
+        for row, value in enumerate(values):
+            if isinstance(value, Part):
+                visible[row] = given_tokens(spec, value.mask)
+        return Shown(vectors, visible)
+
+    def _grid_ids(self, spec: ModalitySpec, values: Sequence[Any]) -> np.ndarray:
+        raw = [value for value in values if not isinstance(value, Tokens)]
+        encoded = iter(self._tokenizer(spec).encode_values(raw).astype(np.int64) if raw else ())
+        rows = [np.asarray(value.ids, np.int64) if isinstance(value, Tokens) else next(encoded)
+                for value in values]  # fmt: skip
+        ids = np.stack(rows)
+        if ids.size and not 0 <= ids.min() <= ids.max() < spec.vocab_size:
+            raise ValueError(f"tokens of {spec.name} lie in 0..{spec.vocab_size - 1}, "
+                             f"not {ids.min()}..{ids.max()}")  # fmt: skip
+        return ids
+
+    def _shown_text(self, spec: ModalitySpec, values: Sequence[Any]) -> Shown:
+        ids = [[*line, EOS_ID][: spec.max_tokens] for line in self._lines(values)]
+        table = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
+        visible = torch.zeros(table.shape, dtype=torch.bool)
+        for row, line in enumerate(ids):
+            table[row, : len(line)] = torch.tensor(line)
+            visible[row, : len(line)] = True
+        return Shown(table, visible)
+
+    def _lines(self, values: Sequence[Any]) -> list[list[int]]:
+        """Ids of texts, boxes and texts with holes, without [EOS]."""
+        pieces: list[list[str]] = []
+        for value in values:
+            if isinstance(value, Part):
+                if not isinstance(value.value, str) or HOLE not in value.value:
+                    raise ValueError(f"a part of a text has holes, written {HOLE}: {value.value!r}")
+                pieces.append(value.value.split(HOLE))
+            elif isinstance(value, str):
+                pieces.append([value])
+            else:
+                pieces.append([det_to_string(value["instances"], bins=self.text.bins)])
+        encoded = iter(self.text.encode_batch([piece for line in pieces for piece in line]))
+        lines = []
+        for line in pieces:
+            ids = next(encoded)
+            for number in range(len(line) - 1):
+                ids = [*ids, FIRST + number, *next(encoded)]
+            lines.append(ids)
+        return lines
+
+    def _tokenizer(self, spec: ModalitySpec) -> Tokenizer:
+        name = base_name(spec.name)
+        if name not in self.tokenizers:
+            have = ", ".join(sorted(self.tokenizers)) or "none"
+            raise ValueError(f"no tokenizer for {name!r}; there are {have}")
+        return self.tokenizers[name]
+
+    def values_of(self, spec: ModalitySpec, drawn: Drawn) -> list[Any]:
+        """The value of every row of decoded tokens."""
+        if spec.kind != "seq":
+            return self._tokenizer(spec).decode_tokens(drawn.ids.cpu().numpy())
+        confidence, found = drawn.confidence.float().cpu().numpy(), []
+        lines = zip(drawn.ids.tolist(), drawn.lengths.tolist(), strict=True)
+        for row, (ids, length) in enumerate(lines):
+            ids = ids[: int(length)]
+            ids = ids[: ids.index(EOS_ID)] if EOS_ID in ids else ids
+            if base_name(spec.name) == "det":
+                found.append({"instances": read_boxes(ids, confidence[row], self.text)})
+            else:
+                found.append(self.text.decode(ids))
+        return found
+
+
+def given_tokens(spec: ModalitySpec, mask: np.ndarray | None) -> Tensor:
+    """Tokens bool [L] of a grid that a mask over pixels or tokens gives whole.
+
+    Raises:
+        ValueError: there is no mask, or it does not divide into the grid's cells.
+    """
+    side = spec.grid
+    if mask is None or mask.ndim != 2 or any(n % side or not n for n in mask.shape):
+        shape = "no mask" if mask is None else f"a mask of shape {mask.shape}"
+        raise ValueError(f"a part of {base_name(spec.name)} needs a mask [H, W] whose sides are "
+                         f"multiples of {side}, not {shape}")  # fmt: skip
+    height, width = (n // side for n in mask.shape)
+    cells = np.asarray(mask, bool).reshape(side, height, side, width).all((1, 3))
+    return torch.from_numpy(cells.reshape(-1))
+
+
+def _shown_vectors(spec: ModalitySpec, values: Sequence[Any]) -> Shown:
+    """Feature vectors [L, C], or `emb` with `mask_valid`, of any lengths."""
+    vectors, length = pad_vectors(spec, [valid_vectors(value) for value in values])
+    visible = np.arange(vectors.shape[1]) < length[:, None]
+    return Shown(torch.from_numpy(vectors), torch.from_numpy(visible))
+
+
+def read_boxes(
+    ids: Sequence[int], confidence: Sequence[float] | np.ndarray, text: TextTokenizer
+) -> list[dict[str, Any]]:
+    """Boxes in a token sequence, each scored by the geometric mean of its tokens' confidence.
+
+    What is no complete, upright box is passed over.
+    """
+    first, bins = text.coordinate_id(0, 0), text.bins
+    axis = [(i - first) // bins if first <= i < first + COORDINATES * bins else -1 for i in ids]
+    boxes = []
+    for start in range(len(ids) - COORDINATES):
+        end = start + COORDINATES
+        if axis[start:end] != list(range(COORDINATES)):
+            continue
+        stop = end
+        while stop < len(ids) and axis[stop] < 0:
+            stop += 1
+        box = [(ids[start + k] - first - k * bins) / (bins - 1) for k in range(COORDINATES)]
+        if stop == end or box[2] < box[0] or box[3] < box[1]:
+            continue
+        score = float(np.exp(np.mean(np.log(np.maximum(confidence[start:stop], 1e-9)))))
+        name = text.decode(ids[end:stop]).strip()
+        boxes.append({"box": box, "class_name": name, "score": score})
+    return boxes

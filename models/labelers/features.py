@@ -1,0 +1,110 @@
+"""Patch features and whole-image vectors of vision transformers: CLIP, DINOv2, ImageBind, ...
+
+Any `AutoModel` with a vision tower will do; ImageBind, which transformers lacks, is implemented in
+`models.labelers.imagebind` and recognised by its configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from models.labelers.base import Image, Labeler, LabelerSpec, options_of, stack
+
+GLOBAL = "_global"
+"""What the name of a whole-image vector adds to the one of its map."""
+
+
+class Tower(Protocol):
+    """A vision network as the labeler sees it."""
+
+    image_size: int
+    """Side in pixels of the square that it was trained on."""
+    patch_size: int
+    model: Any
+
+    def features(self, images: Any, size: int) -> tuple[Any, Any]:
+        """uint8 [B, 3, H, W], squeezed into a square, to patches [B, N, C] and vectors [B, C]."""
+        ...
+
+
+class FeatureLabeler(Labeler):
+    """Writes the modality of its kind, float16 [h, w, C], and where it is asked for its `_global`
+    vector, float16 [C], in one pass.
+
+    The map holds the last hidden state of every patch. It covers the whole image: where processors
+    would cut out its middle, the image is squeezed into the network's square instead. The vector is
+    what the network pools: the class token after the last norm (CLIP, DINOv2), the attention pool
+    (SigLIP), see `models.labelers.imagebind` for ImageBind.
+
+    Options:
+        image_size: Side in pixels of that square; 0 is the checkpoint's own. Another than the
+            checkpoint's interpolates its position embeddings (0).
+
+    Raises:
+        ValueError: The size is no multiple of the network's patches.
+    """
+
+    def __init__(self, spec: LabelerSpec) -> None:
+        from transformers import PretrainedConfig
+
+        from models.labelers.imagebind import ImageBindTower, is_imagebind
+
+        super().__init__(spec)
+        options = options_of(spec, image_size=0)
+        config, _ = PretrainedConfig.get_config_dict(**self.pretrained())
+        build: Callable[[Labeler], Tower] = (
+            ImageBindTower if is_imagebind(config) else _HubTower
+        )
+        self.tower = build(self)
+        self.size = int(options["image_size"]) or self.tower.image_size
+        if self.size % self.tower.patch_size:
+            raise ValueError(
+                f"image_size={self.size} is no multiple of {self.tower.patch_size} (patches)"
+            )
+        self.side = self.size // self.tower.patch_size
+
+    def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
+        patches, vectors = self.tower.features(stack(images), self.size)
+        maps = patches.reshape(len(images), self.side, self.side, -1)
+        found = {}
+        for name in self.spec.outputs:
+            values = vectors if name.endswith(GLOBAL) else maps
+            found[name] = list(values.float().cpu().numpy().astype(np.float16))
+        return found
+
+
+class _HubTower:
+    """The vision tower of a checkpoint of `AutoModel`, with its processor."""
+
+    def __init__(self, labeler: Labeler) -> None:
+        import torch
+        from transformers import AutoImageProcessor, AutoModel
+
+        source = labeler.pretrained()
+        self.device = labeler.device
+        self.processor = AutoImageProcessor.from_pretrained(**source)
+        model = AutoModel.from_pretrained(**source, dtype=torch.float32)
+        self.model = labeler.place(getattr(model, "vision_model", model))
+        self.image_size, self.patch_size = (
+            self.model.config.image_size, self.model.config.patch_size,
+        )  # fmt: skip
+        # DINOv2 always fits its positions to the image; others have to be told.
+        self.told = not self.model.config.model_type.startswith("dinov2")
+
+    def features(self, images: Any, size: int) -> tuple[Any, Any]:
+        inputs = self.processor(
+            images=list(images),
+            size={"height": size, "width": size},
+            do_center_crop=False,
+            return_tensors="pt",
+        ).to(self.device)
+        told = self.told and size != self.image_size
+        extra = {"interpolate_pos_encoding": True} if told else {}
+        out = self.model(pixel_values=inputs["pixel_values"], **extra)
+        # The class token, where there is one, and registers come before the patches.
+        patches = (size // self.patch_size) ** 2
+        hidden = out.last_hidden_state
+        return hidden[:, hidden.shape[1] - patches :], out.pooler_output

@@ -1,0 +1,119 @@
+"""Prints the page of all modalities, labelers and networks:
+
+python -m models.modalities > docs/modalities.md
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from models import modalities
+from models.labelers.networks import PRESETS, Network
+from models.labelers.registry import KINDS, OUTPUTS, labeler_class
+
+RELEASED = {
+    "rgb": ("rgb@224, tok_rgb@224", "16,384", "196 (784 at 448)"),
+    "caption": ("caption", "30,000", "up to 256"),
+    "det": ("det", "30,000", "up to 256"),
+    "depth": ("tok_depth@224", "8,192", "196 (784 at 448)"),
+    "normal": ("tok_normal@224", "8,192", "196 (784 at 448)"),
+    "semseg": ("tok_semseg@224", "4,096", "196 (784 at 448)"),
+    "clip": ("tok_clip@224", "8,192", "196 (784 at 448)"),
+    "t5_caption": ("t5_caption", "none: embeddings", "up to 77, input only"),
+    "metadata": ("metadata", "30,000", "up to 40"),
+    "human_poses": ("human_poses", "30,000", "up to 275"),
+    "color_palette": ("color_palette", "30,000", "up to 23"),
+    "sam_instance": ("sam_instance", "30,000", "up to 290"),
+    "canny_edge": ("tok_canny_edge@224", "8,192", "196"),
+    "sam_edge": ("tok_sam_edge@224", "8,192", "196"),
+    "dinov2": ("tok_dinov2@224", "8,192", "256"),
+    "dinov2_global": ("tok_dinov2_global", "8,192", "16"),
+    "imagebind": ("tok_imagebind@224", "8,192", "256"),
+    "imagebind_global": ("tok_imagebind_global", "8,192", "16"),
+}
+"""Names, vocabulary and tokens in the released models, by our names."""
+
+_HEAD = """\
+# Modalities, labelers and networks
+
+Written by `python -m models.modalities > docs/modalities.md`; a test holds that it is current.
+How to add one of your own: [your-own-modality.md](your-own-modality.md).
+
+## Modalities
+
+Values are what a labeler writes and a tokenizer reads. Vocabulary and tokens are those of the
+released 4M-7 and 4M-21 models; tokenizers that are trained here follow their recipes.
+
+"""
+_LABELERS = """
+## Labelers
+
+One labeler runs one network once and writes all of its modalities. `fourm label --labelers` takes
+these names. What a labeler reads beside the picture is labelled before it; in brackets: as far as
+it is there.
+
+"""
+_PRESETS = {
+    "scenes": "Tiny networks that were trained on rendered scenes and ship with the package, and "
+    "what is computed. Nothing is downloaded.",
+    "modern": "Networks of the Hugging Face hub for photographs, permissive where there is a "
+    "choice.",
+    "released": "The networks of 4M and 4M-21 as far as they load today, and what stands in for "
+    "the others.",
+}
+_NETWORKS = """
+## Networks of the preset `{name}`
+
+{text}
+
+"""
+_FOOT = """
+Licences are those of the weights as their model cards state them. Without a revision the hub's
+default branch is taken: name one (`--models '{"depth": "org/name@revision"}'`) for a run that must
+be repeatable. No network of the hub has been run on its real weights by the tests, which load the
+same classes from tiny checkpoints through the same code.
+"""
+
+
+def document() -> str:
+    """The page, as Markdown."""
+    parts = [_HEAD, _table(("modality", "file", "value", "released name", "vocabulary", "tokens"),
+                           _modalities())]  # fmt: skip
+    parts += [_LABELERS, _table(("labeler", "writes", "reads"), _labelers())]
+    for name, networks in PRESETS.items():
+        parts.append(_NETWORKS.format(name=name, text=_PRESETS[name]))
+        header = ("labeler", "network", "revision", "licence of the weights", "sees", "note")
+        parts.append(_table(header, (_network(kind, each) for kind, each in networks.items())))
+    return "".join([*parts, _FOOT])
+
+
+def _modalities() -> Iterable[tuple[str, ...]]:
+    for name in RELEASED:
+        modality = modalities.get(name)
+        yield (f"`{name}`", f".{modality.ext}", modality.description, *RELEASED[name])
+
+
+def _labelers() -> Iterable[tuple[str, ...]]:
+    for kind in KINDS:
+        written = ", ".join(f"`{name}`" for name in OUTPUTS.get(kind, (kind,)))
+        found = labeler_class(kind)
+        reads = [*found.reads, *(f"({name})" for name in found.also_reads)]
+        yield (f"`{kind}`", written, ", ".join(reads))
+
+
+def _network(kind: str, network: Network) -> tuple[str, ...]:
+    revision = network.revision or "-"
+    return (
+        f"`{kind}`", f"`{network.model_id}`", revision, network.licence, network.resolution,
+        network.note or "-",
+    )  # fmt: skip
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(document())

@@ -1,0 +1,82 @@
+"""Poses of people: 17 keypoints each in the order of COCO, best person first.
+
+    {"humans": [{"box": [xmin, ymin, xmax, ymax], "score": float, "keypoints": [[x, y, score]]}]}
+
+Coordinates are in 0..1 of the image; keypoints beyond it are guesses of the network.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from models.crops import CropBox
+from models.modalities._boxes import point, window
+from models.modalities.base import Modality, to_json
+
+KEYPOINTS = (
+    "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder",
+    "left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip",
+    "left_knee", "right_knee", "left_ankle", "right_ankle",
+)  # fmt: skip
+_BONES = (
+    (0, 1), (0, 2), (1, 3), (2, 4), (5, 6), (5, 7), (7, 9), (6, 8), (8, 10), (5, 11), (6, 12),
+    (11, 12), (11, 13), (13, 15), (12, 14), (14, 16),
+)  # fmt: skip
+_SHOWN = 0.3  # least score of a keypoint in pictures
+
+Poses = dict[str, Any]
+
+
+def _decode(data: bytes) -> Poses:
+    value = json.loads(data)
+    if not isinstance(value, dict) or not isinstance(value.get("humans"), list):
+        raise ValueError("a pose file must hold an object with the list 'humans'")
+    for human in value["humans"]:
+        if np.shape(human.get("keypoints")) != (len(KEYPOINTS), 3):
+            raise ValueError(f"a pose must have {len(KEYPOINTS)} keypoints of x, y and score")
+    return value
+
+
+def _crop(value: Poses, box: CropBox, size: int) -> Poses:
+    """People of whose box a tenth is visible; in a mirror left and right change places."""
+    kept = []
+    for human in value["humans"]:
+        seen = window(human["box"], box)
+        if seen is None:
+            continue
+        points = [[*point(x, y, box), score] for x, y, score in human["keypoints"]]
+        if box.hflip:
+            points[1::2], points[2::2] = points[2::2], points[1::2]
+        kept.append({**human, "box": seen, "keypoints": points})
+    return {**value, "humans": kept}
+
+
+def _render(value: Poses) -> np.ndarray:
+    image = Image.new("RGB", (128, 128), (40, 40, 40))
+    pen = ImageDraw.Draw(image)
+    for human in value["humans"]:
+        places = [(x * 128, y * 128, score) for x, y, score in human["keypoints"]]
+        for first, second in _BONES:
+            (x0, y0, s0), (x1, y1, s1) = places[first], places[second]
+            if min(s0, s1) >= _SHOWN:
+                pen.line((x0, y0, x1, y1), fill=(250, 180, 40), width=2)
+        for x, y, score in places:
+            if score >= _SHOWN:
+                pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=(90, 220, 250))
+    return np.asarray(image)
+
+
+MODALITY = Modality(
+    name="human_poses",
+    kind="sequence",
+    ext="json",
+    encode=to_json,
+    decode=_decode,
+    crop=_crop,
+    render=_render,
+    description="17 COCO keypoints a person, x and y in 0..1 of the image with a score",
+)

@@ -1,0 +1,76 @@
+"""Metadata: up to 21 numbers about a picture and its labels, as the released 4M-21 sets name them.
+
+The value is `{field: number}`; a field that could not be computed, because its label is missing,
+is absent. `FIELDS` lists the names in the order of their type numbers 0..20.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from models.modalities.base import Modality, to_json
+
+FIELDS = (
+    "original_width",
+    "original_height",
+    "caption_n_chars",
+    "caption_n_words",
+    "caption_n_sentences",
+    "n_humans",
+    "n_sam_instances",
+    "n_coco_instances",
+    "coco_instance_diversity",
+    "colorfulness",
+    "brightness",
+    "contrast",
+    "saturation",
+    "entropy",
+    "walkability",
+    "objectness",
+    "semantic_diversity",
+    "geometric_complexity",
+    "occlusion_score",
+    "watermark_score",
+    "aesthetic_score",
+)
+
+Metadata = dict[str, float]
+
+
+def check(value: object) -> Metadata:
+    """The value itself where it is one.
+
+    Raises:
+        ValueError: A field is unknown, or no finite number.
+    """
+    if not isinstance(value, dict):
+        raise ValueError("metadata must be an object of fields and numbers")
+    if unknown := sorted(value.keys() - set(FIELDS)):
+        raise ValueError(f"metadata has no field {unknown[0]!r}; there are {', '.join(FIELDS)}")
+    for name, number in value.items():
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise ValueError(f"metadata field {name} is {number!r}, not a finite number")
+    return value
+
+
+def _render(value: Metadata) -> np.ndarray:
+    image = Image.new("RGB", (220, 12 * len(FIELDS) + 4), "white")
+    lines = [f"{name} {value[name]:.4g}" for name in FIELDS if name in value]
+    ImageDraw.Draw(image).text((4, 2), "\n".join(lines), fill="black", font_size=9)
+    return np.asarray(image)
+
+
+MODALITY = Modality(
+    name="metadata",
+    kind="sequence",
+    ext="json",
+    encode=lambda value: to_json(check(value)),
+    decode=lambda data: check(json.loads(data)),
+    crop=lambda value, box, size: value,
+    render=_render,
+    description="up to 21 numbers by name; those that could not be computed are absent",
+)

@@ -1,0 +1,123 @@
+"""Instances that SAM finds: masks without classes, best first.
+
+    {"size": [height, width],
+     "instances": [{"box": [xmin, ymin, xmax, ymax], "score": float, "mask": bool [h, w]}]}
+
+Boxes are half-open whole pixels, a mask covers its box. In the JSON file a mask is `counts`: run
+lengths of its rows one after another, the first of zeros (COCO's uncompressed RLE, row by row).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from models.crops import CropBox
+from models.modalities._boxes import MIN_VISIBLE
+from models.modalities.base import MAX_PIXELS, Modality, crop_image, to_json
+from models.modalities.semseg import PALETTE
+
+Instances = dict[str, Any]
+
+
+def instance(mask: np.ndarray, score: float) -> dict[str, Any] | None:
+    """The instance of a mask bool [H, W] of the whole image; None where it is empty."""
+    rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+    if not len(rows):
+        return None
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    left, right = int(columns[0]), int(columns[-1]) + 1
+    cut = np.ascontiguousarray(mask[top:bottom, left:right])
+    return {"box": [left, top, right, bottom], "score": float(score), "mask": cut}
+
+
+def patch(each: dict[str, Any], side: int = 64) -> np.ndarray:
+    """The mask of an instance stretched to float32 [side, side] in 0..1, as tokenizers see it."""
+    image = Image.fromarray(each["mask"].astype(np.float32))
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR), np.float32)
+
+
+def _encode(value: Instances) -> bytes:
+    instances = [
+        {"box": each["box"], "score": each["score"], "counts": run_lengths(each["mask"])}
+        for each in value["instances"]
+    ]
+    return to_json({"size": list(value["size"]), "instances": instances})
+
+
+def run_lengths(mask: np.ndarray) -> list[int]:
+    """Lengths of the runs of zeros and ones of a mask, row by row, beginning with zeros."""
+    flat = mask.astype(np.int8).ravel()
+    bounds = np.flatnonzero(np.diff(flat, prepend=0)) if flat.size else np.array([], int)
+    return np.diff(np.concatenate([[0], bounds, [flat.size]])).tolist()
+
+
+def _decode(data: bytes) -> Instances:
+    value = json.loads(data)
+    if not isinstance(value, dict) or not {"size", "instances"} <= value.keys():
+        raise ValueError("an instance file must hold an object with 'size' and 'instances'")
+    height, width = value["size"]
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
+        raise ValueError(f"instances of a picture of {width} x {height} pixels")
+    return {
+        "size": [height, width],
+        "instances": [_read(each, height, width) for each in value["instances"]],
+    }
+
+
+def _read(each: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    if not {"box", "score", "counts"} <= each.keys():
+        raise ValueError("an instance must have 'box', 'score' and 'counts'")
+    left, top, right, bottom = each["box"]
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise ValueError(f"box {each['box']} does not lie in a picture of {width} x {height}")
+    counts = np.asarray(each["counts"], np.int64)
+    shape = bottom - top, right - left
+    if counts.ndim != 1 or (counts < 0).any() or counts.sum() != shape[0] * shape[1]:
+        raise ValueError(f"run lengths of a mask do not add up to its box {each['box']}")
+    ones = np.arange(len(counts)) % 2 == 1
+    mask = np.repeat(ones, counts).reshape(shape)
+    return {"box": [left, top, right, bottom], "score": each["score"], "mask": mask}
+
+
+def _crop(value: Instances, box: CropBox, size: int) -> Instances:
+    """Instances of which a tenth is visible, in pixels of the crop."""
+    height, width = value["size"]
+    kept = []
+    for each in value["instances"]:
+        left, top, right, bottom = each["box"]
+        full = np.zeros((height, width), np.uint8)
+        full[top:bottom, left:right] = each["mask"]
+        window = crop_image(Image.fromarray(full), box, size, Image.Resampling.NEAREST)
+        found = instance(np.asarray(window) > 0, each["score"])
+        # Pixels of the crop have another size than those of the picture.
+        scale = box.height * height * box.width * width / size**2
+        if found and found["mask"].sum() * scale > MIN_VISIBLE * each["mask"].sum():
+            kept.append(found)
+    return {"size": [size, size], "instances": kept}
+
+
+def _render(value: Instances) -> np.ndarray:
+    """Masks in colours of their own, the largest first so that none is hidden whole."""
+    height, width = value["size"]
+    picture = np.full((height, width, 3), 40, np.uint8)
+    order = sorted(value["instances"], key=lambda each: -int(each["mask"].sum()))
+    for number, each in enumerate(order):
+        left, top, right, bottom = each["box"]
+        picture[top:bottom, left:right][each["mask"]] = PALETTE[number % 254 + 1]
+    return picture
+
+
+MODALITY = Modality(
+    name="sam_instance",
+    kind="sequence",
+    ext="json",
+    encode=_encode,
+    decode=_decode,
+    crop=_crop,
+    render=_render,
+    description="masks with boxes in pixels and scores, best first",
+)

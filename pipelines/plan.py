@@ -1,0 +1,119 @@
+"""The table of `fourm plan`: what a dataset will take, before anything is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from infra.ledger import Ledger, Stage
+from infra.store import Store
+from pipelines.params import PlanParams
+from pipelines.workers import resources
+from tasks.chain import Chain
+from tasks.estimate import Line, estimate, rates, total
+
+WRITTEN = ("caption", "det")
+
+
+def lines(params: PlanParams) -> list[Line]:
+    """A line for each stage of a planned dataset, or of one that would be made of a list.
+
+    Raises:
+        ValueError: there is neither a planned dataset nor a list.
+    """
+    store = Store(params.root)
+    planned = store.exists("plan/plan.json")
+    if planned:
+        plan = Ledger(store).read_plan()
+        rows, shards = int(plan.get("rows", 0)), int(plan["num_shards"])
+        if plan.get("format") == "webdataset":
+            rows = shards * params.shard_rows  # a row of such a plan is a tar
+    else:
+        rows = _count(params)
+        shards = -(-rows // params.shard_rows)
+    chain = Chain(store)
+    labelers = chain.settings.get("label", {}).get("labelers", params.labelers)
+    dense = chain.settings.get("tokenizers", {}).get("modalities", params.modalities)
+    drops = planned and "ingest" in chain.settings and chain.duplicates != "mark"
+    written = [name for name in WRITTEN if name == "caption" or name in labelers]
+    stages = [
+        "fetch",
+        *(["distinct"] if drops else []),
+        *(f"label:{name}" for name in labelers),
+        *(f"tokens:{name}" for name in [*dense, *written]),
+    ]
+    compute = resources(params)
+    return estimate(
+        stages,
+        rows=rows,
+        shards=shards,
+        done=_done(chain) if planned else {},
+        measured=rates(store) if planned else {},
+        workers=max(1, compute.workers),
+        gpus=params.gpus,
+    )
+
+
+def _count(params: PlanParams) -> int:
+    from infra.sources import Source, detect, read_rows
+
+    if not params.source:
+        raise ValueError(f"{params.root} is not planned yet; name its list with --source")
+    source = detect(
+        Source(
+            path=params.source,
+            format=params.format,
+            url=params.url_column,
+            caption=params.caption_column,
+        )
+    )
+    rows = sum(1 for _ in read_rows(source, params.limit))
+    return rows * params.shard_rows if source.format == "webdataset" else rows
+
+
+def _done(chain: Chain) -> dict[str, int]:
+    """Committed shards of the stages as they are chosen now."""
+    return {stage.name: len(chain.ledger.committed(stage)) for stage in _decided(chain)}
+
+
+def _decided(chain: Chain) -> Iterator[Stage]:
+    """Stages that are known by now: labels must be chosen, tokenizers trained."""
+    try:
+        yield from {chain.download, chain.fetch}
+        yield from chain.labels.values()
+        yield from chain.tokens.values()
+    except (ValueError, FileNotFoundError):
+        return
+
+
+def table(found: list[Line], workers: int) -> Table:
+    """The lines and their sum."""
+    shown = Table(title=f"To do, with {workers} workers", title_justify="left")
+    shown.add_column("stage", no_wrap=True)
+    for name in ("shards", "samples", "bytes", "hours", "GPU-hours", "rate"):
+        shown.add_column(name, justify="right")
+    for line in found:
+        shown.add_row(
+            line.stage, f"{line.shards:,}", f"{line.samples:,}", _bytes(line.bytes),
+            _hours(line.hours), _hours(line.gpu_hours), line.basis,
+        )  # fmt: skip
+    whole = total(found)
+    shown.add_section()
+    shown.add_row(
+        "together", "", "", _bytes(whole["bytes"]), _hours(whole["hours"]),
+        _hours(whole["gpu_hours"]), "",
+    )  # fmt: skip
+    return shown
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}"
+        number /= 1000
+    return f"{number:,.1f} TB"
+
+
+def _hours(hours: float) -> str:
+    return "" if not hours else f"{hours:,.1f}" if hours >= 0.1 else f"{hours:.3f}"

@@ -1,0 +1,298 @@
+"""The plan of a dataset: which row of the list is which sample, decided once.
+
+    plan/plan.json                     the list's digest, its rows and shards; written last
+    plan/rows/shard-000123.parquet     the rows of a shard
+    plan/passes/0001.json              further passes over rows that failed, each with its shards
+
+A row's key depends on its place in the list alone, whatever else was downloaded. A further pass
+appends shards of its own, so that nothing which is done changes: neither commits nor labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.download import RETRYABLE
+from infra.ledger import OK, PASSES, Commit, Ledger, Stage, read_statuses
+from infra.shards import sample_key, shard_name
+from infra.sources import Row, Source, detect, read_rows
+from infra.store import Store
+
+MAX_CAPTION = 4000
+"""Longest alt text that is kept, in characters."""
+WITNESSES = 8
+"""URLs that once answered: they tell a dead network from a list of dead hosts."""
+
+_BUCKET_ROWS = 2_000_000
+_COLUMNS = ("url", "caption", "duplicate_of", "extra", "problem", "sidecar", "retry_of")
+_ROWS = pa.schema([(name, pa.string()) for name in _COLUMNS])
+
+
+def make_plan(
+    store: Store, source: str | Source, *, shard_rows: int, limit: int | None = None
+) -> dict[str, Any]:
+    """Cut a list into shards of rows, once; of a WebDataset set, a shard is a tar.
+
+    Planning the same list again returns the plan that stands. A row whose URL stood earlier in
+    the list is planned as a duplicate and never downloaded. Memory does not grow with the list:
+    it is read twice, and the digests of its URLs lie in a temporary file meanwhile.
+
+    Raises:
+        ValueError: the list is empty, a column of it does not exist, or another list was planned
+            in this dataset.
+    """
+    if shard_rows < 1 or shard_rows > 99_999:
+        raise ValueError(f"shard_rows must be 1 to 99999, got {shard_rows}")
+    source = detect(Source(path=source) if isinstance(source, str) else source)
+    if source.format == "webdataset":
+        shard_rows = 1
+    ledger = Ledger(store)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fourm-plan-")))
+        with (folder / "digests").open("wb") as digests:
+            identity, rows = _survey(source, shard_rows, limit, digests)
+        if store.exists("plan/plan.json"):
+            plan = ledger.read_plan()
+            if plan["id"] != identity:
+                raise ValueError(
+                    f"{store.url} was planned from {plan['source']} and a plan never changes: "
+                    f"choose another root for {source.path}"
+                )
+            return plan
+        if not rows:
+            hint = ": expected lines of the form url<TAB>caption" if source.plain else ""
+            raise ValueError(f"{source.path} holds no rows{hint}")
+        first = _first_seen(folder / "digests", rows)
+        written = _write_rows(store, source, shard_rows, limit, first)
+    if written != identity:
+        raise ValueError(f"{source.path} changed while it was read; plan it again")
+    plan = {
+        "id": identity,
+        "source": source.path,
+        "rows": rows,
+        "shard_rows": shard_rows,
+        "num_shards": -(-rows // shard_rows),
+    }
+    if not source.plain:
+        plan["format"] = source.format
+        plan["columns"] = [source.url, source.caption, *source.extra]
+    ledger.write_plan(plan)  # last: a plan without it is written again from the start
+    return ledger.read_plan()
+
+
+class _Digest:
+    """The identity of a list, fed with its rows."""
+
+    def __init__(self, source: Source, shard_rows: int, limit: int | None) -> None:
+        self._digest = hashlib.sha256(f"{shard_rows}:{limit}:".encode())
+        if not source.plain:
+            about = replace(source, path="")
+            self._digest.update(f"{json.dumps(vars(about), sort_keys=True)}\n".encode())
+
+    def over(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Passes the rows through."""
+        for row in rows:
+            self._digest.update(row.text.encode("utf-8", "replace"))
+            self._digest.update(b"\n")
+            yield row
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _survey(
+    source: Source, shard_rows: int, limit: int | None, digests: BinaryIO
+) -> tuple[str, int]:
+    """Identity and number of rows; 8 bytes for each row's URL go into the file."""
+    digest, count = _Digest(source, shard_rows, limit), 0
+    for row in digest.over(read_rows(source, limit)):
+        digests.write(hashlib.blake2b(row.url.encode("utf-8", "replace"), digest_size=8).digest())
+        count += 1
+    return digest.hexdigest(), count
+
+
+def _first_seen(path: Path, rows: int) -> np.ndarray:
+    """Of each row the first one with the same URL, int32 [rows], in a file beside the digests.
+
+    Rows are compared in buckets of equal digests modulo a number, a bucket at a time in memory.
+    """
+    digests = np.memmap(path, "<u8", "r", shape=(rows,))
+    first = np.memmap(path.with_name("first"), "<i4", "w+", shape=(rows,))
+    buckets = -(-rows // _BUCKET_ROWS)
+    for bucket in range(buckets):
+        found = [
+            np.flatnonzero(digests[at : at + _BUCKET_ROWS] % buckets == bucket) + at
+            for at in range(0, rows, _BUCKET_ROWS)
+        ]
+        index = np.concatenate(found)
+        if not len(index):
+            continue
+        order = index[np.argsort(digests[index], kind="stable")]
+        values = digests[order]
+        starts = np.concatenate([[True], values[1:] != values[:-1]])
+        first[order] = order[starts][np.cumsum(starts) - 1]
+    return first
+
+
+def _write_rows(
+    store: Store, source: Source, shard_rows: int, limit: int | None, first: np.ndarray
+) -> str:
+    """Put the rows of every shard; returns the identity of what was read this time."""
+    digest = _Digest(source, shard_rows, limit)
+    batch: list[dict[str, Any]] = []
+    shard = 0
+    for number, row in enumerate(digest.over(read_rows(source, limit))):
+        if number >= len(first):
+            break
+        earlier = int(first[number])
+        again = earlier != number and not row.problem
+        batch.append(
+            {
+                "url": row.url,
+                "caption": " ".join(row.caption.split())[:MAX_CAPTION],
+                "duplicate_of": sample_key(*divmod(earlier, shard_rows)) if again else None,
+                "extra": row.extra or None,
+                "problem": row.problem or None,
+                "sidecar": row.sidecar or None,
+            }
+        )
+        if len(batch) == shard_rows:
+            store.write(f"plan/rows/{shard_name(shard)}.parquet", _parquet(batch))
+            batch, shard = [], shard + 1
+    if batch:
+        store.write(f"plan/rows/{shard_name(shard)}.parquet", _parquet(batch))
+    return digest.hexdigest()
+
+
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_ROWS), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+class Plan:
+    """Reads the planned rows of a dataset."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.about: dict[str, Any] = Ledger(store).read_plan()
+
+    @property
+    def format(self) -> str:
+        """What the list is; a list of URLs unless it says otherwise."""
+        return str(self.about.get("format", "tsv"))
+
+    def rows(self, shard: int) -> list[dict[str, Any]]:
+        """The rows of a shard in order: url, caption, duplicate_of, extra, problem, sidecar."""
+        again = self.retry_of(shard)
+        folder = f"plan/passes/{again['name']}" if again else "plan/rows"
+        data = self._store.read(f"{folder}/{shard_name(shard)}.parquet")
+        rows = pq.read_table(pa.BufferReader(data)).to_pylist()
+        return [dict.fromkeys(_COLUMNS) | row for row in rows]
+
+    def retry_of(self, shard: int) -> dict[str, Any] | None:
+        """The pass over failed rows that a shard belongs to; None for shards of the list."""
+        for again in self.about.get("passes", ()):
+            if again["first_shard"] <= shard < again["first_shard"] + again["num_shards"]:
+                return dict(again)
+        return None
+
+
+def plan_retry(store: Store, stage: Stage, reasons: Iterable[str] = RETRYABLE) -> dict[str, Any]:
+    """Plan one more pass over the rows that failed for passing reasons, as further shards.
+
+    What is done stays untouched: its commits, and with them labels and tokens. A pass takes up
+    the failures of the pass before it, so that each row is under way once.
+
+    Args:
+        stage: the download stage, with every planned shard committed or quarantined.
+        reasons: reason classes to try again.
+
+    Returns:
+        The pass: {name, first_shard, num_shards, rows, reasons, witnesses}; rows is 0, and
+        nothing is planned, when nothing is worth it.
+
+    Raises:
+        ValueError: a reason is none that another attempt may mend, or shards are still to do.
+    """
+    reasons = sorted(reasons)
+    if unknown := set(reasons) - RETRYABLE:
+        raise ValueError(f"{min(unknown)!r} cannot be mended; choose from {sorted(RETRYABLE)}")
+    ledger, plan = Ledger(store), Plan(store)
+    if plan.format in ("folder", "webdataset"):
+        raise ValueError(f"{store.url} holds pictures of files, which have no passing failures")
+    if left := ledger.todo(stage, range(plan.about["num_shards"])):
+        raise ValueError(f"{len(left)} shards are not downloaded yet; run `fourm ingest` first")
+    passes = plan.about["passes"]
+    since = passes[-1]["first_shard"] if passes else 0
+    number, first_shard = len(passes) + 1, plan.about["num_shards"]
+    commits = dict(sorted(ledger.commits(stage).items()))
+    # Commits never change, so these name the failed rows without a look at them.
+    origin = [reasons, [commits[shard].status["sha256"] for shard in commits if shard >= since]]
+    name = f"{number:04d}-{hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]}"
+    batch: list[dict[str, Any]] = []
+    rows = shards = 0
+    for row in _failed(store, plan, commits, since, frozenset(reasons)):
+        rows += 1
+        batch.append(row)
+        if len(batch) == plan.about["shard_rows"]:
+            _write_pass(store, name, first_shard + shards, batch)
+            batch, shards = [], shards + 1
+    if batch:
+        _write_pass(store, name, first_shard + shards, batch)
+        shards += 1
+    again = {
+        "name": name,
+        "first_shard": first_shard,
+        "num_shards": shards,
+        "rows": rows,
+        "reasons": reasons,
+        "witnesses": _witnesses(store, commits),
+    }
+    if rows and not store.create_json(f"{PASSES}{number:04d}.json", again):
+        raise ValueError(f"pass {number} over {store.url} is planned already; run it first")
+    return again
+
+
+def _write_pass(store: Store, name: str, shard: int, rows: list[dict[str, Any]]) -> None:
+    store.write(f"plan/passes/{name}/{shard_name(shard)}.parquet", _parquet(rows))
+
+
+def _failed(
+    store: Store, plan: Plan, commits: dict[int, Commit], since: int, reasons: frozenset[str]
+) -> Iterator[dict[str, Any]]:
+    """Rows of the shards from `since` on that failed for the reasons."""
+    for shard, commit in commits.items():
+        if shard < since or not reasons & commit.drops.keys():
+            continue
+        fates = read_statuses(store, commit, ["reason"])["reason"].to_pylist()
+        for number, (row, fate) in enumerate(zip(plan.rows(shard), fates, strict=True)):
+            if fate in reasons:
+                yield {**row, "retry_of": row["retry_of"] or sample_key(shard, number)}
+
+
+def _witnesses(store: Store, commits: dict[int, Commit]) -> list[str]:
+    """URLs on different hosts whose pictures came."""
+    found: dict[str, str] = {}
+    for commit in commits.values():
+        table = read_statuses(store, commit)
+        if not commit.samples or "url" not in table.column_names:
+            continue
+        for row in table.select(["reason", "url"]).to_pylist():
+            if row["reason"] == OK:
+                found.setdefault(row["url"].partition("://")[2].partition("/")[0], row["url"])
+            if len(found) == WITNESSES:
+                return list(found.values())
+    return list(found.values())

@@ -1,0 +1,139 @@
+"""Jobs are submitted once, found again, and followed to their end through a bad network."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from infra import ray_jobs
+from infra.ray_jobs import JobFailed, JobInfo, JobRequest, JobsApi, LastLines, attach, follow
+from infra.ray_session import Job
+from tests.infra.jobs_fake import FakeJobs
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(ray_jobs, "POLL_SECONDS", 0.01)
+
+
+def request(job_id: str, owner: str = "run-1") -> JobRequest:
+    return JobRequest(job_id, "python -c 0", owner)
+
+
+def attached(jobs: FakeJobs, owner: str = "run-1") -> str:
+    return attach(jobs, "fourm-label-1", lambda job_id: request(job_id, owner), owner=owner)
+
+
+def test_a_restarted_flow_finds_its_job_instead_of_a_second_one():
+    jobs = FakeJobs()
+    assert attached(jobs) == attached(jobs) == attached(jobs, owner="run-2") == "fourm-label-1-0"
+    assert len(jobs.submitted) == 1
+
+
+@pytest.mark.parametrize("state", ["failed", "stopped"])
+def test_a_job_that_ended_badly_is_followed_by_another(state):
+    jobs = FakeJobs()
+    jobs.states["fourm-label-1-0"] = JobInfo(state, owner="run-1")
+    assert attached(jobs) == "fourm-label-1-1"
+
+
+def test_a_done_job_counts_for_its_owner_alone():
+    jobs = FakeJobs()
+    jobs.states["fourm-label-1-0"] = JobInfo("succeeded", owner="run-1")
+    assert attached(jobs) == "fourm-label-1-0"
+    assert attached(jobs, owner="run-2") == "fourm-label-1-1"
+
+
+def test_every_line_arrives_once_although_the_connection_breaks():
+    jobs, lines, polls = FakeJobs(), [], []
+    jobs.states["a"] = JobInfo("running")
+    jobs.logs["a"] = ["one\ntw", "o\n", ConnectionError("reset"), "three\nfour"]
+
+    def on_poll() -> None:
+        polls.append(1)
+        if len(polls) == 20:
+            jobs.states["a"] = JobInfo("succeeded")
+
+    assert follow(jobs, "a", on_line=lines.append, on_poll=on_poll).state == "succeeded"
+    assert lines == ["one", "two", "three", "four"]
+
+
+def test_a_dashboard_that_is_away_for_a_while_is_borne(monkeypatch):
+    jobs = FakeJobs()
+    jobs.states["a"], jobs.trouble = JobInfo("succeeded"), 5
+    assert follow(jobs, "a", on_line=print).state == "succeeded"
+    monkeypatch.setattr(ray_jobs, "PATIENCE_SECONDS", -1)
+    jobs.trouble = 5
+    with pytest.raises(JobFailed, match=r"out of reach.*the dashboard restarts"):
+        follow(jobs, "a", on_line=print)
+
+
+def test_a_job_that_vanishes_is_an_error():
+    with pytest.raises(JobFailed, match="job a is gone"):
+        follow(FakeJobs(), "a", on_line=print)
+
+
+def test_a_failure_holds_the_end_of_the_log():
+    last = LastLines()
+    for number in range(100):
+        last.add(f"line {number}")
+    text = str(last.failure("a", JobInfo("failed", "exit code 1")))
+    assert text.startswith("job a failed: exit code 1\nline 80\n")
+    assert text.endswith("line 99")
+
+
+class Client:
+    """The part of Ray's client that is used, with its answers."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, SimpleNamespace] = {}
+        self.stops: list[str] = []
+
+    def submit_job(self, **keywords: object) -> None:
+        job_id = str(keywords["submission_id"])
+        if job_id in self.jobs:
+            raise RuntimeError("Request failed with status code 500: already exists")
+        self.jobs[job_id] = SimpleNamespace(
+            status="RUNNING", message=None, metadata=keywords["metadata"],
+            submission_id=job_id, given=keywords,
+        )  # fmt: skip
+
+    def get_job_info(self, job_id: str) -> SimpleNamespace:
+        if job_id not in self.jobs:
+            raise RuntimeError("Request failed with status code 404: no such job")
+        return self.jobs[job_id]
+
+    def stop_job(self, job_id: str) -> None:
+        self.stops.append(job_id)
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        return [*self.jobs.values(), SimpleNamespace(submission_id=None)]
+
+
+def test_rays_answers_are_understood():
+    api = JobsApi(Job(address="http://127.0.0.1:1", env={"A": "1"}, entrypoint_gpus=1))
+    api.__dict__["_client"] = client = Client()
+    assert api.find("a") is None
+    api.submit(JobRequest("a", "python -c 0", "run-1", {"B": "2"}))
+    api.submit(request("a"))
+    given = client.jobs["a"].given
+    assert given["runtime_env"] == {"env_vars": {"A": "1", "B": "2"}}
+    assert given["entrypoint_num_gpus"] == 1
+    assert api.find("a") == JobInfo("running", "", "run-1")
+    assert api.running() == {"a": "run-1"}
+    api.stop("a")
+    client.jobs["a"].status = "STOPPED"
+    api.stop("a")
+    assert client.stops == ["a"], "what has ended is not stopped again"
+    assert api.running() == {}
+
+
+def test_an_error_other_than_a_taken_id_is_raised():
+    api = JobsApi(Job())
+    api.__dict__["_client"] = client = Client()
+    client.submit_job = lambda **_: _refuse()
+    with pytest.raises(RuntimeError, match="no room"):
+        api.submit(request("a"))
+
+
+def _refuse() -> None:
+    raise RuntimeError("Request failed with status code 500: no room")
