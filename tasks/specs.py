@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from infra.manifest import Manifest
 from models.fourm.catalogue import (
@@ -123,12 +124,14 @@ def resolve(
                 raise ValueError(f"no batch can hold {least} {kind} tokens of "
                                  f"{', '.join(chosen) or 'no modality'}: "
                                  f"together they have {room}; lower num_{kind}s")
-        parts.append(Component(**{**vars(component), "inputs": inputs, "targets": targets}))
+        least_of = _expand(component.least, [s for s in config.inputs if s.name in held])
+        parts.append(Component(**{**vars(component), "inputs": inputs, "targets": targets,
+                                  "least": least_of}))
     return Mixture(components=tuple(parts), per_batch=mixture.per_batch)
 
 
-def _expand(alphas: Mapping[str, float], specs: Sequence[ModalitySpec]) -> dict[str, float]:
-    """Full name -> concentration; a base name stands for all of its resolutions."""
+def _expand(alphas: Mapping[str, float], specs: Sequence[ModalitySpec]) -> dict[str, Any]:
+    """Full name -> concentration or least budget; a base name stands for all of its resolutions."""
     unknown = sorted(name for name, alpha in alphas.items() if name != "*" and alpha > 0
                      and not any(_is(name, spec) for spec in specs))
     if unknown:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from infra.manifest import Manifest
 from infra.store import Store
+from models.fourm.draws import Draws
 from models.fourm.loader import base_name
-from models.fourm.masking import Draws, mask_batch, transfer_batch
+from models.fourm.masking import mask_batch, transfer_batch
 from models.fourm.spec import FourMConfig, ModalitySpec
 from tasks.flops import Load, fourm_load
 from tasks.mixture import (

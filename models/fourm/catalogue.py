@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.fourm.spec import ModalitySpec
+from models.fourm.spec import CHUNKS, ModalitySpec
 
 TEXT_VOCAB = 30_000
 PIXEL_PATCH = 16
@@ -34,7 +34,7 @@ def sequence_spec(name: str, vocab_size: int, longest: int | None = None) -> Mod
     if longest is not None:
         tokens = limit = longest
     return ModalitySpec(name=name, kind="seq", vocab_size=vocab_size, max_tokens=tokens,
-                        max_length=0 if limit == tokens else limit)
+                        max_length=0 if limit == tokens else limit, chunk=CHUNKS.get(name, 0))
 
 
 def t5_spec(name: str = "t5_caption", width: int = T5_WIDTH) -> ModalitySpec:

@@ -32,7 +32,7 @@ from torch import Tensor
 from models.fourm.embeddings import position_table, sincos_1d
 from models.fourm.model import FourM
 from models.fourm.released import BIASES, SIZES, needed, released_config, to_released
-from models.fourm.spec import POSITION_ROWS, FourMConfig, ModalitySpec
+from models.fourm.spec import CHUNKS, POSITION_ROWS, FourMConfig, ModalitySpec
 
 if TYPE_CHECKING:
     from infra.store import Store
@@ -46,8 +46,6 @@ RELEASED_LENGTHS = {
     "human_poses": (275, 263), "color_palette": (23, 23), "sam_instance": (290, 290),
 }
 """(longest sequence, target position that wraps to 0) of released sequences."""
-RELEASED_CHUNKS = {"metadata": 2}
-"""Tokens of the chunks that released sequences are shuffled and masked by."""
 _REQUIRED = ("domains_in", "domains_out", "patch_size", "act_layer", *BIASES, *SIZES)
 # Settings that change nothing about a trained model, and the only values of others we compute.
 _IGNORED = frozenset({"image_size", "use_act_checkpoint", "drop_path_rate_encoder",
@@ -305,7 +303,7 @@ def _spec(
     common["vocab_size"] = len(weight)
     if _is_sequence(positions):
         return ModalitySpec(kind="seq", max_tokens=longest, max_length=limit,
-                            chunk=RELEASED_CHUNKS.get(name, 0), **common)
+                            chunk=CHUNKS.get(name, 0), **common)
     spec = ModalitySpec(kind="img", max_tokens=len(positions), **common)
     table = position_table(spec, positions.shape[1])
     learned = table.shape != positions.shape or not torch.allclose(table, positions, atol=1e-4)

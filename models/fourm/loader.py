@@ -24,6 +24,7 @@ from models.fourm.batch import patchify
 from models.fourm.masking import Samples
 from models.fourm.spans import Ragged
 from models.fourm.spec import EOS_ID, ModalitySpec
+from models.fourm.vectors import pad_vectors, read_vectors
 
 BLOCK_ROWS = 256
 WINDOW_BLOCKS = 64
@@ -81,7 +82,7 @@ class _Shard:
     """Open files of one shard."""
 
     tokens: dict[str, BlockReader]
-    pictures: TarIndex | None
+    members: dict[str, TarIndex]
     keys: list[str]
 
 
@@ -114,6 +115,9 @@ class TokenDataset:
         self._present: dict[tuple[int, str, int], np.ndarray] = {}
         if self.shards:
             self._check(self._shard(0))
+            for spec in self.specs:
+                if spec.kind == "seq_emb":
+                    self._vectors(spec, [(0, 0, 0)])
 
     def __len__(self) -> int:
         return self.order.total
@@ -140,17 +144,21 @@ class TokenDataset:
         grids: dict[str, np.ndarray] = {}
         sequences: dict[str, Ragged] = {}
         pixels: dict[str, np.ndarray] = {}
+        vectors: dict[str, Ragged] = {}
         present: dict[str, np.ndarray] = {}
         for spec in self.specs:
             if spec.kind == "img":
                 grids[spec.name], here = self._grid(spec, places)
             elif spec.kind == "seq":
                 sequences[spec.name], here = self._sequence(spec, places)
+            elif spec.kind == "seq_emb":
+                vectors[spec.name], here = self._vectors(spec, places)
             else:
                 pixels[spec.name], here = self._pixels(spec, places)
             if not here.all():
                 present[spec.name] = here
-        return Samples(grids=grids, sequences=sequences, pixels=pixels, present=present)
+        return Samples(grids=grids, sequences=sequences, pixels=pixels, vectors=vectors,
+                       present=present)
 
     def _grid(
         self, spec: ModalitySpec, places: list[tuple[int, int, int]]
@@ -174,12 +182,30 @@ class TokenDataset:
             tokens = self._shard(shard).tokens[spec.name].ragged(f"crop{crop}", row)
             here[i] = self._valid(shard, spec.name, crop)[row]
             texts.append(tokens)
-        length = np.array([min(len(text) + 1, spec.max_tokens) for text in texts]) * here
+        # Chunks are shuffled before a sequence is cut, which masking does.
+        longest = max(map(len, texts)) + 1 if spec.chunk else spec.max_tokens
+        length = np.array([min(len(text) + 1, longest) for text in texts]) * here
         ids = np.zeros((len(places), max(1, int(length.max()))), np.int64)
         for i, text in enumerate(texts):
             if here[i]:
                 ids[i, : length[i]] = np.append(text, EOS_ID)[: length[i]]
         return (ids, length), here
+
+    def _vectors(
+        self, spec: ModalitySpec, places: list[tuple[int, int, int]]
+    ) -> tuple[Ragged, np.ndarray]:
+        tables = [self._table(spec, shard, row) for shard, row, _ in places]
+        none = np.zeros((0, spec.channels), np.float32)
+        here = np.array([table is not None for table in tables])
+        return pad_vectors(spec, [none if table is None else table for table in tables]), here
+
+    def _table(self, spec: ModalitySpec, shard: int, row: int) -> np.ndarray | None:
+        """Feature vectors [L, C] of one sample, or None for a hole."""
+        files = self._shard(shard)
+        key, members = files.keys[row], files.members[spec.name]
+        if members.ext(key) == MISSING_EXT:
+            return None
+        return read_vectors(members.read(key), members.ext(key))
 
     def _pixels(
         self, spec: ModalitySpec, places: list[tuple[int, int, int]]
@@ -201,12 +227,11 @@ class TokenDataset:
     def _picture(self, spec: ModalitySpec, shard: int, row: int, crop: int) -> np.ndarray | None:
         """Patches of one crop, or None for a hole."""
         files = self._shard(shard)
-        assert files.pictures is not None
-        key = files.keys[row]
-        if files.pictures.ext(key) == MISSING_EXT:
+        key, members = files.keys[row], files.members[spec.name]
+        if members.ext(key) == MISSING_EXT:
             return None
         modality = modalities.get(base_name(spec.name))
-        image = modality.decode(files.pictures.read(key))
+        image = modality.decode(members.read(key))
         box = crop_box(self.policy, key, crop, image.shape[1] / image.shape[0])
         side = spec.grid * spec.patch_size
         return patchify(modality.crop(image, box, side)[None], spec.patch_size)[0]
@@ -222,7 +247,7 @@ class TokenDataset:
         """Files of the shard with this index in the split, opened and digested once."""
         if index not in self._open:
             number = self.shards[index]
-            tokens, pictures, keys = dict[str, BlockReader](), None, list[str]()
+            tokens, members, keys = dict[str, BlockReader](), dict[str, TarIndex](), list[str]()
             for spec in self.specs:
                 name = base_name(spec.name)
                 path = self.store.local(self.manifest.path(name, number))
@@ -231,13 +256,13 @@ class TokenDataset:
                     tokens[spec.name] = BlockReader(path, sha256=digest)
                     found = tokens[spec.name].keys
                 else:
-                    pictures = TarIndex(path, sha256=digest)
-                    found = pictures.keys
+                    members[spec.name] = TarIndex(path, sha256=digest)
+                    found = members[spec.name].keys
                 if keys and found != keys:
                     raise ValueError(f"shard {number}: {name} holds other keys than the rest; "
                                      "publish the set again")
                 keys = found
-            self._open[index] = _Shard(tokens, pictures, keys)
+            self._open[index] = _Shard(tokens, members, keys)
         return self._open[index]
 
     def _check(self, shard: _Shard) -> None:

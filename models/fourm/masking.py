@@ -2,12 +2,12 @@
 
 Vectorised over the batch. Budgets are Dirichlet draws per modality; what a modality cannot take
 goes to the others, so that batches are static and nearly free of padding. Grids show and predict
-random disjoint positions, sequences are span-masked. B samples, m modalities.
+random disjoint positions, sequences are span-masked: texts by tokens, metadata by chunks, feature
+vectors by vectors, with one zero vector for each removed run. B samples, m modalities.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,8 +15,17 @@ from typing import Literal
 import numpy as np
 
 from models.fourm.batch import Batch, Dense, loss_rows
-from models.fourm.spans import Ragged, cut_targets, fit_inputs
-from models.fourm.spec import FourMConfig, ModalitySpec
+from models.fourm.budgets import draw_budgets, redistribute
+from models.fourm.draws import Draws
+from models.fourm.spans import (
+    Ragged,
+    cut_chunks,
+    cut_targets,
+    fit_inputs,
+    fit_vectors,
+    shuffle_chunks,
+)
+from models.fourm.spec import EOS_ID, FourMConfig, ModalitySpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +40,13 @@ class Component:
     """Fewest and most target slots of a sample."""
     weight: float = 1.0
     """Relative frequency."""
-    keep: Literal["random", "all"] = "random"
-    """Share of a sequence that stays visible: uniform in 0..1, or all that fits."""
+    keep: Literal["random", "all", "binary"] = "random"
+    """Share of a sequence that stays visible: uniform in 0..1, all that fits, or all or nothing."""
+    least: Mapping[str, int] = field(default_factory=dict)
+    """Fewest input tokens of a modality; a draw that gives it less is repeated."""
+    spill: bool = True
+    """Whether tokens that a modality cannot take go to others; released models were trained with
+    False, which leaves 7 to 23 % of the slots empty."""
 
     def __post_init__(self) -> None:
         for name in ("num_inputs", "num_targets"):
@@ -41,6 +55,8 @@ class Component:
                 raise ValueError(f"{name} must be a range of positive numbers, got {low}..{high}")
         if self.weight <= 0:
             raise ValueError(f"weight must be positive, got {self.weight}")
+        if self.keep not in ("random", "all", "binary"):
+            raise ValueError(f"keep must be random, all or binary, got {self.keep!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,85 +78,14 @@ class Samples:
     """Ids [B, L] with [EOS] at the end, and lengths [B]."""
     pixels: Mapping[str, np.ndarray] = field(default_factory=dict)
     """uint8 patches [B, positions, patch * patch * channels]."""
+    vectors: Mapping[str, Ragged] = field(default_factory=dict)
+    """Feature vectors [B, L, C], floats, and lengths [B]."""
     present: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         for values in (*self.grids.values(), *self.pixels.values()):
             return len(values)
-        return len(next(iter(self.sequences.values()))[1])
-
-
-class Draws:
-    """Random numbers as a pure function of (seed, step, tag), the same for any number of workers:
-    they are drawn for the whole batch and cut to this worker's rows."""
-
-    def __init__(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> None:
-        self._key, self._size, self.rows = (seed, step), batch_size, rows
-
-    def generator(self, tag: str) -> np.random.Generator:
-        """The generator of one purpose."""
-        return np.random.default_rng([*self._key, zlib.crc32(tag.encode())])
-
-    def uniform(self, tag: str, *shape: int) -> np.ndarray:
-        """Uniforms [B, *shape] in 0..1."""
-        return self.generator(tag).random((self._size, *shape))[self.rows]
-
-    def components(self, mixture: Mixture) -> np.ndarray:
-        """Index of the component of every sample of the whole batch."""
-        weights = np.cumsum([component.weight for component in mixture.components])
-        size = 1 if mixture.per_batch else self._size
-        drawn = self.generator("component").random(size) * weights[-1]
-        return np.broadcast_to(np.searchsorted(weights, drawn, side="right"), self._size)
-
-    def integers(self, tag: str, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """Integers [B] in low..high, both [whole batch] and included."""
-        return self.generator(tag).integers(low, high + 1)[self.rows]
-
-    def dirichlet(self, tag: str, alpha: np.ndarray, *extra: int) -> np.ndarray:
-        """Shares [B, *extra, m] for concentrations [whole batch, m], 0 where alpha is 0.
-
-        Works on logarithms, so concentrations of 0.001 do not underflow to all zeros:
-        Gamma(a) = Gamma(a + 1) * U^(1/a).
-        """
-        generator = self.generator(tag)
-        alpha = alpha.reshape(len(alpha), *[1] * len(extra), alpha.shape[1])
-        shape = (self._size, *extra, alpha.shape[-1])
-        safe = np.where(alpha > 0, alpha, 1.0)
-        log = np.log(generator.standard_gamma(safe + 1, shape))
-        log += np.log1p(-generator.random(shape)) / safe
-        log = np.where(alpha > 0, log, -np.inf)[self.rows]
-        share = np.exp(log - log.max(-1, keepdims=True))
-        return share / share.sum(-1, keepdims=True)
-
-
-def split_budget(share: np.ndarray, total: np.ndarray, picks: np.ndarray) -> np.ndarray:
-    """Budgets [B,m] that sum to `total` [B]: floors of share [B,m] * total, what is left over goes
-    one by one to the modalities in picks [B, >= m]."""
-    budget = np.floor(share.astype(np.float32) * total[:, None].astype(np.float32)).astype(int)
-    left = total - budget.sum(1)
-    given = np.arange(picks.shape[1]) < left[:, None]
-    row, col = np.nonzero(given)
-    np.add.at(budget, (row, picks[row, col]), 1)
-    return budget
-
-
-def redistribute(budget: np.ndarray, limit: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Clamps budget [B,m] to limit [B,m] and gives the excess to modalities that have room and a
-    share, in proportion to it; what fits nowhere is lost."""
-    total = budget.sum(1)
-    budget = np.minimum(budget, limit)
-    for _ in range(2 * budget.shape[1]):
-        left = total - budget.sum(1)
-        room = np.where(share > 0, limit - budget, 0)
-        if not ((left > 0) & (room.sum(1) > 0)).any():
-            break
-        weight = np.where(room > 0, np.maximum(share, 1e-9), 0.0)
-        weight /= np.maximum(weight.sum(1, keepdims=True), 1e-300)
-        extra = np.floor(weight * left[:, None]).astype(int)
-        # The rest of the floors goes to the largest weight, so that every round makes progress.
-        extra[np.arange(len(extra)), weight.argmax(1)] += left - extra.sum(1)
-        budget = budget + np.minimum(np.maximum(extra, 0), room)
-    return budget
+        return len(next(iter({**self.sequences, **self.vectors}.values()))[1])
 
 
 def mask_batch(
@@ -148,22 +93,23 @@ def mask_batch(
 ) -> Batch:
     """Draws masks of `mixture` for `samples` (this worker's rows of the batch of `draws`)."""
     names = [m.name for m in config.modalities]
-    chosen = draws.components(mixture)
     parts = mixture.components
+    chosen = draws.components([part.weight for part in parts], mixture.per_batch)
     lows, highs = (np.array([[getattr(c, f)[i] for f in ("num_inputs", "num_targets")]
                              for c in parts]) for i in (0, 1))
     totals = [draws.integers(f"count{i}", lows[chosen, i], highs[chosen, i]) for i in (0, 1)]
     width = highs[np.unique(chosen)].max(0)
     alpha_in = np.array([[c.inputs.get(n, 0.0) for n in names] for c in parts])[chosen]
     alpha_out = np.array([[c.targets.get(n, 0.0) for n in names] for c in parts])[chosen]
-    keep_all = np.array([c.keep == "all" for c in parts])[chosen][draws.rows]
+    own = chosen[draws.rows]
+    least = np.array([[c.least.get(n, 0) for n in names] for c in parts])[own]
+    spill = np.array([c.spill for c in parts])[own, None]
     state = _Masks(config, samples, draws)
-    share = draws.dirichlet("inputs", alpha_in)
-    picks = draws.dirichlet("input rest", alpha_in, len(names)).argmax(-1)
-    state.set_inputs(split_budget(share, totals[0], picks), share, keep_all)
-    share = draws.dirichlet("targets", alpha_out)
-    picks = draws.dirichlet("target rest", alpha_out, len(names)).argmax(-1)
-    state.set_targets(split_budget(share, totals[1], picks), share)
+    budget, share = draw_budgets(draws, "input", alpha_in, totals[0], state.input_limit(), least)
+    state.set_inputs(budget, share * spill, np.array([c.keep for c in parts])[own])
+    limit = state.target_limit()
+    budget, share = draw_budgets(draws, "target", alpha_out, totals[1], limit, 0 * least)
+    state.set_targets(budget, share * spill)
     return state.batch(int(width[0]), int(width[1]))
 
 
@@ -177,7 +123,7 @@ def transfer_batch(
     full_in, full_out = none(size, int), none(size, int)
     full_in[:, [config.index(name) for name in inputs]] = np.iinfo(np.int32).max
     full_out[:, [config.index(name) for name in targets]] = np.iinfo(np.int32).max
-    state.set_inputs(np.minimum(full_in, state.input_limit()), none(size), np.ones(size[0], bool))
+    state.set_inputs(np.minimum(full_in, state.input_limit()), none(size), np.full(size[0], "all"))
     state.set_targets(np.minimum(full_out, state.target_limit()), none(size))
     return state.batch(int(state.inputs.sum(1).max()), int(state.targets.sum(1).max()))
 
@@ -188,7 +134,10 @@ class _Masks:
 
     def __init__(self, config: FourMConfig, samples: Samples, draws: Draws) -> None:
         self.config, self.samples, self.draws = config, samples, draws
-        self.sequences = [m for m in config.modalities if m.name in samples.sequences]
+        self.sequences = [m for m in config.modalities
+                          if m.name in samples.sequences or m.name in samples.vectors]
+        self.chunks: dict[str, np.ndarray] = {}
+        self.texts = {m.name: self._text(m) for m in self.sequences}
         size = len(samples), len(config.modalities)
         self.inputs, self.targets = np.zeros(size, int), np.zeros(size, int)
         self.visible: dict[str, Ragged] = {}
@@ -197,7 +146,27 @@ class _Masks:
         self.here = np.ones(size, bool)
         for name, present in samples.present.items():
             self.here[:, config.index(name)] = present
-        self.is_seq = np.array([m.kind == "seq" for m in config.modalities])
+        self.is_seq = np.array([m.kind in ("seq", "seq_emb") for m in config.modalities])
+
+    def _text(self, spec: ModalitySpec) -> Ragged:
+        """Ids of a sequence [B,L] and lengths [B], its chunks in random order; for vectors, ids
+        that mean nothing."""
+        if spec.name in self.samples.vectors:
+            vectors, length = self.samples.vectors[spec.name]
+            return np.zeros(vectors.shape[:2], np.int64), length
+        ids, length = self.samples.sequences[spec.name]
+        if not spec.chunk:
+            return ids, length
+        place = np.arange(ids.shape[1])
+        last = (place == length[:, None] - 1) & (ids == EOS_ID)
+        chunk = np.where(last, ids.shape[1], place // spec.chunk)
+        order = self.draws.uniform(f"{spec.name} chunks", spec.max_tokens)
+        order = np.take_along_axis(order, chunk % spec.max_tokens, 1) + last
+        ids, chunk = shuffle_chunks(ids, length, chunk, order)
+        length = cut_chunks(length, chunk, spec.max_tokens)
+        width = max(1, int(length.max(initial=0)))
+        self.chunks[spec.name] = chunk[:, :width]
+        return ids[:, :width], length
 
     def input_limit(self) -> np.ndarray:
         """Most input slots [B,m] each modality can fill."""
@@ -205,8 +174,8 @@ class _Masks:
         for i, spec in enumerate(self.config.modalities):
             if not spec.is_input:
                 continue
-            if spec.name in self.samples.sequences:
-                limit[:, i] = self.samples.sequences[spec.name][1]
+            if spec.name in self.texts:
+                limit[:, i] = self.texts[spec.name][1]
             elif spec.name in self.samples.grids or spec.name in self.samples.pixels:
                 limit[:, i] = spec.max_tokens
         return limit * self.here
@@ -222,22 +191,34 @@ class _Masks:
         return limit * self.here
 
     def _attempts(self, spec: ModalitySpec, width: int) -> Callable[[int], np.ndarray]:
-        """Uniforms [B,width] for every attempt at masking a sequence."""
-        return lambda k: self.draws.uniform(f"{spec.name} {k}", spec.max_tokens)[:, :width]
+        """Uniforms [B,width] for every attempt at masking a sequence, equal within a chunk."""
+        def draw(attempt: int) -> np.ndarray:
+            drawn = self.draws.uniform(f"{spec.name} {attempt}", spec.max_tokens)
+            if spec.name in self.chunks:
+                return np.take_along_axis(drawn, self.chunks[spec.name] % spec.max_tokens, 1)
+            return drawn[:, :width]
 
-    def set_inputs(self, budget: np.ndarray, share: np.ndarray, keep_all: np.ndarray) -> None:
-        """Settles the input slots [B,m] of all modalities."""
+        return draw
+
+    def set_inputs(self, budget: np.ndarray, share: np.ndarray, keep: np.ndarray) -> None:
+        """Settles the input slots [B,m] of all modalities; keep [B] as in `Component`."""
         limit, total = self.input_limit(), budget.sum(1)
         budget = redistribute(budget, limit, share)
         for spec in self.sequences:
             i = self.config.index(spec.name)
-            ids, length = self.samples.sequences[spec.name]
+            ids, length = self.texts[spec.name]
             tag = spec.name
-            chance = np.where(keep_all, 1.0, self.draws.uniform(f"{tag} keep"))
-            self.visible[tag], self.spans[tag] = fit_inputs(
-                ids, length, chance, budget[:, i],
-                self._attempts(spec, ids.shape[1]),
-            )
+            chance = self.draws.uniform(f"{tag} keep")
+            chance = np.select([keep == "all", keep == "binary"], [1.0, chance.round()], chance)
+            # Without a budget nothing stays, and all of a sequence in chunks is to be predicted.
+            chance = np.where((keep == "all") & (budget[:, i] == 0), 0.0, chance)
+            attempts = self._attempts(spec, ids.shape[1])
+            if spec.kind == "seq_emb":
+                self.visible[tag] = fit_vectors(length, ids.shape[1], chance, budget[:, i],
+                                                attempts)
+            else:
+                self.visible[tag], self.spans[tag] = fit_inputs(
+                    ids, length, chance, budget[:, i], attempts, chunked=bool(spec.chunk))
             budget[:, i] = self.visible[tag][1]
         self.inputs = self._refill(budget, limit, total, share)
 
@@ -246,6 +227,8 @@ class _Masks:
         limit, total = self.target_limit(), budget.sum(1)
         budget = redistribute(budget, limit, share)
         for spec in self.sequences:
+            if spec.name not in self.spans:
+                continue
             i = self.config.index(spec.name)
             ids = np.where(budget[:, i] > 0, budget[:, i] + 1, 0)
             count = np.maximum(self.spans[spec.name][1] - 1, 1)
@@ -293,6 +276,12 @@ class _Masks:
             values = patches[row, inputs["pos"][row, slot]]
             flat = row * inputs["mod"].shape[1] + slot
             found[name] = Dense(torch.from_numpy(values), torch.from_numpy(flat))
+        for name, (vectors, _) in self.samples.vectors.items():
+            row, slot = np.nonzero(inputs["mod"] == self.config.index(name))
+            source = self.visible[name][0][row, inputs["pos"][row, slot]]
+            values = np.where(source[:, None] < 0, 0, vectors[row, source]).astype(np.float32)
+            flat = row * inputs["mod"].shape[1] + slot
+            found[name] = Dense(torch.from_numpy(values), torch.from_numpy(flat))
         return found
 
     def _ranks(self, spec: ModalitySpec) -> np.ndarray:
@@ -307,6 +296,8 @@ class _Masks:
         if spec.name in self.visible:
             ids = self.visible[spec.name][0]
             used = np.arange(ids.shape[1]) < count
+            if spec.kind == "seq_emb":
+                ids = np.zeros_like(ids)
         elif spec.name in self.samples.grids or spec.name in self.samples.pixels:
             used = self._ranks(spec) < count
             ids = self.samples.grids.get(spec.name, np.zeros(used.shape, np.int64))

@@ -2,12 +2,13 @@
 
 B samples, L positions. Every maximal run of removed tokens becomes the next sentinel in the input;
 the target lists each sentinel with its run and ends with the next unused sentinel. Sequences are
-rectangles padded with 0 beside their lengths.
+rectangles padded with 0 beside their lengths. Where facts come in chunks of tokens, the tokens of a
+chunk share their fate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -52,14 +53,15 @@ def input_length(length: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 def fit_inputs(
     ids: np.ndarray, length: np.ndarray, probability: np.ndarray, budget: np.ndarray,
-    draw: Callable[[int], np.ndarray],
+    draw: Callable[[int], np.ndarray], *, chunked: bool = False,
 ) -> tuple[Ragged, Ragged]:
     """Span masks until every input fits its `budget` [B]: tokens stay with `probability` [B],
     lowered by a tenth at each new attempt; `draw(attempt)` gives uniforms [B,L].
 
-    With budget 0 the input is empty and everything is a target.
+    With budget 0 the input is empty and everything is a target; of a sequence in chunks, whose
+    facts need no context, only what would not have stayed, as released models were trained.
     """
-    keep = (draw(0) < probability[:, None]) & (budget > 0)[:, None]
+    keep = (draw(0) < probability[:, None]) & ((budget > 0)[:, None] | chunked)
     probability, attempt = probability.copy(), 0
     pending = np.flatnonzero(budget > 0)
     while True:
@@ -96,3 +98,59 @@ def cut_targets(targets: Ragged, budget: np.ndarray, choice: np.ndarray) -> Ragg
     column = np.arange(ids.shape[1])
     shifted = np.take_along_axis(ids, np.minimum(column + start[:, None], ids.shape[1] - 1), 1)
     return np.where(column < length[:, None], shifted, PAD_ID), length
+
+
+def fit_vectors(
+    length: np.ndarray, width: int, probability: np.ndarray, budget: np.ndarray,
+    draw: Callable[[int], np.ndarray],
+) -> Ragged:
+    """Span masks sequences of `length` [B] vectors as `fit_inputs` does, without targets.
+
+    Returns indices [B,width] of the visible vectors, -1 for the zero vector that stands for a
+    removed run, and how many are visible.
+    """
+    first = SENTINEL_0 + NUM_SENTINELS + width
+    ids = np.broadcast_to(first + np.arange(width), (len(length), width))
+    (inputs, visible), _ = fit_inputs(ids, length, probability, budget, draw)
+    return np.where(inputs >= first, inputs - first, -1), visible
+
+
+def shuffle_chunks(
+    ids: np.ndarray, length: np.ndarray, chunk: np.ndarray, order: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorts the chunks of sequences ids [B,L] by order [B,L], which is equal within a chunk.
+
+    `chunk` [B,L] numbers the chunk of each token. Returns ids and chunk numbers in the new order.
+    """
+    inside = np.arange(ids.shape[1]) < length[:, None]
+    place = np.where(inside, order, np.inf).argsort(1, kind="stable")
+    return np.take_along_axis(ids, place, 1), np.take_along_axis(chunk, place, 1)
+
+
+def cut_chunks(length: np.ndarray, chunk: np.ndarray, longest: int) -> np.ndarray:
+    """Lengths [B] of sequences without the chunks that end behind `longest` tokens."""
+    place = np.arange(chunk.shape[1])
+    inside = place < length[:, None]
+    ends = np.ones(chunk.shape, bool)
+    ends[:, :-1] = chunk[:, :-1] != chunk[:, 1:]
+    ends |= place == length[:, None] - 1
+    end = np.where(ends, place + 1, chunk.shape[1])
+    end = np.minimum.accumulate(end[:, ::-1], 1)[:, ::-1]
+    return (inside & (end <= longest)).sum(1)
+
+
+def merge_spans(inputs: Sequence[int], targets: Sequence[int]) -> list[int]:
+    """Puts a span-masked sequence together again: each sentinel of the inputs is replaced by the
+    target tokens that follow the same sentinel, by nothing where the targets lack it."""
+    runs: dict[int, list[int]] = {}
+    run: list[int] = []
+    for token in targets:
+        if SENTINEL_0 <= token < SENTINEL_0 + NUM_SENTINELS:
+            run = runs.setdefault(token, [])
+        else:
+            run.append(token)
+    merged: list[int] = []
+    for token in inputs:
+        sentinel = SENTINEL_0 <= token < SENTINEL_0 + NUM_SENTINELS
+        merged += runs.get(token, []) if sentinel else [token]
+    return merged

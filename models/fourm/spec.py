@@ -12,6 +12,8 @@ PAD_ID, UNKNOWN_ID, SOS_ID, EOS_ID = 0, 1, 2, 3
 SENTINEL_0 = 4
 """Id of [S_0]; span masking starts at [S_1]."""
 NUM_SENTINELS = 200
+CHUNKS = {"metadata": 2}
+"""Tokens of the chunks of sequences that are made of independent facts."""
 POSITION_ROWS = 512
 """Rows of the position table of every sequence in released checkpoints."""
 

@@ -15,6 +15,7 @@ from models.fourm.conditions import FIRST, Shown
 from models.fourm.model import FourM
 from models.fourm.presets import base_name, resolution
 from models.fourm.spec import EOS_ID, ModalitySpec
+from models.fourm.vectors import pad_vectors, valid_vectors
 from tokenizers_vq.sequences import det_to_string
 
 if TYPE_CHECKING:
@@ -142,15 +143,13 @@ class Translator:
         if spec.kind == "seq":
             return self._shown_text(spec, values)
         whole = [value.value if isinstance(value, Part) else value for value in values]
+        if spec.kind == "seq_emb":
+            return _shown_vectors(spec, whole)
         if spec.kind == "pixels":
             vectors = torch.from_numpy(patchify(np.stack(whole), spec.patch_size))
-        elif spec.kind == "seq_emb":
-            vectors = torch.from_numpy(np.stack(whole).astype(np.float32))
         else:
             vectors = torch.from_numpy(self._grid_ids(spec, whole))
-        if vectors.shape[1] > spec.max_tokens or (
-            spec.kind != "seq_emb" and vectors.shape[1] != spec.max_tokens
-        ):
+        if vectors.shape[1] != spec.max_tokens:
             raise ValueError(
                 f"{base_name(spec.name)} gives {vectors.shape[1]} tokens, the model takes "
                 f"{spec.max_tokens}; resize the input to the model's resolution"
@@ -239,6 +238,13 @@ def given_tokens(spec: ModalitySpec, mask: np.ndarray | None) -> Tensor:
     height, width = (n // side for n in mask.shape)
     cells = np.asarray(mask, bool).reshape(side, height, side, width).all((1, 3))
     return torch.from_numpy(cells.reshape(-1))
+
+
+def _shown_vectors(spec: ModalitySpec, values: Sequence[Any]) -> Shown:
+    """Feature vectors [L, C], or `emb` with `mask_valid`, of any lengths."""
+    vectors, length = pad_vectors(spec, [valid_vectors(value) for value in values])
+    visible = np.arange(vectors.shape[1]) < length[:, None]
+    return Shown(torch.from_numpy(vectors), torch.from_numpy(visible))
 
 
 def read_boxes(

@@ -8,8 +8,9 @@ from typing import Any
 
 from infra.machine import peak_rss
 from infra.store import Store
+from models.fourm.draws import Draws
 from models.fourm.loader import TokenDataset
-from models.fourm.masking import Draws, mask_batch
+from models.fourm.masking import mask_batch
 from tasks.recipes import recipe
 from tasks.train import FourMTask
 from tasks.trainer import Trainer

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -22,8 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MODULES = ("networks", "masks", "generations", "tokenizers")
-"""Modules of this package with families; one that is not there leaves its cases unknown."""
 MANIFEST = "MANIFEST.json"
 SUFFIXES = (".json", ".safetensors", ".ckpt")
 
@@ -96,10 +93,10 @@ def find(name: str) -> Family | None:
 
 
 def _load_families() -> None:
-    for module in MODULES:
-        name = f"{__package__}.{module}"
-        if importlib.util.find_spec(name) is not None:
-            importlib.import_module(name)
+    """Imports the modules of this package, which register what they know."""
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if not path.stem.startswith(("_", "test_")) and path.stem != "registry":
+            importlib.import_module(f"{__package__}.{path.stem}")
 
 
 def cases(folder: Path) -> list[Case]:

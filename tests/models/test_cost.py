@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.fourm import model as network
 from models.fourm.cost import Load, activation_bytes, expected_load, forward_flops, train_flops
-from models.fourm.masking import Component, Draws, Mixture, Samples, mask_batch
+from models.fourm.draws import Draws
+from models.fourm.masking import Component, Mixture, Samples, mask_batch
 from models.fourm.spec import FourMConfig, ModalitySpec
 
 SPECS = (

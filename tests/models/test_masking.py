@@ -5,18 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from models.fourm.masking import (
-    Component,
-    Draws,
-    Mixture,
-    Samples,
-    mask_batch,
-    redistribute,
-    split_budget,
-    transfer_batch,
+from models.fourm.budgets import redistribute, split_budget
+from models.fourm.draws import Draws
+from models.fourm.masking import Component, Mixture, Samples, mask_batch, transfer_batch
+from models.fourm.spans import (
+    cut_chunks,
+    cut_targets,
+    fit_inputs,
+    fit_vectors,
+    merge_spans,
+    shuffle_chunks,
+    span_mask,
 )
-from models.fourm.spans import cut_targets, fit_inputs, span_mask
 from models.fourm.spec import EOS_ID, FourMConfig, ModalitySpec
 
 S1, S2, S3 = 5, 6, 7
@@ -189,3 +192,114 @@ def test_small_concentrations_do_not_underflow():
 def test_ranges_that_cannot_be_are_refused(field):
     with pytest.raises(ValueError, match=field):
         mixture(**{field: (5, 3)})
+
+
+FACTS = FourMConfig(modalities=(
+    ModalitySpec(name="facts", kind="seq", max_tokens=7, vocab_size=400, chunk=2),
+    ModalitySpec(name="t5", kind="seq_emb", max_tokens=5, channels=3, is_target=False),
+    ModalitySpec(name="depth", kind="img", max_tokens=16, vocab_size=99),
+))
+EVEN = {"facts": 1.0, "t5": 1.0, "depth": 1.0}
+
+
+def facts(batch: int = 40) -> Samples:
+    """Five facts of two tokens, (210 + i, 310 + i), and vectors whose values are their number."""
+    ids = np.array([[t for i in range(5) for t in (210 + i, 310 + i)] + [EOS_ID]] * batch)
+    length = np.arange(batch) % 6
+    vectors = np.tile(np.arange(1, 6)[None, :, None], (batch, 1, 3)).astype(np.float16)
+    return Samples(grids={"depth": np.zeros((batch, 16), np.int64)},
+                   sequences={"facts": (ids, np.full(batch, 11))},
+                   vectors={"t5": (vectors, length)})
+
+
+def facts_batch(step: int = 0, **change):
+    part = Component(**{"inputs": EVEN, "targets": {"facts": 1.0, "depth": 1.0},
+                        "num_inputs": (12, 12), "num_targets": (9, 9), **change})
+    return mask_batch(FACTS, facts(), Mixture(components=(part,)), Draws(0, step, 40))
+
+
+def test_chunks_are_shown_or_predicted_whole_and_in_random_order():
+    orders, index = set(), FACTS.index("facts")
+    for step in range(5):
+        batch = facts_batch(step)
+        for row in range(40):
+            shown = batch.enc_ids[row][batch.enc_mod[row] == index].tolist()
+            fed = batch.dec_ids[row][batch.dec_mod[row] == index].tolist()
+            firsts = [t for t in shown if 210 <= t < 220]
+            assert all(shown[shown.index(t) + 1] == t + 100 for t in firsts)
+            assert all(t - 100 in shown for t in shown if 310 <= t < 320)
+            for at, t in enumerate(fed[:-1]):
+                assert not 210 <= t < 220 or fed[at + 1] == t + 100
+            assert not {*firsts} & {*fed}
+            orders.add(tuple(firsts))
+    assert len([order for order in orders if len(order) == 3]) > 6
+
+
+def test_chunks_that_do_not_fit_are_dropped_after_shuffling():
+    ids, chunk = np.arange(9)[None], np.array([[0, 0, 0, 1, 1, 2, 2, 3, 9]])
+    order = np.array([[2.0, 2, 2, 1, 1, 3, 3, 0, 9]])
+    ids, chunk = shuffle_chunks(ids, np.array([8]), chunk, order)
+    assert ids[0, :8].tolist() == [7, 3, 4, 0, 1, 2, 5, 6]
+    lengths = [int(cut_chunks(np.array([8]), chunk, longest)[0]) for longest in range(9)]
+    assert lengths == [0, 1, 1, 3, 3, 3, 6, 6, 8]
+
+
+def test_metadata_without_a_place_in_the_input_is_predicted_whole_in_evaluation():
+    batch = transfer_batch(FACTS, facts(), ["t5"], ["facts"], Draws(0, 0, 40))
+    # 7 tokens hold three facts of two; [S_1] in front and [S_2] behind make 7 predictions.
+    assert batch.counts[FACTS.index("facts")] == 40 * 7
+
+
+def test_removed_runs_of_vectors_leave_one_zero_vector():
+    keep = np.array([[0, 1, 1, 0, 1]] * 2)
+    source, visible = fit_vectors(np.array([5, 4]), 5, np.ones(2), np.array([9, 9]),
+                                  lambda _: keep.astype(float))
+    assert source[0, : visible[0]].tolist() == [0, -1, 3, -1]
+    assert source[1, : visible[1]].tolist() == [0, -1, 3]
+
+
+def test_vectors_reach_the_slots_that_ask_for_them():
+    batch = transfer_batch(FACTS, facts(), ["t5"], ["depth"], Draws(0, 0, 40))
+    dense, index = batch.dense["t5"], FACTS.index("t5")
+    assert dense.values.dtype == torch.float32
+    slots = dense.slots.tolist()
+    assert (batch.enc_mod.reshape(-1)[slots] == index).all()
+    assert torch.equal(dense.values[:, 0].long() - 1, batch.enc_pos.reshape(-1)[slots])
+    assert (batch.enc_mod == index).sum(1).tolist() == (np.arange(40) % 6).tolist()
+    masked = facts_batch().dense["t5"].values
+    assert (masked == 0).all(1).any()
+
+
+def test_keep_binary_shows_all_or_nothing():
+    ids = facts_batch(keep="binary", inputs={"facts": 1.0}, num_inputs=(7, 7)).enc_ids
+    shown = (ids >= 210).sum(1).unique().tolist()
+    assert shown == [0, 6]
+
+
+def test_without_spilling_excess_is_lost_as_in_released_training():
+    full, lost = (facts_batch(inputs={"t5": 1.0, "depth": 1.0}, spill=spill).enc_mod >= 0
+                  for spill in (True, False))
+    assert full.all()
+    assert not lost.all()
+
+
+def test_a_modality_gets_the_least_it_must():
+    index = FACTS.index("depth")
+    batch = facts_batch(inputs={"depth": 0.3, "t5": 0.3}, least={"depth": 3})
+    assert int((batch.enc_mod == index).sum(1).min()) >= 3
+    free = facts_batch(inputs={"depth": 0.3, "t5": 0.3}, spill=False)
+    assert int((free.enc_mod == index).sum(1).min()) < 3
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_merging_spans_undoes_masking(keep):
+    ids = np.arange(300, 300 + len(keep))[None]
+    inputs, targets = span_mask(ids, np.array([len(keep)]), np.array([keep]))
+    merged = merge_spans(*(part[0, : n[0]].tolist() for part, n in (inputs, targets)))
+    assert merged == ids[0].tolist()
+
+
+def test_an_unknown_way_to_keep_is_refused():
+    with pytest.raises(ValueError, match="keep must be random, all or binary, got 'some'"):
+        facts_batch(keep="some")

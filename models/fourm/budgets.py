@@ -1,0 +1,68 @@
+"""How many tokens each modality of a sample shows and predicts. B samples, m modalities."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from models.fourm.draws import Draws
+
+RETRIES = 100
+
+
+def draw_budgets(
+    draws: Draws, tag: str, alpha: np.ndarray, total: np.ndarray, limit: np.ndarray,
+    least: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws budgets [B,m], not yet clamped, and the shares [B,m] they are floors of.
+
+    Args:
+        draws: Random numbers; `tag` tells input from target budgets.
+        tag: "input" or "target".
+        alpha: Dirichlet concentrations [whole batch, m]; 0 gives nothing.
+        total: Tokens [B].
+        limit: What modalities can take [B,m].
+        least: What they must get [B,m] once clamped; where a draw gives less, the sample draws
+            again, up to `RETRIES` times.
+    """
+    share, budget = np.zeros(limit.shape), np.zeros(limit.shape, int)
+    short = np.ones(len(limit), bool)
+    for attempt in range(RETRIES):
+        part = f" {attempt}" if attempt else ""
+        drawn = draws.dirichlet(f"{tag}s{part}", alpha)
+        picks = draws.dirichlet(f"{tag} rest{part}", alpha, alpha.shape[1]).argmax(-1)
+        split = split_budget(drawn, total, picks)
+        share[short], budget[short] = drawn[short], split[short]
+        short = (np.minimum(budget, limit) < least).any(1)
+        if not short.any():
+            break
+    return budget, share
+
+
+def split_budget(share: np.ndarray, total: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    """Budgets [B,m] that sum to `total` [B]: floors of share [B,m] * total, what is left over goes
+    one by one to the modalities in picks [B, >= m]."""
+    budget = np.floor(share.astype(np.float32) * total[:, None].astype(np.float32)).astype(int)
+    left = total - budget.sum(1)
+    given = np.arange(picks.shape[1]) < left[:, None]
+    row, col = np.nonzero(given)
+    np.add.at(budget, (row, picks[row, col]), 1)
+    return budget
+
+
+def redistribute(budget: np.ndarray, limit: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Clamps budget [B,m] to limit [B,m] and gives the excess to modalities that have room and a
+    share, in proportion to it; what fits nowhere is lost."""
+    total = budget.sum(1)
+    budget = np.minimum(budget, limit)
+    for _ in range(2 * budget.shape[1]):
+        left = total - budget.sum(1)
+        room = np.where(share > 0, limit - budget, 0)
+        if not ((left > 0) & (room.sum(1) > 0)).any():
+            break
+        weight = np.where(room > 0, np.maximum(share, 1e-9), 0.0)
+        weight /= np.maximum(weight.sum(1, keepdims=True), 1e-300)
+        extra = np.floor(weight * left[:, None]).astype(int)
+        # The rest of the floors goes to the largest weight, so that every round makes progress.
+        extra[np.arange(len(extra)), weight.argmax(1)] += left - extra.sum(1)
+        budget = budget + np.minimum(np.maximum(extra, 0), room)
+    return budget
