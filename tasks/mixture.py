@@ -20,8 +20,8 @@ import numpy as np
 from infra.manifest import Manifest, load_manifest, manifest_names
 from infra.store import Store
 from models.fourm.batch import Batch
-from models.fourm.loader import TokenDataset, base_name
 from models.fourm.draws import Draws
+from models.fourm.loader import TokenDataset, base_name
 from models.fourm.masking import Mixture, Samples, mask_batch
 from models.fourm.spec import FourMConfig, ModalitySpec
 from tasks.recipes import Source, TrainRecipe
