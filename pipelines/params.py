@@ -42,7 +42,7 @@ LabelerName = Annotated[str, AfterValidator(_known_labeler)]
 DenseName = Annotated[str, AfterValidator(_known_dense)]
 """A modality with a recipe for its tokenizer, of this project or of an installed package."""
 RecipeName = Literal[
-    "demo", "demo_long", "fourm_b", "fourm_l", "fourm_xl", "fourm_21_b", "fourm_21_l",
+    "demo", "demo_long", "speedrun", "fourm_b", "fourm_l", "fourm_xl", "fourm_21_b", "fourm_21_l",
     "fourm_21_xl", "t2i_b", "t2i_l", "t2i_xl", "sr_l",
 ]
 
@@ -249,6 +249,16 @@ class PlanTrainParams(Form):
     memory_gib: float = Field(80.0, gt=0, description="Memory of a device, GiB.")
 
 
+class SpeedrunParams(Form):
+    """Train on fixed scenes to a fixed loss; print time, tokens and FLOPs to it."""
+
+    root: str = Field("data/speedrun", min_length=1, description="Where set and runs are kept.")
+    seed: int = Field(0, ge=0, description="Seed of weights and of every batch.")
+    record: bool = Field(False, description="Add it to the leaderboard if it is the fastest.")
+    note: str = Field("", description="What became faster, for the leaderboard.")
+    board: str = Field("docs/speedrun.jsonl", min_length=1, description="The leaderboard.")
+
+
 class EvaluateOptions(Form):
     """What is measured."""
 
@@ -398,6 +408,7 @@ COMMANDS: dict[str, tuple[type[Where], str]] = {
 
 TOOLS: dict[str, tuple[type[Form], str]] = {
     "plan-train": (PlanTrainParams, "fourm plan-train --recipe fourm_21_xl --devices 128"),
+    "speedrun": (SpeedrunParams, "fourm speedrun --record --note 'larger batches'"),
 }
 """Commands made from their form that are no flows: they print lines."""
 
