@@ -174,8 +174,10 @@ def _network(config: Config, shapes: Shapes, head_width: int) -> ReleasedVQ:
     decoder: ViTDecoder | BottleneckMLP | PatchedUNet | UViT | None = None
     if dec.has("time_embed"):
         diffusion = _diffusion(config)
-        make = _unet if dec.has("input_blocks.") else _uvit
-        decoder = make(dec, channels, latent, head_width)
+        if dec.has("input_blocks."):
+            decoder = _unet(dec, channels, latent)
+        else:
+            decoder = _uvit(dec, channels, latent, head_width)
     elif dec.has(""):
         decoder = _plain_decoder(config, dec, num_classes or channels, patch, head_width)
     heads = quantize.heads if isinstance(quantize, Memcodes) else 1
@@ -248,7 +250,7 @@ def _plain_decoder(
     )
 
 
-def _unet(shapes: Shapes, channels: int, condition: int, head_width: int) -> PatchedUNet:
+def _unet(shapes: Shapes, channels: int, condition: int) -> PatchedUNet:
     width = shapes["input_blocks.0.0.weight"][0]
     blocks, multipliers, attention = 0, [0], []
     for i in range(1, shapes.count("input_blocks")):
