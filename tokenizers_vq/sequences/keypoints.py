@@ -36,12 +36,13 @@ def keypoints_to_string(
     for human in humans:
         if len(human["keypoints"]) != KEYPOINTS:
             raise ValueError(f"{len(human['keypoints'])} keypoints: a person has {KEYPOINTS}")
-        words = (_word(*keypoint, min_score) for keypoint in human["keypoints"])
+        words = (_word(keypoint, min_score) for keypoint in human["keypoints"])
         lines.append(" ".join(["human", box_words(human["box"]), "pose", *words]))
     return " ".join(lines) or "none"
 
 
-def _word(x: float, y: float, score: float, min_score: float) -> str:
+def _word(keypoint: Sequence[float], min_score: float) -> str:
+    x, y, score = keypoint
     if score < min_score or not (0 <= x <= 1 and 0 <= y <= 1):
         return "none"
     return f"{number(0, x * (BINS - 1))} {number(1, y * (BINS - 1))}"
