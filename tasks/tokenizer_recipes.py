@@ -7,7 +7,7 @@ network and other levels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from models import modalities
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from tokenizers_vq.codec import ValueCodec
     from tokenizers_vq.vqvae import VQConfig
 
-Kind = Literal["rgb", "depth", "normal", "semseg", "feature"]
+Kind = Literal["rgb", "depth", "normal", "semseg", "feature", "vector", "edge", "mask"]
+_ADDED = frozenset({"loss", "perceptual", "perceptual_model", "sizes", "registers"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +29,15 @@ class TokenizerRecipe:
     """Everything that decides what a learned tokenizer becomes."""
 
     kind: Kind
-    """Value type: decides loss, contract and metric."""
+    """Value type: decides contract, metric and, unless named, the loss."""
     size: int = 128
     """Side of the crops in pixels."""
     patch: int = 16
     """Pixels per token and side; ignored by feature maps, whose cells are the tokens."""
     levels: tuple[int, ...] = (8, 5, 5, 5)
     """FSQ levels; the vocabulary is their product."""
-    quantizer: Literal["fsq", "vq"] = "fsq"
-    """Bottleneck; `vq` takes as many codes as `levels` multiply to."""
+    quantizer: Literal["fsq", "vq", "lfq"] = "fsq"
+    """Bottleneck; `vq` and `lfq` take as many codes as `levels` multiply to."""
     width: int = 256
     """Transformer width."""
     encoder_depth: int = 1
@@ -61,11 +62,31 @@ class TokenizerRecipe:
     """Crops kept in memory."""
     seed: int = 0
     """Seed of weights and batches."""
+    loss: str = ""
+    """`mse`, `l1`, `smooth_l1`, `cosine`, `cross_entropy` or `bce`; empty takes the kind's own."""
+    perceptual: float = 0.0
+    """Weight of the distance between what a frozen network sees in pictures; rgb only."""
+    perceptual_model: str = "vit_base_patch16_clip_224.openai"
+    """That network, a timm model."""
+    sizes: tuple[int, ...] = ()
+    """Sides in pixels of which each step draws one; empty trains at `size` alone."""
+    registers: int = 0
+    """Above 0 a sample becomes so many ordered tokens, of which any first few decode."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
+        object.__setattr__(self, "sizes", tuple(self.sizes))
         if self.steps < 1 or self.batch_size < 1 or self.max_samples < 1:
             raise ValueError("steps, batch_size and max_samples must be positive")
+        if self.perceptual and self.kind != "rgb":
+            raise ValueError(f"perceptual={self.perceptual} is for rgb, not for {self.kind}")
+        if self.sizes and self.kind in ("feature", "vector"):
+            raise ValueError(f"sizes={self.sizes}: {self.kind} values have one size")
+        if odd := [size for size in self.sizes if size % self.patch or size > self.size]:
+            raise ValueError(
+                f"sizes={self.sizes}: {odd[0]} is no multiple of patch={self.patch} up to "
+                f"size={self.size}"
+            )
 
     @property
     def crops(self) -> CropPolicy:
@@ -78,14 +99,15 @@ class TokenizerRecipe:
 
         from tokenizers_vq.vqvae import VQConfig
 
-        feature = self.kind == "feature"
-        channels = {"rgb": 3, "depth": 1, "normal": 3, "semseg": 8}
+        feature = self.kind in ("feature", "vector")
+        channels = {"rgb": 3, "depth": 1, "normal": 3, "semseg": 8, "edge": 1, "mask": 1}
+        sides = {"feature": packed.shape[1], "vector": 1}
         num_classes = 0
         if self.kind == "semseg":
             num_classes = self.num_classes or int(packed[packed != 255].max(initial=0)) + 1
         return VQConfig(
             channels=packed.shape[-1] if feature else channels[self.kind],
-            image_size=packed.shape[1] if feature else self.size,
+            image_size=sides.get(self.kind, self.size),
             patch=1 if feature else self.patch,
             num_classes=num_classes,
             width=self.width,
@@ -95,16 +117,17 @@ class TokenizerRecipe:
             levels=self.levels,
             codebook_size=math.prod(self.levels),
             jitter=self.jitter,
+            registers=self.registers,
         )
 
     def codec(self, packed: np.ndarray) -> ValueCodec:
         """The value contract for these values."""
         from tokenizers_vq.codec import ValueCodec, feature_statistics
 
-        if self.kind != "feature":
+        if self.kind not in ("feature", "vector"):
             return ValueCodec(kind=self.kind, depth_mode=self.depth_mode)
         mean, std = feature_statistics(packed)
-        return ValueCodec(kind="feature", mean=mean, std=std)
+        return ValueCodec(kind=self.kind, mean=mean, std=std)
 
     def training(self, threads: int = 0) -> TrainConfig:
         """What the trainer is told."""
@@ -136,6 +159,18 @@ class TextRecipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
+
+
+def identity(recipe: TokenizerRecipe | TextRecipe) -> dict[str, Any]:
+    """The fields that name what a recipe trains.
+
+    A field that came later counts only where it is set, so that older tokenizers keep their names.
+    """
+    unset = {
+        field.name for field in fields(recipe)
+        if field.name in _ADDED and getattr(recipe, field.name) == field.default
+    }
+    return {name: value for name, value in asdict(recipe).items() if name not in unset}
 
 
 _RECIPES = {

@@ -25,7 +25,7 @@ from infra.ledger import Ledger, Stage
 from infra.store import Store
 from models import modalities
 from tasks.tokenizer_data import load_crops, read_values
-from tasks.tokenizer_recipes import TextRecipe, TokenizerRecipe
+from tasks.tokenizer_recipes import TextRecipe, TokenizerRecipe, identity
 from tasks.trainer import Task, Trainer
 
 if TYPE_CHECKING:
@@ -72,28 +72,42 @@ class ReconstructionTask(Task):
     def __init__(
         self, recipe: TokenizerRecipe, network: VQConfig, codec: ValueCodec, train: np.ndarray
     ) -> None:
+        from tokenizers_vq.losses import reconstruction_loss
+
         self.recipe, self.network, self.codec, self.train = recipe, network, codec, train
+        self.reconstruction = reconstruction_loss(codec.kind, recipe.loss)
+        self._perceptual: nn.Module | None = None
 
     def build_model(self) -> nn.Module:
         """A fresh network."""
-        from tokenizers_vq.vqvae import VQVAE
+        from tokenizers_vq.ordered import build_network
 
-        return VQVAE(self.network)
+        return build_network(self.network)
 
     def batch(self, step: int, rank: int, world: int) -> torch.Tensor:
         """Values of the crops drawn for this step, as the network eats them."""
         rng = np.random.default_rng((self.recipe.seed, step))
         rows = rng.integers(0, len(self.train), self.recipe.batch_size)[rank::world]
-        return self.codec.to_tensor(self.train[rows])
+        values = self.codec.to_tensor(self.train[rows])
+        return resized(values, int(rng.choice(self.recipe.sizes))) if self.recipe.sizes else values
 
     def loss(
         self, model: nn.Module, batch: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Reconstruction plus the bottleneck's own loss."""
-        from tokenizers_vq.losses import LOSSES
-
         output, quantized = model(batch)
-        return LOSSES[self.codec.kind](output, batch) + quantized.loss, {}
+        total = self.reconstruction(output, batch) + quantized.loss
+        if not self.recipe.perceptual:
+            return total, {}
+        seen = self._seen(batch.device)(output, batch)
+        return total + self.recipe.perceptual * seen, {"perceptual": seen.detach()}
+
+    def _seen(self, device: torch.device) -> nn.Module:
+        if self._perceptual is None:
+            from tokenizers_vq.losses import Perceptual
+
+            self._perceptual = Perceptual(self.recipe.perceptual_model).to(device)
+        return self._perceptual
 
     def is_hidden(self, name: str) -> bool:
         """Muon updates patch projections too: halves the error that AdamW leaves there."""
@@ -107,13 +121,22 @@ class ReconstructionTask(Task):
         return {}
 
 
+def resized(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Values [B, C, H, W] or ids [B, H, W] at another side in pixels; ids are not mixed."""
+    import torch.nn.functional as F
+
+    if values.dim() == 3:
+        return F.interpolate(values[:, None], size=(size, size), mode="nearest")[:, 0]
+    return F.interpolate(values, size=(size, size), mode="bilinear", antialias=True)
+
+
 def tokenizer_path(
     name: str, recipe: TokenizerRecipe | TextRecipe, stages: Sequence[Stage], shards: Sequence[int]
 ) -> str:
     """Where the tokenizer of this recipe on these labels is stored."""
     content = {
         "version": VERSION,
-        "recipe": asdict(recipe),
+        "recipe": identity(recipe),
         "stages": [stage.fingerprint for stage in stages],
         "shards": list(shards),
     }
@@ -283,7 +306,10 @@ def _publish(
 
 
 def evaluate_tokenizer(tokenizer: Tokenizer, held_out: list[np.ndarray]) -> dict[str, float]:
-    """Task metric of the reconstruction, code usage and perplexity; shows before and after."""
+    """Task metric of the reconstruction, code usage and perplexity; shows before and after.
+
+    Of ordered tokens also the metric of their first 1, 2, 4, ...: `psnr@4`.
+    """
     import torch
 
     from tokenizers_vq.quality import reconstruction_quality
@@ -294,6 +320,12 @@ def evaluate_tokenizer(tokenizer: Tokenizer, held_out: list[np.ndarray]) -> dict
     kind = tokenizer.codec.kind
     metrics = reconstruction_quality(kind, decoded, held_out)
     metrics |= code_statistics(torch.from_numpy(tokens.astype(np.int64)), tokenizer.vocab_size)
+    if tokenizer.ordered:
+        for count in (2**i for i in range(int(tokens.shape[1] - 1).bit_length())):
+            first = reconstruction_quality(
+                kind, tokenizer.decode_tokens(tokens[:, :count]), held_out
+            )
+            metrics |= {f"{name}@{count}": value for name, value in first.items()}
     render = modalities.get(tokenizer.modality).render
     pairs = zip(held_out[:_SHOWN], decoded[:_SHOWN], strict=True)
     images = [

@@ -7,6 +7,9 @@ forms of a value occur, N samples of H x W:
     packed   the smallest array that keeps it (float16 depth, int8 normals), for caches
     tensor   what the network eats: float32 [N, C, H, W] around [-1, 1], or ids uint8 [N, H, W]
 
+Edges are uint8 [H, W]; masks lie in 0..1 [H, W] and decode to 0 or 1; a vector [C] is a feature
+map of a single cell.
+
 Numbers of the released tokenizers: RGB and normals in [-1, 1] (not ImageNet statistics), depth by
 truncated standardisation; depth in metric units keeps its scale under `log` instead.
 """
@@ -24,7 +27,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-Kind = Literal["rgb", "depth", "normal", "semseg", "feature"]
+Kind = Literal["rgb", "depth", "normal", "semseg", "feature", "vector", "edge", "mask"]
 Values = Sequence[NDArray[Any]] | NDArray[Any]
 
 _TRUNCATED = 0.1
@@ -36,7 +39,7 @@ class ValueCodec:
     """How one modality's values become tensors."""
 
     kind: Kind
-    """Which of the five value types."""
+    """Which value type."""
     depth_mode: Literal["log", "standardise"] = "log"
     """`log`: log of [near, 1] to [-1, 1]; `standardise`: each map to zero mean, unit variance."""
     near: float = 0.01
@@ -45,6 +48,8 @@ class ValueCodec:
     """Mean of each feature channel."""
     std: tuple[float, ...] = ()
     """Standard deviation of each feature channel."""
+    class_offset: int = 0
+    """Added to class ids; with 1, unlabelled pixels (255) become class 0."""
 
     def __post_init__(self) -> None:
         if self.kind not in _PACK:
@@ -53,12 +58,17 @@ class ValueCodec:
             raise ValueError(f"depth_mode={self.depth_mode!r}: choose 'log' or 'standardise'")
         if not 0 < self.near < 1:
             raise ValueError(f"near={self.near} must lie between 0 and 1")
-        if self.kind == "feature" and not len(self.mean) == len(self.std) > 0:
-            raise ValueError("a feature codec needs mean and std of every channel")
+        if self.kind in _CHANNELS_LAST and not len(self.mean) == len(self.std) > 0:
+            raise ValueError(f"a {self.kind} codec needs mean and std of every channel")
+        if self.class_offset not in (0, 1):
+            raise ValueError(f"class_offset={self.class_offset} must be 0 or 1")
 
     def to_dict(self) -> dict[str, Any]:
         """The codec as JSON-ready values."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        fields = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        if not self.class_offset:  # younger than stored tokenizers, whose bytes must not change
+            del fields["class_offset"]
+        return fields
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ValueCodec:
@@ -80,9 +90,14 @@ class ValueCodec:
             case "depth":
                 return self._depth(tensor.float())[:, None]
             case "semseg":
-                return tensor
+                return tensor + self.class_offset  # 255 + 1 wraps to 0
+            case "edge":
+                return tensor[:, None].float() / 127.5 - 1
+            case "mask":
+                return tensor[:, None].float() / 255
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-        return ((tensor.float() - mean) / std).permute(0, 3, 1, 2)
+        scaled = (tensor.float() - mean) / std
+        return scaled[:, :, None, None] if self.kind == "vector" else scaled.permute(0, 3, 1, 2)
 
     def from_tensor(self, output: Tensor) -> list[NDArray[Any]]:
         """Network output [N, C, H, W] to values, in the types of the modality table."""
@@ -96,9 +111,14 @@ class ValueCodec:
             case "depth":
                 return list(self._distance(output[:, 0]).numpy())
             case "semseg":
-                return list(output.argmax(1).to(torch.uint8).numpy())
+                return list((output.argmax(1).to(torch.uint8) - self.class_offset).numpy())
+            case "edge":
+                pixels = ((output[:, 0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+                return list(pixels.numpy())
+            case "mask":
+                return list((output[:, 0] > 0).to(torch.uint8).numpy())
         features = output.permute(0, 2, 3, 1) * torch.tensor(self.std) + torch.tensor(self.mean)
-        return list(features.numpy())
+        return list((features[:, 0, 0] if self.kind == "vector" else features).numpy())
 
     def _depth(self, depth: Tensor) -> Tensor:
         if self.depth_mode == "log":
@@ -133,12 +153,24 @@ def _pack_feature(value: NDArray[Any]) -> NDArray[Any]:
     return value.astype(np.float16, copy=False)
 
 
+def _pack_vector(value: NDArray[Any]) -> NDArray[Any]:
+    return value.astype(np.float32, copy=False)
+
+
+def _pack_mask(value: NDArray[Any]) -> NDArray[Any]:
+    return np.rint(np.clip(value.astype(np.float32), 0, 1) * 255).astype(np.uint8)
+
+
+_CHANNELS_LAST = ("feature", "vector")
 _PACK = {
     "rgb": _pack_rgb,
     "depth": _pack_depth,
     "normal": _pack_normal,
     "semseg": _pack_rgb,
     "feature": _pack_feature,
+    "vector": _pack_vector,
+    "edge": _pack_rgb,
+    "mask": _pack_mask,
 }
 
 

@@ -56,13 +56,22 @@ def _feature(pred: Array, true: Array) -> Sums:
     return {"cosine": (float(cosine.sum()), cosine.size)}
 
 
+def _mask(pred: Array, true: Array) -> Sums:
+    ours, theirs = pred > 0, true >= 0.5
+    return {"iou": (float((ours & theirs).sum()), float((ours | theirs).sum()))}
+
+
 _MEASURES = {
     "rgb": _rgb,
     "depth": _depth,
     "normal": _normal,
     "semseg": _semseg,
     "feature": _feature,
+    "vector": _feature,
+    "edge": _rgb,
+    "mask": _mask,
 }
+
 
 def reconstruction_quality(
     kind: Kind, preds: Iterable[Array], trues: Iterable[Array]
@@ -70,8 +79,8 @@ def reconstruction_quality(
     """Task metrics of reconstructions against the values that were encoded.
 
     Returns:
-        rgb: `psnr` in dB; depth: `abs_rel`, `delta1`; normal: `mean_angle` in degrees; semseg:
-        `miou` over the classes that occur; feature: `cosine`.
+        rgb and edge: `psnr` in dB; depth: `abs_rel`, `delta1`; normal: `mean_angle` in degrees;
+        semseg: `miou` over the classes that occur; feature and vector: `cosine`; mask: `iou`.
     """
     totals: dict[str, tuple[float, float]] = {}
     for pred, true in zip(preds, trues, strict=True):

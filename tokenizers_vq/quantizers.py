@@ -1,10 +1,11 @@
-"""Bottlenecks that turn latent vectors into integers: finite scalar quantisation and VQ.
+"""Bottlenecks that turn latent vectors into integers: FSQ, VQ and LFQ.
 
 FSQ (Mentzer et al., arXiv 2309.15505) is the default: it has no codebook to collapse, no
 commitment loss and nothing to synchronise between replicas. Its levels are equally spaced, so a
 bell-shaped latent would leave the outer ones empty; the latent is normalised and squashed by
 2*sigmoid(1.6 z) - 1, which maps a Gaussian nearly onto a uniform (iFSQ). The VQ option has a
-learned codebook: cosine similarity, rotation trick, k-means start, dead codes replaced.
+learned codebook: cosine similarity, rotation trick, k-means start, dead codes replaced. LFQ (Yu
+et al., arXiv 2310.05737) takes the signs of the latent: a token is a number of as many bits.
 """
 
 from __future__ import annotations
@@ -151,6 +152,35 @@ class Codebook(nn.Module):
     def lookup(self, tokens: Tensor) -> Tensor:
         """Latents [B, N, D] of tokens [B, N]."""
         return self.vq.get_output_from_indices(tokens)
+
+
+class LookupFree(nn.Module):
+    """LFQ: one bit a dimension, and an entropy loss that keeps codes sure and all in use.
+
+    Args:
+        dim: Width of the latents that come in and go out.
+        vocab_size: Number of codes, a power of two.
+    """
+
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__()
+        from vector_quantize_pytorch import LFQ
+
+        self.vocab_size = vocab_size
+        self.norm = nn.LayerNorm(dim)
+        # The loss compares each latent with all codes; a share of them bounds its memory.
+        share = min(1.0, 4096 / vocab_size)
+        self.lfq = LFQ(dim=dim, codebook_size=vocab_size, frac_per_sample_entropy=share)
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantises [B, N, D]; gradients pass straight through."""
+        with torch.autocast(z.device.type, enabled=False):
+            latents, tokens, loss = self.lfq(self.norm(z.float()))
+        return Quantized(latents, tokens.long(), loss.sum())
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """Latents [B, N, D] of tokens [B, N]."""
+        return self.lfq.indices_to_codes(tokens)
 
 
 def code_statistics(tokens: Tensor, vocab_size: int) -> dict[str, float]:

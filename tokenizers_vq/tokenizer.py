@@ -1,7 +1,7 @@
 """One interface to every learned tokenizer, and its files.
 
     <folder>/config.json          network, value contract, modality
-    <folder>/model.safetensors    weights
+    <folder>/model.safetensors    weights; those of released networks keep their published names
 
     tokenizer = load_tokenizer(store, "tokenizers/depth@1f2e3d4c")
     tokens = tokenizer.encode_values(depth_maps)     # uint16 [B, N]
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,12 +24,14 @@ from torch import Tensor
 
 from infra.machine import fast_bf16
 from tokenizers_vq.codec import ValueCodec, Values
+from tokenizers_vq.ordered import build_network
 from tokenizers_vq.vqvae import VQVAE, VQConfig
 
 if TYPE_CHECKING:
     from infra.store import Store
+    from tokenizers_vq.released.network import ReleasedVQ
 
-FORMAT = 1
+FORMAT, RELEASED_FORMAT = 1, 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _BATCH = 64
 
@@ -49,7 +50,7 @@ class Tokenizer:
     """
 
     def __init__(
-        self, modality: str, net: VQVAE, codec: ValueCodec, precision: str = "auto"
+        self, modality: str, net: VQVAE | ReleasedVQ, codec: ValueCodec, precision: str = "auto"
     ) -> None:
         if net.config.vocab_size > 1 << 16:
             raise ValueError(f"{modality}: {net.config.vocab_size} codes do not fit uint16 tokens")
@@ -71,12 +72,17 @@ class Tokenizer:
     @property
     def num_tokens(self) -> int:
         """Tokens of a sample at the native size."""
-        return self.grid**2
+        return self.net.config.num_tokens
+
+    @property
+    def ordered(self) -> bool:
+        """Whether any first few tokens of a sample decode."""
+        return bool(getattr(self.net.config, "registers", 0))
 
     @property
     def device(self) -> torch.device:
         """Where the network lies."""
-        return self.net.positions.device
+        return next(self.net.parameters()).device
 
     def to(self, device: str | torch.device) -> Tokenizer:
         """Moves the network; returns itself."""
@@ -110,16 +116,17 @@ class Tokenizer:
         """Tokens [B, N] to the network's output float32 [B, C, H, W] (logits for classes).
 
         Raises:
-            ValueError: if N is no square or a token is outside the vocabulary.
+            ValueError: if N forms no grid or a token is outside the vocabulary.
         """
         grid = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=self.device)
-        side = math.isqrt(grid.shape[1])
-        if side * side != grid.shape[1]:
-            raise ValueError(f"{self.modality}: {grid.shape[1]} tokens do not form a square grid")
+        try:
+            shape = self.net.config.token_shape(grid.shape[1])
+        except ValueError as error:
+            raise ValueError(f"{self.modality}: {error}") from None
         if grid.numel() and not 0 <= int(grid.min()) <= int(grid.max()) < self.vocab_size:
             raise ValueError(f"{self.modality}: tokens must lie in 0..{self.vocab_size - 1}")
         with self._inference():
-            grids = grid.unflatten(1, (side, side)).split(_BATCH)
+            grids = grid.unflatten(1, shape).split(_BATCH)
             parts = [self.net.decode(part) for part in grids]
         return torch.cat(parts).float()
 
@@ -132,7 +139,7 @@ class Tokenizer:
         from safetensors.torch import save
 
         config = {
-            "format": FORMAT,
+            "format": FORMAT if isinstance(self.net, VQVAE) else RELEASED_FORMAT,
             "modality": self.modality,
             "network": self.net.config.to_dict(),
             "codec": self.codec.to_dict(),
@@ -169,13 +176,24 @@ def from_files(files: dict[str, bytes], precision: str = "auto") -> Tokenizer:
     from safetensors.torch import load
 
     config = json.loads(files[CONFIG])
-    if config.get("format") != FORMAT:
-        raise ValueError(f"tokenizer format {config.get('format')!r}; this version reads {FORMAT}")
-    net = VQVAE(VQConfig(**config["network"]))
-    try:
-        net.load_state_dict(load(files[WEIGHTS]))
-    except RuntimeError as error:
-        raise ValueError(f"{config['modality']}: weights do not fit the config: {error}") from None
+    form, weights = config.get("format"), load(files[WEIGHTS])
+    net: VQVAE | ReleasedVQ
+    if form == RELEASED_FORMAT:
+        from tokenizers_vq.released.checkpoint import build
+
+        network = config["network"]
+        net = build(network["published"], weights, head_width=network["head_width"])
+    elif form == FORMAT:
+        net = build_network(VQConfig(**config["network"]))
+        try:
+            net.load_state_dict(weights)
+        except RuntimeError as error:
+            text = f"{config['modality']}: weights do not fit the config: {error}"
+            raise ValueError(text) from None
+    else:
+        raise ValueError(
+            f"tokenizer format {form!r}; this version reads {FORMAT} and {RELEASED_FORMAT}"
+        )
     return Tokenizer(config["modality"], net, ValueCodec.from_dict(config["codec"]), precision)
 
 

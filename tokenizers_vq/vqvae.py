@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizers_vq.quantizers import Codebook, FiniteScalar, Quantized
+from tokenizers_vq.quantizers import Codebook, FiniteScalar, LookupFree, Quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +44,24 @@ class VQConfig:
     heads: int = 4
     """Attention heads."""
     quantizer: str = "fsq"
-    """`fsq` or `vq`."""
+    """`fsq`, `vq` or `lfq`."""
     levels: tuple[int, ...] = (8, 5, 5, 5)
     """FSQ levels; the vocabulary is their product."""
     codebook_size: int = 1024
-    """Vocabulary of `vq`; ignored by `fsq`."""
+    """Vocabulary of `vq` and `lfq`; ignored by `fsq`."""
     jitter: float = 0.0
     """Probability of moving a FSQ level by one in training."""
+    registers: int = 0
+    """Above 0 a sample has so many ordered tokens instead of a grid (`tokenizers_vq.ordered`)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
-        if self.quantizer not in ("fsq", "vq"):
-            raise ValueError(f"quantizer={self.quantizer!r}: choose 'fsq' or 'vq'")
+        if self.quantizer not in ("fsq", "vq", "lfq"):
+            raise ValueError(f"quantizer={self.quantizer!r}: choose 'fsq', 'vq' or 'lfq'")
+        if self.quantizer == "lfq" and self.codebook_size & (self.codebook_size - 1):
+            raise ValueError(f"lfq: {self.codebook_size} codes are no power of two")
+        if self.registers < 0:
+            raise ValueError(f"registers={self.registers} must not be negative")
         if self.image_size % self.patch:
             raise ValueError(f"image_size={self.image_size} is not a multiple of {self.patch}")
         if self.width % (4 * self.heads):
@@ -67,13 +73,36 @@ class VQConfig:
         return self.image_size // self.patch
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of a sample at the native size."""
+        return self.registers or self.grid**2
+
+    def token_shape(self, count: int) -> tuple[int, ...]:
+        """The shape in which the network takes `count` tokens of a sample.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.registers:
+            if not 1 <= count <= self.registers:
+                raise ValueError(f"{count} tokens instead of 1 to {self.registers}")
+            return (count,)
+        side = math.isqrt(count)
+        if side * side != count:
+            raise ValueError(f"{count} tokens do not form a square grid")
+        return side, side
+
+    @property
     def vocab_size(self) -> int:
         """Number of codes."""
         return math.prod(self.levels) if self.quantizer == "fsq" else self.codebook_size
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values."""
-        return {**asdict(self), "levels": list(self.levels)}
+        fields = {**asdict(self), "levels": list(self.levels)}
+        if not self.registers:  # younger than stored tokenizers, whose bytes must not change
+            del fields["registers"]
+        return fields
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -160,7 +189,7 @@ class VQVAE(nn.Module):
     """Encoder, bottleneck and decoder of one modality."""
 
     positions: Tensor
-    quantizer: FiniteScalar | Codebook
+    quantizer: FiniteScalar | Codebook | LookupFree
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -174,8 +203,10 @@ class VQVAE(nn.Module):
         )
         if config.quantizer == "fsq":
             self.quantizer = FiniteScalar(width, config.levels, config.jitter)
-        else:
+        elif config.quantizer == "vq":
             self.quantizer = Codebook(width, config.codebook_size)
+        else:
+            self.quantizer = LookupFree(width, config.codebook_size)
         self.decoder = nn.ModuleList(
             Block(width, config.heads) for _ in range(config.decoder_depth)
         )
@@ -191,15 +222,19 @@ class VQVAE(nn.Module):
         table = sincos_positions(self.config.width, height, breadth, base)
         return table.to(self.positions.device)
 
-    def _features(self, x: Tensor) -> tuple[Tensor, int, int]:
-        """What goes into the bottleneck, [B, N, D], and the grid."""
+    def _patches(self, x: Tensor) -> Tensor:
+        """Values or ids to patch embeddings [B, h, w, D]."""
         if self.config.num_classes:
             # A product with one-hot rows instead of a gather: its gradient is a product too,
             # where a gather's would add pixel by pixel. Ids out of range (255) embed as zero.
             ids = torch.arange(self.config.num_classes, device=x.device)
             x = (x[:, :, :, None] == ids).to(self.classes.dtype) @ self.classes
             x = x.permute(0, 3, 1, 2)
-        x = self.stem(x)
+        return self.stem(x)
+
+    def _features(self, x: Tensor) -> tuple[Tensor, int, int]:
+        """What goes into the bottleneck, [B, N, D], and the grid."""
+        x = self._patches(x)
         height, breadth = x.shape[1:3]
         x = x.flatten(1, 2)
         # No positions before the bottleneck: a code then means the same wherever it stands.

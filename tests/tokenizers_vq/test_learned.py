@@ -169,7 +169,7 @@ def test_wrong_tokens_are_refused_with_the_valid_range():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"quantizer": "lfq"}, "fsq"), ({"patch": 7}, "multiple"), ({"width": 33}, "width")],
+    [({"quantizer": "rvq"}, "fsq"), ({"patch": 7}, "multiple"), ({"width": 33}, "width")],
 )
 def test_networks_that_cannot_be_built_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

@@ -133,6 +133,39 @@ def test_files_of_poses_as_released_become_people():
     assert people_of([]) == people_of({}) == []
 
 
+keypoints = st.lists(
+    st.fixed_dictionaries({
+        "box": boxes,
+        "keypoints": st.lists(
+            st.tuples(st.floats(-0.2, 1.2), st.floats(-0.2, 1.2), unit), min_size=17, max_size=17
+        ),
+    }),
+    max_size=3,
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(keypoints)
+def test_keypoints_come_back_up_to_half_a_step_and_unseen_ones_as_unseen(humans):
+    line = seq.keypoints_to_string(humans)
+    back = seq.string_to_keypoints(through_ids(line))
+    assert seq.keypoints_to_string(back) == line
+    assert len(back) == len(humans)
+    for ours, theirs in zip(back, humans, strict=True):
+        for (x, y, seen), (u, v, score) in zip(ours["keypoints"], theirs["keypoints"], strict=True):
+            assert seen == (score >= 0.3 and 0 <= u <= 1 and 0 <= v <= 1)
+            assert not seen or max(abs(x - u), abs(y - v)) <= 0.5 / 999 + 1e-9
+
+
+def test_a_person_with_missing_or_too_few_keypoints_is_passed_over():
+    whole = "human v0=0 v1=0 v2=9 v3=9 pose " + "none " * 16
+    assert len(seq.string_to_keypoints(whole + "v0=1 v1=2")) == 1
+    assert seq.string_to_keypoints(whole) == seq.string_to_keypoints(whole + "v0=1") == []
+    assert seq.keypoints_to_string([]) == "none"
+    with pytest.raises(ValueError, match="3 keypoints: a person has 17"):
+        seq.keypoints_to_string([{"box": [0, 0, 1, 1], "keypoints": [[0, 0, 1]] * 3}])
+
+
 @settings(deadline=None, max_examples=50)
 @given(instances, st.lists(st.tuples(pixels, pixels), max_size=4))
 def test_instances_come_back_exactly_under_the_points_that_hit_them(masks, points):
@@ -216,6 +249,8 @@ def test_any_text_is_read_without_an_error(words):
     assert seq.string_to_metadata(text).keys() <= FIELDS.keys()
     for person in seq.string_to_poses(text):
         assert all(0 <= x <= 1 for x in person["box"])
+    for human in seq.string_to_keypoints(text):
+        assert len(human["keypoints"]) == 17
     for point in seq.string_to_sam(text):
         assert all(len(each["codes"]) == 16 for each in point["instances"])
     assert "[EOS]" not in seq.string_to_caption(text)

@@ -33,7 +33,7 @@ _POSE_CODES = 8
 class _Range(NamedTuple):
     """A group of equally spaced numbers."""
 
-    count: int
+    size: int
     low: float
     high: float
 
@@ -43,7 +43,7 @@ class _Range(NamedTuple):
         return " ".join(number(0, half * x + zero) for x in values)
 
     def read(self, words: Sequence[Word]) -> list[float] | None:
-        if len(words) != self.count or any(word.axis for word in words):
+        if len(words) != self.size or any(word.axis for word in words):
             return None
         step = (self.high - self.low) / (BINS - 1)
         return [self.low + min(word.number, BINS - 1) * step for word in words]
@@ -70,8 +70,8 @@ def _group(person: Mapping[str, Any], name: str) -> str:
             raise ValueError(f"{len(codes)} codes: a pose has {_POSE_CODES}")
         return " ".join([name, *map(code_word, codes)])
     values = _flat(person[name])
-    if len(values) != _RANGES[name].count:
-        raise ValueError(f"{name} has {len(values)} numbers instead of {_RANGES[name].count}")
+    if len(values) != _RANGES[name].size:
+        raise ValueError(f"{name} has {len(values)} numbers instead of {_RANGES[name].size}")
     return f"{name} {_RANGES[name].write(values)}"
 
 
@@ -117,7 +117,7 @@ def string_to_poses(text: str) -> list[dict[str, Any]]:
 def _read_groups(words: Sequence[Word]) -> dict[str, list[Any]]:
     readers: dict[str, tuple[int, Callable[[Sequence[Word]], list[Any] | None]]] = {
         "pose": (_POSE_CODES, lambda found: read_codes(found, _POSE_CODES)),
-        **{name: (each.count, each.read) for name, each in _RANGES.items()},
+        **{name: (each.size, each.read) for name, each in _RANGES.items()},
     }
     groups: dict[str, list[Any]] = {}
     for i, word in enumerate(words):

@@ -1,0 +1,57 @@
+"""Recipes of tokenizers: names stay, choices that cannot work are refused."""
+
+import numpy as np
+import pytest
+
+from tasks.tokenizer_recipes import TextRecipe, TokenizerRecipe, identity, tokenizer_recipe
+
+
+def test_recipes_that_use_nothing_new_keep_the_fields_their_stored_tokenizers_are_named_by():
+    assert identity(tokenizer_recipe("depth")) == {
+        "kind": "depth", "size": 128, "patch": 16, "levels": (8, 5, 5, 5), "quantizer": "fsq",
+        "width": 256, "encoder_depth": 1, "decoder_depth": 2, "jitter": 0.0, "num_classes": 0,
+        "depth_mode": "log", "steps": 500, "batch_size": 32, "lr": 1e-2, "min_scale": 0.8,
+        "max_samples": 4000, "seed": 0,
+    }
+    assert identity(tokenizer_recipe("depth", registers=16))["registers"] == 16
+    assert identity(TextRecipe()) == {"bins": 1000, "vocab_size": 30_000, "class_names": ()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "depth", "perceptual": 1.0}, "is for rgb, not for depth"),
+        ({"kind": "feature", "sizes": (64,)}, "feature values have one size"),
+        ({"kind": "rgb", "sizes": (64, 72)}, "72 is no multiple of patch=16"),
+        ({"kind": "rgb", "sizes": (256,)}, "256 is no multiple of patch=16 up to size=128"),
+    ],
+)
+def test_choices_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TokenizerRecipe(**changes)
+
+
+def test_a_step_draws_one_size_for_all_workers():
+    from tasks.train_tokenizers import ReconstructionTask
+
+    recipe = TokenizerRecipe(kind="semseg", size=32, patch=8, sizes=(16, 32), batch_size=4)
+    packed = np.random.default_rng(0).integers(0, 5, (6, 32, 32), dtype=np.uint8)
+    task = ReconstructionTask(recipe, recipe.resolved(packed), recipe.codec(packed), packed)
+    shapes = [[tuple(task.batch(step, rank, 2).shape) for rank in (0, 1)] for step in range(12)]
+    assert all(ours == theirs for ours, theirs in shapes)
+    assert {shape for pair in shapes for shape in pair} == {(2, 16, 16), (2, 32, 32)}
+    assert set(np.unique(task.batch(0, 0, 2))) <= set(range(5))  # classes are not mixed
+
+
+def test_vectors_become_ordered_tokens_of_a_single_cell():
+    from tokenizers_vq.ordered import OrderedVQ, build_network
+
+    recipe = TokenizerRecipe(kind="vector", registers=4, width=16)
+    packed = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)
+    codec, network = recipe.codec(packed), recipe.resolved(packed)
+    assert (network.channels, network.image_size, network.num_tokens) == (12, 1, 4)
+    net = build_network(network).eval()
+    assert isinstance(net, OrderedVQ)
+    tokens = net.encode(codec.to_tensor(packed))
+    assert tokens.shape == (5, 4)
+    assert codec.from_tensor(net.decode(tokens[:, :2]))[0].shape == (12,)

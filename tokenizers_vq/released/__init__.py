@@ -1,0 +1,1 @@
+"""Networks of the released tokenizers under their published parameter names."""

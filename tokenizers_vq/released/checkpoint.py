@@ -1,0 +1,285 @@
+"""Reading released tokenizer checkpoints; every size comes from the tensors themselves.
+
+    folder/{config.json, model.safetensors}      as published
+    file.safetensors                             with the configuration in its header
+    checkpoint-*.pth                             of a training: {"model": ..., "args": ...}
+
+What no shape tells is taken from the configuration: norms of the codebook, the diffusion
+schedule. Tensors that are missing, surplus or of another shape are refused by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenizers_vq.diffusion import Diffusion
+from tokenizers_vq.released.codebooks import Memcodes, MovingCodebook
+from tokenizers_vq.released.network import ReleasedShape, ReleasedVQ
+from tokenizers_vq.released.unet import PatchedUNet
+from tokenizers_vq.released.uvit import UViT
+from tokenizers_vq.released.vit import BottleneckMLP, ViTDecoder, ViTEncoder
+
+Config = dict[str, Any]
+Tensors = dict[str, Tensor]
+
+_NAMED = 4
+"""Tensors an error names before it only counts."""
+_ALIASES = {"decoder.downsample_mid.Conv2d_0.": "decoder.downsample_mid.conv."}
+"""Second names under which released files hold a tensor."""
+
+
+class Shapes:
+    """Shapes of a checkpoint's tensors below a prefix."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+        self._tensors, self._prefix = tensors, prefix
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        full = self._prefix + name
+        if full not in self._tensors:
+            raise ValueError(f"the checkpoint lacks the tensor {full}")
+        return tuple(self._tensors[full].shape)
+
+    def below(self, name: str) -> Shapes:
+        """Those of a submodule."""
+        return Shapes(self._tensors, f"{self._prefix}{name}.")
+
+    def has(self, start: str) -> bool:
+        """Whether any name starts so."""
+        return any(name.startswith(self._prefix + start) for name in self._tensors)
+
+    def count(self, name: str) -> int:
+        """Number of modules of a list."""
+        start = f"{self._prefix}{name}."
+        numbers = [key[len(start) :].split(".")[0] for key in self._tensors if
+                   key.startswith(start)]
+        return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)
+
+
+def read_checkpoint(path: str | Path, *, ema: bool = False) -> tuple[Config, Tensors]:
+    """Configuration and tensors of a checkpoint folder or file.
+
+    Args:
+        path: One of the forms above.
+        ema: Takes the averaged weights of a training checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is none of the forms above.
+    """
+    path = Path(path)
+    file = path / "model.safetensors" if path.is_dir() else path
+    beside = file.parent / "config.json"
+    config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    if file.suffix == ".safetensors":
+        header, tensors = _read_safetensors(file)
+        config = config or header
+    elif file.suffix in (".pth", ".pt"):
+        stored, tensors = _read_training(file, "model_ema" if ema else "model")
+        config = config or stored
+    else:
+        raise ValueError(f"{file}: a checkpoint is a folder, or a .safetensors, .pth or .pt file")
+    for alias, name in _ALIASES.items():
+        for key in [key for key in tensors if key.startswith(alias)]:
+            tensors.setdefault(name + key.removeprefix(alias), tensors[key])
+            del tensors[key]
+    return config, tensors
+
+
+def _read_safetensors(file: Path) -> tuple[Config, Tensors]:
+    from safetensors import safe_open
+
+    with safe_open(str(file), framework="pt") as opened:
+        config = {key: _literal(text) for key, text in (opened.metadata() or {}).items()}
+        return config, {name: opened.get_tensor(name) for name in opened.keys()}
+
+
+def _literal(text: str) -> Any:
+    """A value of the header, which holds configurations as Python writes them."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _read_training(file: Path, key: str) -> tuple[Config, Tensors]:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+    if key not in stored:
+        raise ValueError(f"{file} holds {', '.join(sorted(stored))}, not {key!r}")
+    args = stored.get("args")
+    return dict(vars(args)) if args is not None else {}, dict(stored[key])
+
+
+def build(config: Config, tensors: Tensors, *, head_width: int = 64) -> ReleasedVQ:
+    """The network of a checkpoint, with its weights, in evaluation mode.
+
+    Args:
+        config: The published configuration; unknown keys do not matter.
+        tensors: All tensors by their published names.
+        head_width: Channels per attention head, which no file tells.
+
+    Raises:
+        ValueError: if tensors are missing, surplus or of another shape.
+    """
+    if config.get("conditioning", "concat") != "concat":
+        raise ValueError(f"conditioning={config['conditioning']!r}: only 'concat' is supported")
+    shapes = Shapes(tensors)
+    with torch.device("meta"):
+        net = _network(config, shapes, head_width)
+    _require_equal(net.state_dict(), tensors)
+    net.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
+    return net.eval()
+
+
+def _require_equal(wanted: Mapping[str, Tensor], tensors: Tensors) -> None:
+    found = {
+        "lacks": sorted(wanted.keys() - tensors.keys()),
+        "holds besides": sorted(tensors.keys() - wanted.keys()),
+        "holds in another shape": [
+            f"{name} {tuple(tensors[name].shape)}, not {tuple(wanted[name].shape)}"
+            for name in sorted(wanted.keys() & tensors.keys())
+            if tensors[name].shape != wanted[name].shape
+        ],
+    }
+    texts = []
+    for verb, names in found.items():
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            texts.append(f"{verb} {', '.join(names[:_NAMED])}{more}")
+    if texts:
+        raise ValueError(f"the checkpoint {'; it '.join(texts)}")
+
+
+def _network(config: Config, shapes: Shapes, head_width: int) -> ReleasedVQ:
+    enc, dec = shapes.below("encoder"), shapes.below("decoder")
+    single = enc.has("linear_in.")
+    num_classes, channels = 0, enc["linear_in.weight" if single else "proj.weight"][1]
+    if shapes.has("cls_emb."):
+        num_classes, channels = shapes["cls_emb.weight"]
+    patch = 1 if single else enc["proj.weight"][2]
+    grid = 1 if single else enc["pos_emb"][2]
+    latent, width = shapes["quant_proj.weight"][:2]
+    quantize = _bottleneck(config, shapes.below("quantize"))
+    diffusion: Diffusion | None = None
+    decoder: ViTDecoder | BottleneckMLP | PatchedUNet | UViT | None = None
+    if dec.has("time_embed"):
+        diffusion = _diffusion(config)
+        if dec.has("input_blocks."):
+            decoder = _unet(dec, channels, latent)
+        else:
+            decoder = _uvit(dec, channels, latent, head_width)
+    elif dec.has(""):
+        decoder = _plain_decoder(config, dec, num_classes or channels, patch, head_width)
+    heads = quantize.heads if isinstance(quantize, Memcodes) else 1
+    shape = ReleasedShape(
+        vocab_size=quantize.vocab_size, channels=channels, patch=patch, grid=grid,
+        codebooks=heads, num_classes=num_classes, published=dict(config), head_width=head_width,
+    )
+    plain = decoder is not None and diffusion is None
+    return ReleasedVQ(
+        shape, encoder=_mlp(enc) if single else ViTEncoder(
+            channels=channels, patch=patch, **_transformer(enc, head_width)
+        ),
+        quantize=quantize, latent=latent, decoder=decoder, diffusion=diffusion,
+        features=(width, shapes["post_quant_proj.weight"][0] if plain else 0),
+    )
+
+
+def _bottleneck(config: Config, shapes: Shapes) -> MovingCodebook | Memcodes:
+    if shapes.has("codes"):
+        return Memcodes(*shapes["codes"])
+    return MovingCodebook(
+        *shapes["_codebook.embed"],
+        cosine=bool(config.get("norm_codes", True)),
+        norm_latents=bool(config.get("norm_latents", False)),
+        decay=float(config.get("ema_decay", 0.99)),
+        dead_below=float(config.get("threshold_ema_dead_code", 0.0)),
+        commitment=float(config.get("commitment_weight", 1.0)),
+    )
+
+
+def _diffusion(config: Config) -> Diffusion:
+    clamp = config.get("thresholding", True) or config.get("clip_sample", False)
+    return Diffusion(
+        schedule=config.get("beta_schedule", "linear"),
+        steps=int(config.get("num_train_timesteps", 1000)),
+        zero_terminal_snr=bool(config.get("zero_terminal_snr", True)),
+        prediction=config.get("prediction_type", "sample"),
+        clamp=bool(clamp),
+    )
+
+
+def _transformer(shapes: Shapes, head_width: int) -> Config:
+    width, *grid = shapes["pos_emb"][1:]
+    return {
+        "width": width,
+        "grid": tuple(grid),
+        "depth": shapes.count("blocks"),
+        "heads": max(1, width // head_width),
+        "hidden": shapes["blocks.0.mlp.fc1.weight"][0],
+        "post_hidden": shapes["post_mlp.fc1.weight"][0] if shapes.has("post_mlp.") else 0,
+    }
+
+
+def _mlp(shapes: Shapes) -> BottleneckMLP:
+    width, channels = shapes["linear_in.weight"]
+    return BottleneckMLP(
+        channels_in=channels, channels_out=shapes["linear_out.weight"][0], width=width,
+        depth=shapes.count("blocks"), hidden=shapes["blocks.0.block.0.weight"][0],
+    )
+
+
+def _plain_decoder(
+    config: Config, shapes: Shapes, channels: int, patch: int, head_width: int
+) -> ViTDecoder | BottleneckMLP:
+    if shapes.has("linear_in."):
+        return _mlp(shapes)
+    return ViTDecoder(
+        channels=channels, patch=config.get("patch_size_dec") or patch,
+        out_blocks=shapes.count("out_conv"), **_transformer(shapes, head_width),
+    )
+
+
+def _unet(shapes: Shapes, channels: int, condition: int) -> PatchedUNet:
+    width = shapes["input_blocks.0.0.weight"][0]
+    blocks, multipliers, attention = 0, [0], []
+    for i in range(1, shapes.count("input_blocks")):
+        layers = shapes.below(f"input_blocks.{i}")
+        if layers.has("0.op."):
+            multipliers.append(0)
+            continue
+        level = len(multipliers) - 1
+        blocks += level == 0
+        multipliers[level] = layers["0.in_layers.2.weight"][0] // width
+        if layers.has("1.qkv."):
+            attention.append(level)
+    return PatchedUNet(
+        channels=channels, condition=condition, width=width, multipliers=multipliers,
+        patch=math.isqrt(shapes["out.2.weight"][0] // channels), blocks=blocks,
+        attention_levels=attention,
+    )
+
+
+def _uvit(shapes: Shapes, channels: int, condition: int, head_width: int) -> UViT:
+    levels = shapes.count("down_blocks")
+    middle = shapes.below("mid_block")
+    width, *grid = middle["mid_pos_emb"][1:]
+    return UViT(
+        channels=channels, condition=condition, patch=shapes["conv_in.weight"][2],
+        widths=[shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)],
+        blocks=shapes.count("down_blocks.0.resnets"),
+        down_before_middle=shapes.has("downsample_mid."),
+        middle_width=width, middle_depth=middle.count("mid_block"),
+        middle_heads=max(1, width // head_width),
+        middle_hidden=middle["mid_block.0.mlp.fc1.weight"][0], grid=(grid[0], grid[1]),
+    )
