@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 _LOG = logging.getLogger("fourm.store")
 _T = TypeVar("_T")
@@ -26,6 +26,14 @@ PRIVATE = ".fourm"
 # 409 is "another conditional write is under way": the answer is to ask again.
 _TRANSIENT = frozenset({409, 429, 500, 502, 503, 504})
 _PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
+
+
+class Entry(NamedTuple):
+    """One object of a listing."""
+
+    size: int
+    modified: float
+    """POSIX seconds."""
 
 
 class LocalBackend:
@@ -71,8 +79,8 @@ class LocalBackend:
             self.write(path, data)
         return True
 
-    def sizes(self, prefix: str) -> dict[str, int]:
-        found: dict[str, int] = {}
+    def entries(self, prefix: str) -> dict[str, Entry]:
+        found: dict[str, Entry] = {}
         folders = [prefix.rpartition("/")[0]]
         while folders:
             folder = folders.pop()
@@ -86,8 +94,18 @@ class LocalBackend:
                     if path.startswith(prefix) or prefix.startswith(f"{path}/"):
                         folders.append(path)
                 elif path.startswith(prefix):
-                    found[path] = entry.stat().st_size
+                    about = entry.stat()
+                    found[path] = Entry(about.st_size, about.st_mtime)
         return found
+
+    def unfinished(self) -> dict[str, float]:
+        """Temporary files; a write that is under way has one for less than a second."""
+        found = self.entries(f"{PRIVATE}/")
+        names = {path: entry for path, entry in found.items() if not path.endswith(".lock")}
+        return {path: entry.modified for path, entry in names.items()}
+
+    def discard(self, token: str) -> None:
+        self.delete(token)
 
     def size(self, path: str) -> int | None:
         target = self.root / path
@@ -175,16 +193,51 @@ class S3Backend:
             return True
         return self._put_if(path, data, IfMatch=expected)
 
-    def sizes(self, prefix: str) -> dict[str, int]:
+    def entries(self, prefix: str) -> dict[str, Entry]:
         folder, _, stem = prefix.rpartition("/")
         base = self._key(folder) if folder else self.root
         listing = self._retry(lambda: self.fs.find(base, prefix=stem, detail=True))
         skip = len(self.root) + 1
         return {
-            name[skip:]: info["size"]
+            name[skip:]: Entry(info["size"], info["LastModified"].timestamp())
             for name, info in listing.items()
             if info["type"] == "file" and name[skip:].startswith(prefix)
         }
+
+    def unfinished(self) -> dict[str, float]:
+        """Multipart uploads that were neither completed nor aborted: they cost, and nobody sees
+        them in a listing."""
+        bucket, _, prefix = self.root.partition("/")
+        found: dict[str, float] = {}
+        marker: dict[str, str] = {}
+        while True:
+            page = self._retry(
+                lambda marker=marker: self.fs.call_s3(
+                    "list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker
+                )
+            )
+            for upload in page.get("Uploads", []):
+                if f"{bucket}/{upload['Key']}".startswith(f"{self.root}/"):
+                    token = f"{upload['UploadId']} {upload['Key']}"
+                    found[token] = upload["Initiated"].timestamp()
+            if not page.get("IsTruncated"):
+                return found
+            marker = {
+                "KeyMarker": page["NextKeyMarker"],
+                "UploadIdMarker": page["NextUploadIdMarker"],
+            }
+
+    def discard(self, token: str) -> None:
+        upload, _, key = token.partition(" ")
+        bucket = self.root.partition("/")[0]
+        try:
+            self._retry(
+                lambda: self.fs.call_s3(
+                    "abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload
+                )
+            )
+        except FileNotFoundError:
+            return
 
     def size(self, path: str) -> int | None:
         info = self._info(path)
@@ -238,13 +291,26 @@ class S3Backend:
     def _retry(self, call: Callable[[], _T]) -> _T:
         for pause in _PAUSES:
             try:
-                return call()
+                return self._reach(call)
             except OSError as error:
                 if _http_status(error) not in _TRANSIENT:
                     raise
                 _LOG.info("s3://%s: %s; trying again", self.root, error)
                 time.sleep(pause * random.uniform(0.5, 1.5))
-        return call()
+        return self._reach(call)
+
+    def _reach(self, call: Callable[[], _T]) -> _T:
+        """The answer of a call, or an OSError: broken connections are errors of other kinds, which
+        s3fs has met with attempts of its own."""
+        from aiohttp import ClientError
+        from botocore.exceptions import BotoCoreError
+        from fsspec.exceptions import FSTimeoutError
+
+        try:
+            return call()
+        except (BotoCoreError, ClientError, FSTimeoutError) as error:
+            what = f"s3://{self.root} cannot be reached: {type(error).__name__}"
+            raise ConnectionError(f"{what}: {error}") from error
 
 
 def _http_status(error: OSError) -> int | None:

@@ -13,11 +13,13 @@ otherwise cannot overwrite what the winner's commit describes.
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import islice
 from os import environ
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +47,7 @@ PASSES = "plan/passes/"
 """Folder of the records of further passes over rows that failed."""
 
 _READERS = 32
+_AHEAD = 1024
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -98,9 +101,16 @@ class Ledger:
         Raises:
             ValueError: a commit of another stage lies in this one's place.
         """
+        return {commit.shard: commit for commit in self.each_commit(stage)}
+
+    def each_commit(self, stage: Stage | str) -> Iterator[Commit]:
+        """The commits of a stage in the order of shards, read ahead but never all held.
+
+        Raises:
+            ValueError: a commit of another stage lies in this one's place.
+        """
         paths = self._numbered(f"commits/{_id(stage)}/")
-        read = _parallel(lambda item: self._read(stage, item[1]), sorted(paths.items()))
-        return dict(zip(sorted(paths), read, strict=True))
+        return _stream(lambda item: self._read(stage, item[1]), sorted(paths.items()))
 
     def read_commit(self, stage: Stage | str, shard: int) -> Commit:
         """One commit. Raises FileNotFoundError when the shard is not done."""
@@ -167,7 +177,11 @@ class Ledger:
         """
         prefix = f"attempts/{stage.id}/{shard_name(shard)}."
         number = len(self.store.list(prefix)) + 1
-        while not self.store.create_json(f"{prefix}{number}", {"created": _now()}):
+        record = {"created": _now(), "writer": uuid.uuid4().hex}
+        while not self.store.create_json(f"{prefix}{number}", record):
+            # A lost answer is asked for again, and then says that the object, ours, exists.
+            if self.store.read_json(f"{prefix}{number}") == record:
+                break
             number += 1
         return number
 
@@ -179,7 +193,7 @@ class Ledger:
     def quarantined(self, stage: Stage | str) -> dict[int, str]:
         """Shard -> reason of what was set aside."""
         paths = self._numbered(f"quarantine/{_id(stage)}/")
-        read = _parallel(lambda item: self.store.read_json(item[1]), sorted(paths.items()))
+        read = _stream(lambda item: self.store.read_json(item[1]), sorted(paths.items()))
         return {n: entry["reason"] for n, entry in zip(sorted(paths), read, strict=True)}
 
     def release(self, stage: Stage, shard: int) -> None:
@@ -294,8 +308,15 @@ def _status_parquet(shard: int, data: ShardData) -> bytes:
 
 
 def _parallel(call: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
+    return list(_stream(call, items))
+
+
+def _stream(call: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
+    """Results in order; at most `_AHEAD` of them are waiting at a time."""
     with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(call, items))
+        rest = iter(items)
+        while batch := list(islice(rest, _AHEAD)):
+            yield from pool.map(call, batch)
 
 
 def _id(stage: Stage | str) -> str:

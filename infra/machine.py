@@ -63,6 +63,17 @@ def fast_bf16() -> bool:
     return BF16_GAIN * _matmul_seconds(torch.bfloat16) < _matmul_seconds(torch.float32)
 
 
+@functools.cache
+def matmul_flops(bf16: bool, threads: int) -> float:
+    """Operations a second of matrix products on the CPU with torch's present number of `threads`,
+    measured once (~0.1 s)."""
+    import torch
+
+    size = 1024
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return 2 * size**3 / _matmul_seconds(dtype, size)
+
+
 def _matmul_seconds(dtype: Any, size: int = 512, repeats: int = 4) -> float:
     import torch
 

@@ -1,14 +1,22 @@
-"""How far every stage of a dataset is, read from the plan and the commits alone."""
+"""How far every stage of a dataset is, read from the plan and the commits alone.
+
+Commits are folded one by one, so that the memory it takes does not depend on their number.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 from infra.ledger import Commit, Ledger
 from infra.store import Store
+
+PAUSE_SECONDS = 300.0
+"""A stretch without any shard under way that is longer is a pause between runs, not work."""
 
 
 @dataclass(frozen=True)
@@ -26,54 +34,144 @@ class StageStatus:
     seconds: float
     """Worker time spent, summed over shards."""
     rate: float
-    """Samples a second of wall-clock time, from the first commit's start to the last."""
+    """Samples a second of wall-clock time, pauses between runs left out."""
     eta: float | None
     """Seconds until all shards are done at the pace so far; None with nothing to go by."""
+    failed: dict[str, int] = field(default_factory=dict)
+    """Quarantined shards by class: the name of the error, or "worker died"."""
+    workers: float = 0.0
+    """Workers that were busy on average."""
+    slowest: tuple[int, float] | None = None
+    """Shard that took longest, and its seconds."""
+
+    @property
+    def left(self) -> int:
+        """Shards that are neither committed nor quarantined."""
+        return max(self.total - self.done - self.quarantined, 0)
 
 
-def status(store: Store) -> list[StageStatus]:
-    """Status of all stages found in the store, in the order in which they first committed.
+def status(store: Store, stages: Collection[str] | None = None) -> list[StageStatus]:
+    """Status of stages, in the order in which they first committed.
+
+    Args:
+        stages: ids; None for all that are found in the store.
 
     Raises:
         FileNotFoundError: the store holds no plan, hence no dataset.
     """
     ledger = Ledger(store)
     total = int(ledger.read_plan()["num_shards"])
-    stages = {path.split("/")[1] for path in store.list("quarantine/")} | {*ledger.stage_ids()}
-    commits = {stage: list(ledger.commits(stage).values()) for stage in stages}
-    order = sorted(stages, key=lambda stage: (_first(commits[stage]), stage))
+    if stages is None:
+        stages = {path.split("/")[1] for path in store.list("quarantine/")} | {*ledger.stage_ids()}
+    folds = {stage: _Fold() for stage in stages}
+    for stage, fold in folds.items():
+        for commit in ledger.each_commit(stage):
+            fold.add(commit)
+    order = sorted(stages, key=lambda stage: (folds[stage].first, stage))
+    return [folds[stage].line(stage, total, ledger.quarantined(stage)) for stage in order]
+
+
+class _Fold:
+    """Sums over the commits of a stage."""
+
+    def __init__(self) -> None:
+        self.first = "~"
+        self.samples = 0
+        self.seconds = 0.0
+        self.drops: Counter[str] = Counter()
+        self.slowest: tuple[int, float] | None = None
+        self.spans: list[tuple[float, float]] = []
+
+    def add(self, commit: Commit) -> None:
+        """Take up one commit."""
+        end = datetime.fromisoformat(commit.created).timestamp()
+        self.first = min(self.first, commit.created)
+        self.samples += commit.samples
+        self.seconds += commit.seconds
+        self.drops.update(commit.drops)
+        self.spans.append((end - commit.seconds, end))
+        if self.slowest is None or commit.seconds > self.slowest[1]:
+            self.slowest = (commit.shard, commit.seconds)
+
+    def line(self, stage: str, total: int, quarantined: dict[int, str]) -> StageStatus:
+        """The status of the stage."""
+        elapsed, done = self._elapsed(), len(self.spans)
+        left = max(total - done - len(quarantined), 0)
+        return StageStatus(
+            stage=stage,
+            done=done,
+            total=total,
+            quarantined=len(quarantined),
+            samples=self.samples,
+            drops=dict(self.drops),
+            seconds=self.seconds,
+            rate=self.samples / elapsed if elapsed else 0.0,
+            eta=elapsed / done * left if done else None,
+            failed=dict(Counter(map(failure_class, quarantined.values()))),
+            workers=self.seconds / elapsed if elapsed else 0.0,
+            slowest=self.slowest,
+        )
+
+    def _elapsed(self) -> float:
+        """Wall-clock seconds in which shards were under way, pauses between runs left out."""
+        elapsed = 0.0
+        until: float | None = None
+        for start, end in sorted(self.spans):
+            if until is None or start - until > PAUSE_SECONDS:
+                elapsed += end - start
+                until = end
+            elif end > until:
+                elapsed += end - until
+                until = end
+        return elapsed
+
+
+def failure_class(reason: str) -> str:
+    """The class of a quarantine's reason: an error's name, "worker died", or its first words.
+
+    >>> failure_class("3 attempts failed: ValueError: shard 1 is broken")
+    'ValueError'
+    """
+    text = reason.partition("attempts failed: ")[2] or reason
+    if text.startswith("the worker died"):
+        return "worker died"
+    return text.partition(":")[0].strip()[:40] or "unknown"
+
+
+def as_rows(lines: Collection[StageStatus]) -> list[dict[str, Any]]:
+    """The status for people: a row for each stage, every value a number or a short text."""
     return [
-        _summary(stage, commits[stage], total, len(ledger.quarantined(stage))) for stage in order
+        {
+            "stage": line.stage,
+            "done": f"{line.done}/{line.total}",
+            "left": line.left,
+            "failed": _counts(line.failed),
+            "samples": line.samples,
+            "dropped": _counts(line.drops),
+            "samples/s": round(line.rate, 1),
+            "workers": round(line.workers, 1),
+            "spent": duration(line.seconds),
+            "time left": duration(line.eta) if line.left else "",
+            "slowest": f"{line.slowest[0]}: {duration(line.slowest[1])}" if line.slowest else "",
+        }
+        for line in lines
     ]
 
 
-def _first(commits: list[Commit]) -> str:
-    return min((commit.created for commit in commits), default="~")
+def duration(seconds: float | None) -> str:
+    """Hours, minutes and seconds as "1:02:03" or "2:03"; "?" for None."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _summary(stage: str, commits: list[Commit], total: int, quarantined: int) -> StageStatus:
-    samples = sum(commit.samples for commit in commits)
-    elapsed = _elapsed(commits)
-    left = max(total - len(commits) - quarantined, 0)
-    return StageStatus(
-        stage=stage,
-        done=len(commits),
-        total=total,
-        quarantined=quarantined,
-        samples=samples,
-        drops=dict(sum((Counter(commit.drops) for commit in commits), Counter())),
-        seconds=sum(commit.seconds for commit in commits),
-        rate=samples / elapsed if elapsed else 0.0,
-        eta=elapsed / len(commits) * left if commits else None,
-    )
-
-
-def _elapsed(commits: list[Commit]) -> float:
-    """Wall-clock seconds from the start of the first shard to the last commit."""
-    ends = [(datetime.fromisoformat(c.created).timestamp(), c.seconds) for c in commits]
-    if not ends:
-        return 0.0
-    return max(end for end, _ in ends) - min(end - seconds for end, seconds in ends)
+def _counts(numbers: dict[str, int], most: int = 4) -> str:
+    """The largest numbers with their names."""
+    found = sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
+    rest = f", {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(f"{name} {number}" for name, number in found[:most]) + rest
 
 
 def as_json(lines: list[StageStatus]) -> str:

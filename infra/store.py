@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from infra.backends import PRIVATE, LocalBackend, S3Backend
+from infra.backends import PRIVATE, Entry, LocalBackend, S3Backend
 
 
 class StoreConflict(RuntimeError):
@@ -112,8 +112,23 @@ class Store:
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Relative path -> bytes of every object whose path starts with `prefix`, sorted."""
-        found = self._backend.sizes(_checked(prefix, empty=True))
+        return {path: entry.size for path, entry in self.entries(prefix).items()}
+
+    def entries(self, prefix: str = "") -> dict[str, Entry]:
+        """Like `sizes`, with size and time of the last writing."""
+        found = self._backend.entries(_checked(prefix, empty=True))
         return {p: found[p] for p in sorted(found) if not p.startswith(f"{PRIVATE}/")}
+
+    def unfinished(self) -> dict[str, float]:
+        """Writes that were begun and never ended, with the time they began in POSIX seconds.
+
+        Names are for `discard` alone: temporary files of a folder, multipart uploads of a bucket.
+        """
+        return self._backend.unfinished()
+
+    def discard(self, name: str) -> None:
+        """Forgets an unfinished write and frees what it occupies."""
+        self._backend.discard(name)
 
     def list(self, prefix: str = "") -> list[str]:
         """Sorted relative paths that start with `prefix`, from one listing."""

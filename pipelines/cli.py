@@ -76,6 +76,16 @@ def _flow_command(name: str, form: type[params.Where], example: str) -> None:
     _form_command(name, form, example, lambda values: _run_flow(name.replace("-", "_"), values))
 
 
+def _tool_command(name: str, form: type[BaseModel], example: str) -> None:
+    def run(values: BaseModel) -> None:
+        tool = importlib.import_module(f"pipelines.{name.replace('-', '_')}")
+        with _sentences():
+            for line in tool.run(values):
+                typer.echo(line)
+
+    _form_command(name, form, example, run)
+
+
 def _form_command(
     name: str, form: type[_Form], example: str, run: Callable[[_Form], None]
 ) -> None:
@@ -234,8 +244,10 @@ def automations(
     from infra.automations import set_up
 
     with _sentences(), get_client(sync_client=True) as client:
-        options = {"silence": silence, "notify": notify, "deployment": deployment}
-        for change in set_up(client, apply=apply, **options):
+        changes = set_up(
+            client, apply=apply, silence=silence, notify=notify, deployment=deployment
+        )
+        for change in changes:
             note = f" ({change.note})" if change.note else ""
             typer.echo(f"{change.action:10} {change.name}{note}")
     if not apply:
@@ -257,6 +269,11 @@ def generate(
         float | None, typer.Option(help="Guidance scale; each target has its usual one.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    redraw: Annotated[
+        str,
+        typer.Option(help="Part of rgb to draw anew: xmin,ymin,xmax,ymax in 0..1, a mask picture "
+                          "(white), or the boxes (JSON) before an edit of det."),
+    ] = "",
 ) -> None:
     """Predict any modalities from any others with a trained model; writes pictures and text."""
     from infra.store import Store
@@ -268,6 +285,7 @@ def generate(
             params.GenerateParams,
             {
                 "root": root, "run": run, "samples": samples, "guidance": guidance, "seed": seed,
+                "redraw": redraw,
                 "inputs": dict(_pair(item) for item in source), "out_dir": out,
                 "targets": [name.strip() for name in to.split(",") if name.strip()],
             },
@@ -345,6 +363,8 @@ _form_command(
 _form_command(
     "export", params.ExportParams, "fourm export --root data/mine --out exports/set", _export
 )
+for _tool, (_options, _example) in params.TOOLS.items():
+    _tool_command(_tool, _options, _example)
 
 if __name__ == "__main__":
     main()

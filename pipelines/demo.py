@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -191,19 +191,26 @@ def is_finished(chosen: params.EndToEndParams) -> bool:
     from tasks.publish import is_current
 
     store = Store(chosen.root)
-    if not store.exists(FINISHED) or store.read_json(FINISHED) != finished_as(chosen):
+    if not store.exists(FINISHED):
+        return False
+    record, now = store.read_json(FINISHED), finished_as(chosen)
+    # Read through the form: options that it did not have yet are at their defaults.
+    try:
+        before = params.EndToEndParams(**record["params"]).model_dump(mode="json")
+    except ValueError:
+        return False
+    if {**record, "params": before} != now:
         return False
     return is_current(store, chosen.publish.name)
 
 
 def finished_as(chosen: params.EndToEndParams) -> dict[str, Any]:
     """What a finished run writes about itself: its parameters, and what its recipe was."""
-    from tasks.recipes import recipe
+    from tasks.recipes import described, recipe
 
     train = chosen.train
     used = recipe(train.recipe, steps=train.steps, batch_size=train.batch_size, seed=train.seed)
-    recipe_json = json.loads(json.dumps(asdict(used)))
-    return {"params": chosen.model_dump(mode="json"), "recipe": recipe_json}
+    return {"params": chosen.model_dump(mode="json"), "recipe": described(used)}
 
 
 def _put_in_front(store: Store, run: str) -> None:

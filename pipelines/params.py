@@ -41,7 +41,10 @@ LabelerName = Annotated[str, AfterValidator(_known_labeler)]
 """A kind of labeler, of this project or of an installed package."""
 DenseName = Annotated[str, AfterValidator(_known_dense)]
 """A modality with a recipe for its tokenizer, of this project or of an installed package."""
-RecipeName = Literal["demo", "demo_long", "fourm_b"]
+RecipeName = Literal[
+    "demo", "demo_long", "fourm_b", "fourm_l", "fourm_xl", "fourm_21_b", "fourm_21_l",
+    "fourm_21_xl", "t2i_b", "t2i_l", "t2i_xl", "sr_l",
+]
 
 FIRST_LABELERS: list[LabelerName] = ["depth", "normal", "semseg", "det", "caption", "clip"]
 """The labels of 4M-7; `docs/modalities.md` lists all that there are."""
@@ -202,9 +205,48 @@ class TrainOptions(Form):
     steps: int | None = Field(None, ge=1, description="Optimizer steps; none: the recipe's.")
     batch_size: int | None = Field(None, ge=1, description="Samples a step; none: the recipe's.")
     seed: int = Field(0, ge=0, description="Seed of weights and of every batch.")
+    data: dict[str, str] = Field(
+        {}, description="Sets of a recipe that mixes several: {'coyo': 's3://bucket/coyo#main'}, "
+        "a manifest alone is of this dataset, a+b are read side by side; empty: the manifest."
+    )
+    start: str = Field(
+        "", description="Model to begin with: a run of this dataset, or a folder; 'none': fresh."
+    )
+    freeze: list[str] = Field(
+        [], description="Patterns of published tensor names that stay as they are: 'encoder.*'."
+    )
+    lora: int = Field(
+        0, ge=0, description="Rank of low-rank updates in place of the matrices; 0: none."
+    )
     train_workers: int = Field(
         0, ge=0, description="Ray Train workers, a GPU each; 0: in this process."
     )
+
+
+class PlanTrainParams(Form):
+    """State what a training would take - shapes, memory, tokens, hours - without data or GPU."""
+
+    recipe: RecipeName = Field("demo", description="The recipe to check.")
+    root: str = Field(
+        "", description="Dataset whose manifests are checked; empty: modalities as released."
+    )
+    manifest: str = Field("main", pattern=r"^[\w.-]+$", description="Its manifest.")
+    data: dict[str, str] = Field({}, description="Sets of a recipe that mixes, as in `train`.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; none: the recipe's.")
+    batch_size: int | None = Field(None, ge=1, description="Samples a step; none: the recipe's.")
+    freeze: list[str] = Field([], description="Parameters that stay as they are: 'encoder.*'.")
+    lora: int = Field(0, ge=0, description="Rank of low-rank updates; 0: none.")
+    devices: int = Field(1, ge=1, description="Devices to train on.")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="ddp: each device holds everything; fsdp: it is split among them."
+    )
+    accumulate: int = Field(
+        1, ge=1, description="Parts of its share of a batch that a device takes in turn."
+    )
+    recompute: bool = Field(False, description="Compute activations of blocks twice, keep none.")
+    peak_tflops: float = Field(312.0, gt=0, description="bf16 peak of a device (H100: 989).")
+    mfu: float = Field(0.4, gt=0, le=1, description="Share of the peak that is reached.")
+    memory_gib: float = Field(80.0, gt=0, description="Memory of a device, GiB.")
 
 
 class EvaluateOptions(Form):
@@ -301,7 +343,24 @@ class GenerateParams(Where):
         None, ge=0, description="Guidance scale; none: each target's usual one, 1: no guidance."
     )
     seed: int = Field(0, ge=0, description="Seed of the sampling.")
+    redraw: str = Field(
+        "", description="Part of rgb to draw anew: xmin,ymin,xmax,ymax in 0..1, a mask picture "
+        "(white), or the boxes (JSON) before an edit of det."
+    )  # fmt: skip
     out_dir: str = Field("generated", description="Folder for the pictures and texts.")
+
+
+class JanitorParams(Where):
+    """Remove what no commit and no manifest names: orphans, old attempts and checkpoints."""
+
+    older_than_days: float = Field(
+        7.0, ge=1 / 24, description="Only what was not written for so long, days."
+    )
+    apply: bool = Field(False, description="Remove; otherwise only list what would be removed.")
+    dashboard: str = Field(
+        "",
+        description="Ray dashboard, http://..., whose jobs end when their flow run has ended.",
+    )
 
 
 class EndToEndParams(Compute, Where):
@@ -333,7 +392,15 @@ COMMANDS: dict[str, tuple[type[Where], str]] = {
     "publish": (PublishParams, "fourm publish --root data/mine --val-share 0.02"),
     "train": (TrainParams, "fourm train --root data/mine --run first --steps 20000"),
     "evaluate": (EvaluateParams, "fourm evaluate --root data/demo --scenes 512"),
+    "janitor": (JanitorParams, "fourm janitor --root data/mine --older-than-days 30 --apply"),
 }
 """Flows whose command is made from their form, with an example of each."""
 
-__all__ = ["COMMANDS", "Embedded", "EndToEndParams", "Existing", "Job", "RayJob", "RayTarget"]
+TOOLS: dict[str, tuple[type[Form], str]] = {
+    "plan-train": (PlanTrainParams, "fourm plan-train --recipe fourm_21_xl --devices 128"),
+}
+"""Commands made from their form that are no flows: they print lines."""
+
+__all__ = [
+    "COMMANDS", "TOOLS", "Embedded", "EndToEndParams", "Existing", "Job", "RayJob", "RayTarget",
+]  # fmt: skip

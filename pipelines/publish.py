@@ -7,6 +7,8 @@ from typing import Any
 from prefect import flow
 
 from infra import ui
+from infra.ledger import Ledger
+from infra.lineage import mermaid
 from infra.manifest import Manifest
 from infra.store import Store
 from pipelines.params import PublishOptions, PublishParams
@@ -20,7 +22,9 @@ def publish_manifest(params: PublishParams) -> dict[str, Any]:
     """Prove that all modalities of all shards align, then write the manifest."""
     store = Store(params.root)
     manifest = publish_tokens(store, params.name, val_share=params.val_share)
-    ui.markdown(f"manifest-{params.name}", _lineage(manifest))
+    source = str(Ledger(store).read_plan().get("source", "list of links"))
+    picture = mermaid(Ledger(store), manifest, source.rpartition("/")[2])
+    ui.markdown(f"manifest-{params.name}", f"{_lineage(manifest)}\n\n```mermaid\n{picture}\n```\n")
     return {
         "manifest": f"{manifest.name} v{manifest.version}",
         "modalities": sorted(manifest.modalities),

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import UUID
 
 from prefect import Task
 
@@ -90,7 +91,7 @@ def _await(jobs: Jobs, job_id: str, store: Store) -> Any:
     def on_line(line: str) -> None:
         last.add(line)
         level = _LEVEL.match(line)
-        number = logging.getLevelName(level[1]) if level else logging.INFO
+        number = logging.getLevelNamesMapping()[level[1]] if level else logging.INFO
         log.log(number, "%s", line[level.end() :] if level else line)
 
     with _stopped_on_cancel(jobs, job_id):
@@ -128,7 +129,7 @@ def _cancelled() -> bool:
 
     try:
         with get_client(sync_client=True) as client:
-            state = client.read_flow_run(_owner()).state  # type: ignore[arg-type]
+            state = client.read_flow_run(UUID(_owner())).state
     except Exception:
         log.warning("cannot ask whether the run is cancelled", exc_info=True)
         return False
@@ -147,7 +148,7 @@ def _owner() -> str:
 def _call(function: Callable[..., Any], params: Any, store: Store) -> dict[str, Any]:
     """What a job runs, as JSON: the dataset by its full address, and the job's own Ray."""
     # By file: a deployment's entrypoint is loaded under another module name.
-    file = Path(function.__code__.co_filename).resolve()  # type: ignore[attr-defined]
+    file = Path(function.__code__.co_filename).resolve()
     module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
     here = params.model_copy(update={"root": store.url, "ray": Existing()})
     return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -18,7 +19,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from infra import ui
-from infra.runner import StageJob, StageReport, run_stages
+from infra.runner import RunProgress, StageJob, StageReport, run_stages
+from infra.status import as_rows, failure_class, status
 from infra.store import Store
 from pipelines import remote
 from pipelines.params import Compute, Where
@@ -29,6 +31,8 @@ W = TypeVar("W", bound=Where)
 R = TypeVar("R")
 
 SECONDS = "reports/seconds.json"
+STATUS_SECONDS = 60.0
+"""Least time between two status tables of a run."""
 _LIGHT = frozenset({"plan", "label previews"})
 """Tasks that only read a little: they stay in the flow's process when the work is a Ray job."""
 
@@ -75,14 +79,47 @@ def run_jobs(
     Returns:
         A row for each stage: stage, done, skipped, quarantined, samples, dropped, per second.
     """
+    live = _Live(store, jobs, title)
     reports = run_stages(
-        store, jobs, target=compute.ray, resources=resources(compute), on_progress=ui.follow(title)
+        store, jobs, target=compute.ray, resources=resources(compute), on_progress=live.update
     )
+    live.show()
     rows = [_row(name, report) for name, report in reports.items()]
     ui.table(f"{title}-stages", rows, f"Stages of {title}")
     for row in rows:
         logger.info("%s", ", ".join(f"{name} {value}" for name, value in row.items()))
     return rows
+
+
+class _Live:
+    """A progress bar, and now and then the status of the stages, while they run."""
+
+    def __init__(self, store: Store, jobs: list[StageJob], title: str) -> None:
+        self._store, self._title = store, title
+        self._stages = [job.stage.id for job in jobs]
+        self._follow = ui.follow(title)
+        self._next = time.monotonic() + STATUS_SECONDS
+
+    def update(self, now: RunProgress) -> None:
+        """Take up the progress of the run."""
+        self._follow(now)
+        if time.monotonic() > self._next:
+            self.show()
+
+    def show(self) -> None:
+        """The status of the run's stages as a table; trouble with it never ends the run."""
+        if not ui.in_run():
+            return
+        began = time.monotonic()
+        try:
+            rows = as_rows(status(self._store, self._stages))
+        except Exception:
+            logger.warning("the status could not be shown; the run goes on", exc_info=True)
+        else:
+            ui.table(f"{self._title}-status", rows, f"Status of {self._title}")
+        # Reading many commits takes a while: at most a twentieth of the time is spent on it.
+        spent = time.monotonic() - began
+        self._next = time.monotonic() + max(STATUS_SECONDS, 20 * spent)
 
 
 @contextmanager
@@ -108,11 +145,17 @@ def _row(name: str, report: StageReport) -> dict[str, Any]:
         "shards done": report.done,
         "done before": report.skipped,
         "quarantined": len(report.quarantined),
+        "failed": _failures(report),
         "samples": report.samples,
         "dropped": ", ".join(f"{reason} {n}" for reason, n in report.drops.most_common()) or "none",
         "samples per second": round(report.samples_per_second, 1),
         "seconds": round(report.seconds, 1),
     }
+
+
+def _failures(report: StageReport) -> str:
+    classes = Counter(map(failure_class, report.quarantined.values()))
+    return ", ".join(f"{name} {number}" for name, number in classes.most_common()) or "none"
 
 
 def hand_on(store: Store, flow: str, version: str | None) -> None:

@@ -13,12 +13,13 @@ import numpy as np
 from prefect import flow
 
 from infra import ui
-from infra.manifest import Manifest, load_manifest
+from infra.manifest import Manifest
 from infra.ray_session import ray_session
 from infra.store import Store
 from pipelines.params import TrainParams
 from pipelines.stages import stage_task
-from tasks.recipes import TrainRecipe, recipe
+from tasks.mixture import open_sets
+from tasks.recipes import TrainRecipe, described, recipe
 from tasks.report import curve_figure
 from tasks.run_store import read_curve
 from tasks.train import train_fourm
@@ -32,15 +33,21 @@ def train_model(params: TrainParams) -> dict[str, Any]:
     """Train to the last step; a run that was cut off goes on from its newest checkpoint."""
     store = Store(params.root)
     chosen = recipe(
-        params.recipe, steps=params.steps, batch_size=params.batch_size, seed=params.seed
+        params.recipe,
+        steps=params.steps,
+        batch_size=params.batch_size,
+        seed=params.seed,
+        start=params.start,
+        freeze=params.freeze,
+        lora=params.lora,
     )
-    manifest = load_manifest(store, params.manifest)
-    run = params.run or run_name(manifest, chosen)
+    data = open_sets(store, chosen, params.data or params.manifest)
+    run = params.run or run_name(next(iter(data.values()))[0][1], chosen)
     curve = LiveCurve(store, run)
     with ray_session(params.ray) if params.train_workers else nullcontext():
         info = train_fourm(
             store,
-            manifest,
+            data,
             chosen,
             run=run,
             num_workers=params.train_workers,
@@ -54,7 +61,7 @@ def train_model(params: TrainParams) -> dict[str, Any]:
 
 def run_name(manifest: Manifest, chosen: TrainRecipe) -> str:
     """A name that other data or another recipe never shares, such as "main-v1-3fa2c1"."""
-    digest = hashlib.sha256(json.dumps(asdict(chosen), sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(described(chosen), sort_keys=True).encode()).hexdigest()
     return f"{manifest.name}-v{manifest.version}-{digest[:6]}"
 
 

@@ -312,9 +312,7 @@ def check(flow: str, choices: dict[str, Any]) -> None:
     if flow == "train_tokenizers":
         _check_tokenizers(chain, choices)
     if flow == "train":
-        from infra.manifest import manifest_names
-
-        _one_of("manifest", choices["manifest"], manifest_names(store), "publish")
+        _check_training(store, choices)
     if flow in ("evaluate", "generate"):
         from tasks.generate import only_run, runs
 
@@ -343,6 +341,21 @@ def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:
     tokenizer_recipes(choices)
     for name in choices["modalities"]:
         _one_of("labels for", name, list(chain.sources), "label")
+
+
+def _check_training(store: Store, choices: dict[str, Any]) -> None:
+    from infra.manifest import manifest_names
+    from tasks.mixture import open_sets
+    from tasks.recipes import recipe
+    from tasks.train import FourMTask, begins
+
+    if not choices["data"]:
+        _one_of("manifest", choices["manifest"], manifest_names(store), "publish")
+    names = ("steps", "batch_size", "seed", "start", "freeze", "lora")
+    chosen = recipe(choices["recipe"], **{name: choices[name] for name in names})
+    sets = open_sets(store, chosen, choices["data"] or choices["manifest"])
+    begins(chosen)
+    FourMTask(store, sets, chosen)
 
 
 def _one_of(what: str, name: str, choices: list[str], flow: str) -> None:

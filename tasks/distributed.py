@@ -1,4 +1,10 @@
-"""The trainer's loop on Ray Train workers with DDP."""
+"""The trainer's loop on Ray Train workers with DDP or FSDP2.
+
+Ray starts the workers, starts them anew when one is lost, and tells them when their node is about
+to be taken away; checkpoints and resume are those of `Trainer`. SIGTERM of the process that
+waits for them reaches the workers as an object `<run>/stop` in the store, which they look for at
+the points of the loss curve: they keep a checkpoint and end.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +16,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from tasks.preemption import Stopped, StopSignal
 from tasks.run_store import read_curve
 from tasks.trainer import ProgressCallback, Task, TrainConfig, Trainer, TrainResult
 
 if TYPE_CHECKING:
     from infra.store import Store
 
+STOP, RESULT = "stop", "result.json"
 FOLLOW_SECONDS = 5.0
 """Seconds between two looks at the curve that a run on workers writes."""
+SIGNAL_SECONDS = 0.5
+"""Seconds until a noted SIGTERM is told to the workers."""
 
 
 def fit_distributed(
@@ -29,6 +39,9 @@ def fit_distributed(
 
     The run, its checkpoints and its resume are those of `Trainer`; Ray only restarts workers.
     Needs a Ray session.
+
+    Raises:
+        Stopped: SIGTERM came; the workers have kept a checkpoint.
     """
     import ray
     import torch
@@ -38,9 +51,13 @@ def fit_distributed(
     arguments = {"store": store, "path": path, "task": task, "config": config}
     on_gpu = torch.cuda.is_available()
     share = max(1, int(ray.cluster_resources().get("CPU", 1)) // num_workers)
+    for name in (STOP, RESULT):
+        store.delete(f"{path}/{name}")
     with (
         tempfile.TemporaryDirectory(prefix="fourm-train-") as scratch,
         _followed(store, path, config.steps, on_progress),
+        StopSignal() as signal,
+        _told(store, path, signal),
     ):
         TorchTrainer(
             _worker,
@@ -53,19 +70,55 @@ def fit_distributed(
                 storage_path=scratch, failure_config=FailureConfig(max_failures=2)
             ),
         ).fit()
-    return TrainResult(**store.read_json(f"{path}/result.json"))
+    if not store.exists(f"{path}/{RESULT}"):
+        signal.hand_on()
+        raise Stopped(f"{path}: the workers have kept a checkpoint; the same call goes on from it")
+    return TrainResult(**store.read_json(f"{path}/{RESULT}"))
 
 
 def _worker(arguments: dict[str, Any]) -> None:
     import ray.train
 
+    store, path = arguments["store"], arguments["path"]
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    trainer = Trainer(**arguments, rank=rank, world=context.get_world_size())
-    result = trainer.fit()
+    # Ray tells of a node that is about to be taken away from 2.60 on.
+    preempted = getattr(ray.train, "get_preemption_info", lambda: None)
+    leaving = False
+
+    def asked() -> tuple[bool, bool]:
+        nonlocal leaving
+        before, leaving = leaving, leaving or preempted() is not None
+        return leaving and not before, store.exists(f"{path}/{STOP}")
+
+    trainer = Trainer(**arguments, rank=rank, world=context.get_world_size(), asked=asked)
+    try:
+        result = trainer.fit()
+    except Stopped:
+        return
     if rank == 0:
         record = dataclasses.asdict(dataclasses.replace(result, model=None))
-        trainer.store.write_json(f"{trainer.path}/result.json", record)
+        store.write_json(f"{path}/{RESULT}", record)
+
+
+@contextmanager
+def _told(store: Store, path: str, signal: StopSignal) -> Iterator[None]:
+    """Tells the workers in the store when SIGTERM has been noted here."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(SIGNAL_SECONDS):
+            if signal.requested:
+                store.write(f"{path}/{STOP}", b"")
+                return
+
+    thread = threading.Thread(target=watch, daemon=True, name="stop signal")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager

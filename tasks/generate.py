@@ -82,6 +82,7 @@ def generate(
     samples: int = 1,
     guidance: float | None = None,
     seed: int = 0,
+    redraw: str = "",
 ) -> list[Path]:
     """Predicts modalities from others and writes them as files.
 
@@ -94,6 +95,10 @@ def generate(
         samples: Different results, each in its own files.
         guidance: Scale of guidance; None and 1 are none.
         seed: Of the first sample.
+        redraw: The part of the picture "rgb" that is drawn anew, the rest being kept: a box
+            "xmin,ymin,xmax,ymax" in 0..1, a mask picture that is white there, or the boxes before
+            an edit (a file, or JSON), which are compared with the input "det". Its only target
+            is "rgb".
 
     Returns:
         The files written.
@@ -107,11 +112,17 @@ def generate(
     for name in targets:
         generator.spec(name, target=True)
     values = {name: read_input(generator, name, given) for name, given in inputs.items()}
-    settings = _settings(generator, list(inputs), targets, guidance)
-    found = generator.generate(
-        {name: [value] * samples for name, value in values.items()}, targets,
-        settings=settings, seeds=[seed + number for number in range(samples)],
-    )  # fmt: skip
+    rows = {name: [value] * samples for name, value in values.items()}
+    seeds = [seed + number for number in range(samples)]
+    if redraw:
+        area = _area(generator, values, targets, redraw)
+        settings = _settings(generator, [n for n in inputs if n != "rgb"], targets, guidance)
+        pictures = rows.pop("rgb")
+        found = {"rgb": generator.inpaint("rgb", pictures, area, rows, settings=settings,
+                                          seeds=seeds)}  # fmt: skip
+    else:
+        settings = _settings(generator, list(inputs), targets, guidance)
+        found = generator.generate(rows, targets, settings=settings, seeds=seeds)
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     picture = values.get("rgb")
@@ -123,12 +134,42 @@ def generate(
     return files
 
 
+def _area(
+    generator: Generator, values: Mapping[str, Any], targets: Sequence[str], redraw: str
+) -> np.ndarray:
+    """What is drawn anew, bool over the tokens or pixels of the picture."""
+    from models.fourm.editing import box_area, changed_boxes
+
+    if "rgb" not in values or list(targets) != ["rgb"]:
+        raise ValueError("redraw changes a picture: it needs rgb as an input and as only target")
+    spec = generator.spec("rgb", target=True)
+    numbers = redraw.split(",")
+    if len(numbers) == 4 and not redraw.lstrip().startswith("{"):
+        try:
+            return box_area([[float(number) for number in numbers]], spec.grid)
+        except ValueError as error:
+            raise ValueError(f"redraw {redraw!r}: {error}") from None
+    if redraw.lstrip().startswith("{") or redraw.endswith(".json"):
+        if "det" not in values:
+            raise ValueError("redraw by boxes needs the boxes after the edit as the input det")
+        before = read_input(generator, "det", redraw)
+        return box_area(changed_boxes(before, values["det"]), spec.grid)
+    return _square("rgb", _mask(redraw), len(values["rgb"]))[..., 0] > 127
+
+
+def _mask(path: str) -> np.ndarray:
+    try:
+        return np.asarray(modalities.get("rgb").decode(_bytes(path)))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{path!r} cannot be read as a mask picture: {error}") from None
+
+
 def _settings(
     generator: Generator, given: Sequence[str], targets: Sequence[str], guidance: float | None
 ) -> dict[str, Decoding]:
     """The released sampler's settings; guidance only where it is asked for, because it needs a
     training that often hides conditions."""
-    from models.fourm.decoding import default_decoding
+    from models.fourm.presets import default_decoding
 
     scale = 1.0 if guidance is None else guidance
     return {

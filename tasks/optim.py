@@ -20,16 +20,19 @@ DECAY_SHARE = 0.3  # of a "wsd" run that is spent on the final linear decay
 
 
 def learning_rate_scale(
-    step: int, steps: int, *, warmup: int, min_ratio: float, schedule: Schedule
+    step: float, steps: float, *, warmup: float, min_ratio: float, schedule: Schedule
 ) -> float:
-    """Factor in [min_ratio, 1] on the peak learning rate at `step` in 0..steps-1."""
+    """Factor in [min_ratio, 1] on the peak learning rate at `step` in 0..steps-1.
+
+    A schedule in tokens gives all three lengths in units of the tokens of its present step.
+    """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - warmup)
     if schedule == "wsd":
-        shape = min(1.0, (1.0 - progress) / DECAY_SHARE)
+        shape = min(1.0, max(0.0, 1.0 - progress) / DECAY_SHARE)
     else:
-        shape = 0.5 * (1.0 + math.cos(math.pi * progress))
+        shape = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return min_ratio + (1.0 - min_ratio) * shape
 
 

@@ -5,6 +5,10 @@
 
 `state.json` is written last and names the digests of the tensors, so a checkpoint exists whole or
 not at all, on disk and on S3 alike; what a killed run left half-written is never read.
+
+Workers that hold parts of the tensors write a file each, `model.00001-of-00004.safetensors`, and
+its digests as `rank-00001.json`; the first one waits for these and then writes `state.json`. A
+tensor is the concatenation of its parts, so any number of workers can read what another wrote.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import logging
 import re
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +31,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fourm.train")
 
+Tensors = dict[str, dict[str, "torch.Tensor"]]
 KEEP = 2
 FLUSH_SECONDS = 10.0
 """Most seconds that a point of the curve stays unseen by others."""
+OTHERS_SECONDS = 600.0
+"""Most seconds that the first worker waits for the others' parts of a checkpoint."""
 _STATE = re.compile(r"step-(\d+)/state\.json$")
+_STEP = re.compile(r"(step-\d+)/")
 
 
 class Checkpoints:
@@ -42,60 +52,124 @@ class Checkpoints:
         found = (_STATE.search(name) for name in self._store.list(self._path))
         return sorted(int(match.group(1)) for match in found if match)
 
-    def save(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
-        """Writes one file per entry of `tensors`, then `state`, then drops all but the newest."""
+    def save(
+        self, step: int, tensors: Tensors, state: dict[str, Any], *, rank: int = 0, world: int = 1
+    ) -> None:
+        """Writes one file per entry of `tensors`, then `state`, then drops all but the newest.
+
+        With a `world` above 1 every worker calls it with its parts.
+
+        Raises:
+            TimeoutError: another worker's part has not come.
+        """
         from safetensors.torch import save
 
         folder = f"{self._path}/step-{step:08d}"
+        part = f".{rank:05d}-of-{world:05d}" if world > 1 else ""
         digests = {}
         for name, group in tensors.items():
             data = save({key: value.detach().cpu().contiguous() for key, value in group.items()})
-            self._store.write(f"{folder}/{name}.safetensors", data)
-            digests[name] = hashlib.sha256(data).hexdigest()
+            self._store.write(f"{folder}/{name}{part}.safetensors", data)
+            digests[f"{name}{part}"] = hashlib.sha256(data).hexdigest()
+        if rank:
+            self._store.write_json(f"{folder}/rank-{rank:05d}.json", digests)
+            return
+        for other in range(1, world):
+            digests |= self._others(f"{folder}/rank-{other:05d}.json")
         self._store.write_json(f"{folder}/state.json", {**state, "step": step, "sha256": digests})
         for old in self.steps()[:-KEEP]:
-            self._delete(old)
+            self._delete(f"step-{old:08d}")
 
-    def newest(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict] | None:
-        """The newest checkpoint whose tensors match their digests as (tensors, state), or None."""
-        from safetensors.torch import load
+    def _others(self, name: str) -> dict[str, str]:
+        deadline = time.monotonic() + OTHERS_SECONDS
+        while not self._store.exists(name):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self._store.full(name)} has not come in {OTHERS_SECONDS} s; "
+                                   "is a worker lost?")
+            time.sleep(0.1)
+        return self._store.read_json(name)
 
+    def newest(self) -> tuple[Tensors, dict[str, Any]] | None:
+        """The newest checkpoint whose tensors match their digests as (whole tensors, state)."""
         for step in reversed(self.steps()):
             folder = f"{self._path}/step-{step:08d}"
             state = self._store.read_json(f"{folder}/state.json")
-            tensors = {}
-            for name, digest in state["sha256"].items():
-                data = self._store.read(f"{folder}/{name}.safetensors")
-                if hashlib.sha256(data).hexdigest() != digest:
-                    logger.warning("%s: %s is damaged, trying an older one", folder, name)
-                    break
-                tensors[name] = load(data)
-            else:
+            tensors = self._load(folder, state["sha256"])
+            if tensors is not None:
                 return tensors, state
         return None
+
+    def _load(self, folder: str, digests: dict[str, str]) -> Tensors | None:
+        import torch
+        from safetensors.torch import load
+
+        parts: dict[str, dict[str, list[torch.Tensor]]] = {}
+        for file, digest in sorted(digests.items()):
+            data = self._store.read(f"{folder}/{file}.safetensors")
+            if hashlib.sha256(data).hexdigest() != digest:
+                logger.warning("%s: %s is damaged, trying an older one", folder, file)
+                return None
+            group = parts.setdefault(file.partition(".")[0], {})
+            for key, value in load(data).items():
+                group.setdefault(key, []).append(value)
+        return {name: {key: torch.cat(values) if len(values) > 1 else values[0]
+                       for key, values in group.items()} for name, group in parts.items()}
+
+    def sweep(self) -> None:
+        """Deletes what killed runs left half-written."""
+        names = self._store.list(self._path)
+        whole = {match.group(1) for name in names if (match := _STEP.search(name))
+                 and name.endswith("/state.json")}
+        found = {match.group(1) for name in names if (match := _STEP.search(name))}
+        for folder in sorted(found - whole):
+            self._delete(folder)
 
     def clear(self) -> None:
         """Deletes all checkpoints, once the finished model is stored elsewhere."""
         for step in self.steps():
-            self._delete(step)
+            self._delete(f"step-{step:08d}")
 
-    def _delete(self, step: int) -> None:
-        folder = f"{self._path}/step-{step:08d}"
+    def _delete(self, folder: str) -> None:
         # state.json first: without it the rest is no checkpoint, whenever this is interrupted.
-        names = self._store.list(folder)
+        names = self._store.list(f"{self._path}/{folder}")
         for name in sorted(names, key=lambda name: not name.endswith("state.json")):
             self._store.delete(name)
+
+
+class Background:
+    """Runs one call after another in a thread, at most one waiting: what a call raises, the next
+    `submit` or `wait` raises."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
+
+    def submit(self, call: Callable[[], None]) -> None:
+        """Waits for the call before, then starts this one."""
+        self.wait()
+        self._running = self._pool.submit(call)
+
+    def wait(self) -> None:
+        """Returns when nothing runs."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        """Ends the thread after its call."""
+        self._pool.shutdown(wait=True)
 
 
 class Curve:
     """The loss curve of a run: lines of JSON, and TensorBoard events beside them.
 
-    Object stores cannot append, so lines gather here and `flush` rewrites the object.
+    Object stores cannot append, so lines gather here and `flush` rewrites the object. `mirror` is a
+    run of Weights & Biases, or None.
     """
 
-    def __init__(self, store: Store, path: str, step: int) -> None:
+    def __init__(self, store: Store, path: str, step: int, mirror: Any = None) -> None:
         """Keeps the lines an earlier part of the run wrote before `step`."""
-        self._store, self._path = store, path
+        self._store, self._path, self._mirror = store, path, mirror
         self._lines: list[dict[str, Any]] = []
         self._events = tempfile.TemporaryDirectory(prefix="fourm-events-")
         if step:
@@ -112,6 +186,8 @@ class Curve:
         self._lines.append({"step": step, **metrics})
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+        if self._mirror is not None:
+            self._mirror.log(metrics, step=step)
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
@@ -130,6 +206,8 @@ class Curve:
         self.flush()
         if self._writer is not None:
             self._writer.close()
+        if self._mirror is not None:
+            self._mirror.finish()
         self._events.cleanup()
 
 

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,22 @@ from typing import TYPE_CHECKING, Any
 from infra.manifest import Manifest
 from infra.store import Store
 from models.fourm.draws import Draws
-from models.fourm.loader import TokenDataset, base_name
-from models.fourm.masking import Component, Mixture, mask_batch, transfer_batch
-from models.fourm.spec import CHUNKS, FourMConfig, ModalitySpec
-from tasks.recipes import TrainRecipe
+from models.fourm.loader import base_name
+from models.fourm.masking import mask_batch, transfer_batch
+from models.fourm.spec import FourMConfig, ModalitySpec
+from tasks.flops import Load, fourm_load
+from tasks.mixture import (
+    Bound,
+    MixedData,
+    SetOf,
+    bind,
+    joint_mixture,
+    open_split,
+    shared_specs,
+)
+from tasks.recipes import TrainRecipe, described
 from tasks.run_store import Checkpoints
+from tasks.specs import modality_specs, resolve
 from tasks.trainer import ProgressCallback, Task, Trainer
 
 if TYPE_CHECKING:
@@ -31,9 +42,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fourm.train")
 
-PIXELS = "rgb"
-PATCH = 16
-SEQUENCES = ("caption", "det")
+__all__ = ["FourMTask", "RunInfo", "modality_specs", "train_fourm"]
+
+FRESH = "none"
+"""Said in place of a checkpoint: begin with fresh weights."""
 _VAL_BATCH = 32
 
 
@@ -51,134 +63,60 @@ class RunInfo:
     skipped: int
 
 
-def modality_specs(manifest: Manifest, *, max_text: int) -> tuple[ModalitySpec, ...]:
-    """The modalities a manifest offers, as a model sees them. Feature vectors are told by
-    `channels` (their width) in the manifest's entry, beside `num_tokens`, the most of a sample.
-
-    Args:
-        manifest: A published token set.
-        max_text: Longest sequence of text in tokens, [EOS] included.
-
-    Raises:
-        ValueError: a modality has no tokenizer in the manifest.
-    """
-    size = manifest.meta["crops"]["size"]
-    specs = []
-    for name in sorted(manifest.modalities):
-        if name == PIXELS:
-            specs.append(ModalitySpec(name=f"{name}@{size}", kind="pixels", patch_size=PATCH,
-                                      max_tokens=(size // PATCH) ** 2, is_target=False))
-            continue
-        key = "text" if name in SEQUENCES else name.removeprefix("tok_")
-        if key not in manifest.tokenizers:
-            raise ValueError(f"{manifest.name} v{manifest.version} names no tokenizer of {name}; "
-                             f"it has {', '.join(sorted(manifest.tokenizers))}")
-        if "channels" in manifest.tokenizers[key]:  # feature vectors, taken as they are
-            specs.append(ModalitySpec(name=name, kind="seq_emb", is_target=False,
-                                      max_tokens=int(manifest.tokenizers[key]["num_tokens"]),
-                                      channels=int(manifest.tokenizers[key]["channels"])))
-            continue
-        vocab = int(manifest.tokenizers[key]["vocab_size"])
-        if name in SEQUENCES:
-            specs.append(ModalitySpec(name=name, kind="seq", vocab_size=vocab,
-                                      max_tokens=max_text, chunk=CHUNKS.get(name, 0)))
-        else:
-            tokens = int(manifest.tokenizers[key]["num_tokens"])
-            specs.append(ModalitySpec(name=f"{name}@{size}", kind="img", vocab_size=vocab,
-                                      max_tokens=tokens))
-    return tuple(specs)
-
-
-def resolve(mixture: Mixture, config: FourMConfig) -> Mixture:
-    """Expands base names and "*" (all others) of a mixture to the modalities of a model.
-
-    Raises:
-        ValueError: a modality is unknown, or a component asks for more tokens than its modalities
-            can ever hold.
-    """
-    parts = []
-    for component in mixture.components:
-        inputs = _expand(component.inputs, config.inputs)
-        targets = _expand(component.targets, config.targets)
-        for kind, names, least in (("input", inputs, component.num_inputs[0]),
-                                   ("target", targets, component.num_targets[0])):
-            room = sum(config.by_name[name].max_tokens for name in names)
-            if least > room:
-                raise ValueError(f"no batch can hold {least} {kind} tokens of {', '.join(names)}: "
-                                 f"together they have {room}; lower num_{kind}s")
-        least = _expand(component.least, config.inputs)
-        parts.append(Component(**{**vars(component), "inputs": inputs, "targets": targets,
-                                  "least": least}))
-    return Mixture(components=tuple(parts), per_batch=mixture.per_batch)
-
-
-def _expand(
-    alphas: Mapping[str, float], specs: tuple[ModalitySpec, ...]
-) -> dict[str, Any]:
-    names = {base_name(spec.name): spec.name for spec in specs}
-    unknown = sorted(alphas.keys() - names.keys() - {"*"})
-    if unknown:
-        raise ValueError(f"the mixture names {', '.join(unknown)}; choose from "
-                         f"{', '.join(sorted(names))} or *")
-    rest = dict.fromkeys(names, alphas["*"]) if "*" in alphas else {}
-    chosen = {**rest, **{name: alpha for name, alpha in alphas.items() if name != "*"}}
-    return {names[name]: alpha for name, alpha in chosen.items() if alpha > 0}
-
-
 class FourMTask(Task):
-    """4M pre-training on a manifest. Raises ValueError for a recipe the data cannot serve."""
+    """4M training on manifests. Raises ValueError for a recipe the data cannot serve."""
 
-    def __init__(self, store: Store, manifest: Manifest, recipe: TrainRecipe) -> None:
-        self.store, self.manifest, self.recipe = store, manifest, recipe
-        specs = modality_specs(manifest, max_text=recipe.max_text)
-        self.config = FourMConfig(modalities=specs, **recipe.network)
-        self.mixture = resolve(recipe.mixture, self.config)
+    def __init__(
+        self, store: Store, data: Manifest | Mapping[str, Sequence[SetOf]], recipe: TrainRecipe
+    ) -> None:
+        """`data` is one manifest of `store`, or the sets of each of the recipe's sources."""
+        self.store, self.recipe = store, recipe
+        if isinstance(data, Manifest):
+            data = {recipe.all_sources[0].name: [(store, data)]}
+        self.bound = bind(recipe, data)
+        self.manifest = self.bound[0].sets[0][1]
+        self.config = FourMConfig(modalities=shared_specs(self.bound), **recipe.network)
+        self.mixture = joint_mixture(self.bound, self.config)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("data", "validation")}
 
     @cached_property
-    def data(self) -> TokenDataset:
-        """The training split."""
-        return TokenDataset(self.store, self.manifest, "train", self.config.modalities,
-                            seed=self.recipe.training.seed)
+    def data(self) -> MixedData:
+        """The training splits."""
+        return MixedData(self.recipe, self.bound, self.config)
 
     @cached_property
     def validation(self) -> list[tuple[str, Batch]]:
-        """Fixed masks over fixed samples: every target from the pixels (or, without pixels, from
-        all that is left), whole."""
-        if not self.manifest.splits.get("val"):
-            return []
-        held_out = TokenDataset(self.store, self.manifest, "val", self.config.modalities, crops=1)
-        count = min(self.recipe.val_samples, len(held_out))
-        batches = []
-        for first in range(0, count, _VAL_BATCH):
-            samples = held_out.fixed(first, min(_VAL_BATCH, count - first))
-            draws = Draws(0, 0, len(samples))
-            for target in self.config.targets:
-                inputs = self._sources(target)
-                name = f"val/{inputs[0].split('@')[0]}->{base_name(target.name)}"
-                batches.append((name, transfer_batch(self.config, samples, inputs, [target.name],
-                                                     draws)))
-        return batches
-
-    def _sources(self, target: ModalitySpec) -> list[str]:
-        pixels = [m.name for m in self.config.inputs if m.kind == "pixels"]
-        return pixels or [m.name for m in self.config.inputs if m.name != target.name]
+        """Fixed masks over fixed samples of every source, see `fixed_batches`."""
+        return [named for part in self.bound
+                for named in fixed_batches(part, self.config, self.recipe)]
 
     def build_model(self) -> nn.Module:
-        """A fresh network."""
+        """A fresh network, or the one to begin with, grown to the recipe's modalities."""
         from models.fourm.model import FourM
+        from tasks.finetune import graft, read_start, tune
 
-        return FourM(self.config)
+        model, recipe, fresh = FourM(self.config), self.recipe, tuple(self.config.by_name)
+        if begins(recipe):
+            fresh = graft(model, read_start(self.store, recipe.start), recipe.inherit)
+        return tune(model, recipe, fresh)
+
+    def check_start(self) -> None:
+        """Refuses a checkpoint that does not fit, or a recipe that needs one and has none."""
+        import torch
+
+        from models.fourm.model import FourM
+        from tasks.finetune import graft, read_start
+
+        if begins(self.recipe):
+            with torch.device("meta"):
+                shapes = FourM(self.config)
+            graft(shapes, read_start(self.store, self.recipe.start), self.recipe.inherit)
 
     def batch(self, step: int, rank: int, world: int) -> Batch:
         """Rows rank::world of the masked batch of `step`."""
-        training = self.recipe.training
-        rows = slice(rank, None, world)
-        samples = self.data.batch_at(step, training.batch_size, rows)
-        draws = Draws(training.seed, step, training.batch_size, rows)
-        return mask_batch(self.config, samples, self.mixture, draws)
+        return self.data.batch(step, rank, world)
 
     def loss(
         self, model: nn.Module, batch: Batch
@@ -189,6 +127,10 @@ class FourMTask(Task):
         seen = {spec.name: losses.per_modality[spec.name].detach()
                 for spec, count in counts if count}
         return losses.total, {f"loss/{base_name(name)}": value for name, value in seen.items()}
+
+    def load(self, batch: Batch) -> Load:
+        """Tokens, slots and operations of a batch."""
+        return fourm_load(self.config, batch)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Mean token loss of every target on the validation split, in nats."""
@@ -205,21 +147,65 @@ class FourMTask(Task):
 
     def is_hidden(self, name: str) -> bool:
         """Matrices of the blocks, where the recipe gives them to Muon."""
-        return self.recipe.muon and name.startswith(("encoder.", "decoder."))
+        return (self.recipe.muon and name.startswith(("encoder.", "decoder."))
+                and "lora_" not in name)
+
+
+def begins(recipe: TrainRecipe) -> bool:
+    """Whether a training begins with another model. Raises ValueError where the recipe needs one
+    and nothing says which."""
+    if recipe.starts_from and not recipe.start:
+        raise ValueError(f"the recipe begins with a model of {recipe.starts_from}: say which with "
+                         f"--start RUN-OR-FOLDER, or --start {FRESH} for fresh weights")
+    return recipe.start not in ("", FRESH)
+
+
+def fixed_batches(
+    part: Bound, config: FourMConfig, recipe: TrainRecipe
+) -> Iterator[tuple[str, Batch]]:
+    """The validation of one source as (name of the loss, batch): every target from the pixels (or,
+    without pixels, from all that is left), whole. A target that is alone in its source is masked
+    as in training, the same way each time."""
+    if not all(manifest.splits.get("val") for _, manifest in part.sets):
+        return
+    held_out = open_split(part, "val", crops=1)
+    prefix = f"val/{part.source.name}/" if recipe.sources else "val/"
+    mixture = resolve(part.source.mixture, config, part.names)
+    count = min(recipe.val_samples, len(held_out))
+    for first in range(0, count, _VAL_BATCH):
+        samples = held_out.fixed(first, min(_VAL_BATCH, count - first))
+        draws = Draws(0, 0, len(samples))
+        for target in config.targets:
+            if target.name not in part.names:
+                continue
+            inputs = _sources(config, part, target)
+            name = base_name(target.name)
+            if inputs:
+                yield (f"{prefix}{base_name(inputs[0])}->{name}",
+                       transfer_batch(config, samples, inputs, [target.name], draws))
+            else:
+                again = Draws(0, first, len(samples))
+                yield f"{prefix}{name}", mask_batch(config, samples, mixture, again)
+
+
+def _sources(config: FourMConfig, part: Bound, target: ModalitySpec) -> list[str]:
+    held = [m for m in config.inputs if m.name in part.names]
+    pixels = [m.name for m in held if m.kind == "pixels"]
+    return pixels or [m.name for m in held if m.name != target.name]
 
 
 def train_fourm(
-    store: Store, manifest: Manifest, recipe: TrainRecipe, *, run: str, num_workers: int = 0,
-    on_progress: ProgressCallback | None = None,
+    store: Store, data: Manifest | Mapping[str, Sequence[SetOf]], recipe: TrainRecipe, *, run: str,
+    num_workers: int = 0, on_progress: ProgressCallback | None = None,
 ) -> RunInfo:
-    """Trains `recipe` on `manifest` and stores the model under `runs/<run>/model`.
+    """Trains `recipe` on `data` and stores the model under `runs/<run>/model`.
 
     A run that is finished is returned at once, one that was cut off goes on from its newest
     checkpoint.
 
     Args:
         store: The dataset.
-        manifest: The token set.
+        data: The token set, or those of each of the recipe's sources.
         recipe: Network, masking and training.
         run: Name of the run.
         num_workers: Ray Train workers with DDP; 0 trains in this process.
@@ -229,12 +215,12 @@ def train_fourm(
         ValueError: the data cannot serve the recipe, or a run of this name has other settings.
     """
     path = f"runs/{run}"
-    identity = {"manifest": [manifest.name, manifest.version], "recipe": asdict(recipe)}
-    identity = _jsonable(identity)
-    finished = _finished(store, path, identity)
-    if finished:
-        return finished
-    task = FourMTask(store, manifest, recipe)
+    task = FourMTask(store, data, recipe)
+    identity = _identity(task)
+    finished_before = _finished(store, path, identity)
+    if finished_before:
+        return finished_before
+    task.check_start()
     _ = task.data, task.validation  # refuses a set that does not fit before anything starts
     result_model, result = _fit(store, path, task, num_workers, on_progress)
     for name, data in _files(result_model).items():
@@ -267,8 +253,18 @@ def _fit(
 
 def _files(model: Any) -> dict[str, bytes]:
     from models.fourm.checkpoint import files
+    from tasks.finetune import finished
 
-    return files(model)
+    return files(finished(model))
+
+
+def _identity(task: FourMTask) -> dict[str, Any]:
+    """What makes a run the same run: its data and its recipe, as JSON."""
+    sets = {part.source.name: [[store.url, manifest.name, manifest.version]
+                               for store, manifest in part.sets] for part in task.bound}
+    found = {"manifest": [task.manifest.name, task.manifest.version],
+             "recipe": described(task.recipe)}
+    return {**found, "data": sets} if sum(map(len, sets.values())) > 1 else found
 
 
 def _finished(store: Store, path: str, identity: dict[str, Any]) -> RunInfo | None:
@@ -276,12 +272,7 @@ def _finished(store: Store, path: str, identity: dict[str, Any]) -> RunInfo | No
         return None
     record = store.read_json(f"{path}/run.json")
     for part, value in identity.items():
-        if record[part] != value:
+        if record.get(part) != value:
             raise ValueError(f"{path} was trained with another {part}; choose another run name")
     return RunInfo(**record["result"])
 
-
-def _jsonable(value: Any) -> Any:
-    import json
-
-    return json.loads(json.dumps(value))

@@ -1,108 +1,44 @@
 """The one trainer: tokenizers, 4M and fine-tunes differ in their `Task`, never in the loop.
 
 Everything random is a function of (seed, step), so nothing but weights, optimiser state and the
-step number has to be saved and a resumed run equals an uninterrupted one bit for bit on the same
-hardware. `Trainer.fit` runs in this process; `tasks.distributed.fit_distributed` runs the same
-loop on Ray Train workers with DDP.
+numbers of steps and tokens has to be saved, and a resumed run equals an uninterrupted one bit for
+bit on the same hardware. `Trainer.fit` runs in this process; `tasks.distributed.fit_distributed`
+runs the same loop on Ray Train workers with DDP or FSDP2.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from tasks.optim import Schedule, build_optimizers, learning_rate_scale
-from tasks.run_store import Checkpoints, Curve
+from tasks.batches import prefetch, to_device
+from tasks.meter import Meter
+from tasks.optim import build_optimizers, learning_rate_scale
+from tasks.preemption import Stopped, StopSignal
+from tasks.run_store import Background, Checkpoints, Curve
+from tasks.task import Task
+from tasks.train_config import FREE, TrainConfig
+from tasks.train_state import restore_rest, restore_weights, snapshot, unique_tensors
+from tasks.wandb_log import open_run, require_wandb
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from infra.store import Store
+    from tasks.flops import Load
+    from tasks.run_store import Tensors
 
 logger = logging.getLogger("fourm.train")
 
 ProgressCallback = Callable[[int, int, dict[str, float]], None]
-# Settings that may change between two parts of one run: they do not alter what is computed.
-_FREE = frozenset({"checkpoint_seconds", "threads", "log_every"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How long and how fast one training runs. Raises ValueError on values that cannot work."""
-
-    steps: int
-    """Optimizer steps."""
-    batch_size: int
-    """Samples a step, over all workers together."""
-    lr: float
-    """Peak learning rate."""
-    min_lr_ratio: float = 0.0
-    """Final learning rate as a share of the peak."""
-    warmup_steps: int = 100
-    """Steps of linear warm-up."""
-    schedule: Schedule = "cosine"
-    """Shape after the warm-up; "wsd" stays constant, then falls linearly."""
-    weight_decay: float = 0.05
-    """Decoupled decay of matrices."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's moments."""
-    clip_norm: float = 1.0
-    """Largest gradient norm; 0 switches clipping off."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 runs matrix products in autocast; auto does so where the hardware is fast at it."""
-    seed: int = 0
-    """Seed of initial weights and of every step."""
-    checkpoint_seconds: float = 60.0
-    """Seconds between checkpoints."""
-    log_every: int = 10
-    """Steps between two points of the loss curve."""
-    eval_every: int = 0
-    """Steps between evaluations; 0 evaluates at the end only."""
-    threads: int = 0
-    """CPU threads of torch; 0 leaves torch's choice."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lr", "log_every"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"precision must be auto, fp32 or bf16, got {self.precision!r}")
-        if self.schedule not in ("cosine", "wsd"):
-            raise ValueError(f"schedule must be cosine or wsd, got {self.schedule!r}")
-
-
-class Task:
-    """What a training is about. Subclasses are picklable where `fit_distributed` is used."""
-
-    def build_model(self) -> nn.Module:
-        """Returns the network with its initial weights (the trainer has set the seed)."""
-        raise NotImplementedError
-
-    def batch(self, step: int, rank: int, world: int) -> Any:
-        """Returns rows rank::world of the batch of `step`: a pure function, on the CPU. Tensors,
-        or tuples, lists, dicts and dataclasses of them, or objects with `.to(device)`."""
-        raise NotImplementedError
-
-    def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns the scalar to minimise and scalars to log (on the device, without syncing).
-        Calls `model(...)`, which may be a DDP wrapper, and not its methods."""
-        raise NotImplementedError
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Returns validation metrics of the model in evaluation mode, without gradients."""
-        return {}
-
-    def is_hidden(self, name: str) -> bool:
-        """Whether the 2-D parameter `name` is a hidden matrix, which Muon updates."""
-        return False
+Asked = Callable[[], tuple[bool, bool]]
+"""Whether to keep a checkpoint now, and whether to end after it; all workers ask it alike, at the
+points of the loss curve."""
 
 
 @dataclass(frozen=True)
@@ -124,120 +60,261 @@ class Trainer:
     """Trains `task` under `config`, keeping the run at `path` of `store`.
 
     `fit` picks up the newest checkpoint at `path`. Raises ValueError when the run there was
-    started with another configuration.
+    started with another configuration, or when this machine lacks what the configuration needs.
     """
 
     def __init__(
         self, store: Store, path: str, task: Task, config: TrainConfig, *, rank: int = 0,
-        world: int = 1,
+        world: int = 1, asked: Asked = lambda: (False, False),
     ) -> None:
-        if config.batch_size % world:
-            raise ValueError(f"batch_size {config.batch_size} is no multiple of {world} workers")
+        if config.batch_size % (world * config.accumulate):
+            raise ValueError(f"batch_size {config.batch_size} is no multiple of {world} workers x "
+                             f"{config.accumulate} accumulated parts")
+        require_wandb(config.wandb)
         self.store, self.path, self.task, self.config = store, path, task, config
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.asked = rank, world, asked
         self.checkpoints = Checkpoints(store, path)
 
     def fit(self, on_progress: ProgressCallback | None = None) -> TrainResult:
-        """Trains to the last step and returns the result; `on_progress(step, steps, metrics)`
-        is called at every point of the loss curve."""
+        """Trains to the end and returns the result; `on_progress(step, steps, metrics)` is called
+        at every point of the loss curve.
+
+        Raises:
+            Stopped: SIGTERM came, or `asked` said so; the checkpoint of the last step is written.
+        """
         import torch
 
         config = self.config
         if config.threads:
             torch.set_num_threads(config.threads)
-        start = self._build()
-        curve = Curve(self.store, self.path, start) if self.rank == 0 else None
-        meter, metrics, began = _Meter(), dict[str, float](), time.monotonic()
-        saved = began
-        batches = _prefetch(
-            lambda step: self.task.batch(step, self.rank, self.world), start, config.steps
+        self._build()
+        start, began = self.step, time.monotonic()
+        curve = self._open_curve() if self.rank == 0 else None
+        self.writer = Background()
+        try:
+            with StopSignal() as signal:
+                metrics = self._loop(signal, curve, on_progress)
+            if metrics is None:
+                signal.hand_on()
+                raise Stopped(f"{self.path}: stopped at step {self.step} of {config.steps} as "
+                              "asked; the same call goes on from there")
+            seconds = time.monotonic() - began
+            metrics = self._finish(curve, metrics, trained=self.step > start)
+        finally:
+            self.writer.close()
+        speed = (self.step - start) * config.batch_size / max(seconds, 1e-9)
+        return TrainResult(
+            self.path, self.step, seconds, speed, metrics, int(self.skipped), self.model
         )
-        for step in range(start, config.steps):
-            meter.add(self._step(step, next(batches)), config.batch_size)
-            done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
-                metrics = {**meter.take(), "lr": self._scale(step) * config.lr}
-                if curve:
-                    curve.add(done, metrics)
-                    if on_progress:
-                        on_progress(done, config.steps, metrics)
-            if curve and config.eval_every and done % config.eval_every == 0 < config.steps - done:
-                curve.add(done, self._evaluate())
-            if curve and time.monotonic() - saved > config.checkpoint_seconds:
-                self._save(done)
-                curve.flush()
-                saved = time.monotonic()
-        seconds = time.monotonic() - began
-        return self._finish(curve, metrics, start, seconds)
+
+    def _loop(
+        self, signal: StopSignal, curve: Curve | None, on_progress: ProgressCallback | None
+    ) -> dict[str, float] | None:
+        """Steps to the end; returns the last metrics, or None if it was asked to stop before."""
+        config, metrics, saved = self.config, dict[str, float](), time.monotonic()
+        meter = Meter(self.world, self._peak)
+        with closing(prefetch(self._parts, self.step, config.steps)) as batches:
+            while not self._ended():
+                parts = next(batches)
+                rate = self._rate(parts)
+                meter.add(self._step(parts, rate), config.batch_size, [load for _, load in parts])
+                point = self.step % config.log_every == 0 or self._ended()
+                if point:
+                    metrics = {**meter.take(), "lr": rate}
+                    self._report(curve, metrics, on_progress)
+                if self._ended():
+                    break
+                if config.eval_every and self.step % config.eval_every == 0:
+                    self._evaluate(curve)
+                late = time.monotonic() - saved > config.checkpoint_seconds
+                save, stop = self._wishes(late, signal.requested, point)
+                if save or stop:
+                    self._save()
+                    saved = time.monotonic()
+                    if curve:
+                        curve.flush()
+                if stop:
+                    self.writer.wait()
+                    if curve:
+                        curve.close()
+                    return None
+        return metrics
+
+    def _wishes(self, late: bool, stop: bool, point: bool) -> tuple[bool, bool]:
+        """Whether to save and whether to stop: what any of the workers wants, asked at points."""
+        if point:
+            save, halt = self.asked()
+            late, stop = late or save, stop or halt
+        if self.world == 1:
+            return late, stop
+        if not point:
+            return False, False
+        from tasks.parallel import agree
+
+        late, stop = agree((late and self.rank == 0, stop), self.device)
+        return late, stop
 
     def _finish(
-        self, curve: Curve | None, metrics: dict[str, float], start: int, seconds: float
-    ) -> TrainResult:
-        config = self.config
+        self, curve: Curve | None, metrics: dict[str, float], *, trained: bool
+    ) -> dict[str, float]:
+        if self.mean and self.config.finish_with_ema:
+            self.mean.apply()
+        metrics = {**metrics, **self._evaluate(None)}
+        if trained:
+            self._save()
+            self.writer.wait()
         if curve:
-            metrics = {**metrics, **self._evaluate()}
-            if start < config.steps:
-                self._save(config.steps)
-                curve.add(config.steps, metrics)
+            if trained:
+                curve.add(self.step, metrics)
             curve.close()
-        speed = (config.steps - start) * config.batch_size / max(seconds, 1e-9)
-        return TrainResult(
-            self.path, config.steps, seconds, speed, metrics, self.skipped, self.model
-        )
+        from tasks.parallel import restore_forwards
 
-    def _build(self) -> int:
-        """Builds model and optimisers, restores the newest checkpoint, returns the next step."""
+        restore_forwards(self.model)
+        return metrics
+
+    def _open_curve(self) -> Curve:
+        config, mirror = self.config, None
+        if config.wandb:
+            mirror = open_run(config.wandb, self.store.url, self.path, dataclasses.asdict(config))
+        return Curve(self.store, self.path, self.step, mirror)
+
+    def _report(
+        self, curve: Curve | None, metrics: dict[str, float], on_progress: ProgressCallback | None
+    ) -> None:
+        if int(self.skipped) > self.warned:
+            self.warned = int(self.skipped)
+            logger.warning("step %d: gradients were not finite, %d steps skipped so far",
+                           self.step, self.warned)
+        if curve:
+            curve.add(self.step, metrics)
+            if on_progress:
+                on_progress(self.step, self.config.steps, metrics)
+
+    def _build(self) -> None:
+        """Builds model and optimisers and restores the newest checkpoint."""
         import torch
 
-        config, self.skipped = self.config, 0
+        from infra.machine import fast_bf16
+        from tasks.ema import WeightMean
+        from tasks.parallel import check_compiler, is_sharded, spread
+
+        config = self.config
         torch.manual_seed(config.seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if config.compile:
+            check_compiler(self.device)
         self.model = self.task.build_model().to(self.device)
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and _fast_bf16())
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16())
+        found = self.checkpoints.newest()
+        if found:
+            self._check(*found)
+            restore_weights(self.model, found[0]["model"])
+        self.wrapped = spread(self.model, config, self.world, bf16=self.bf16)
         self.optimizers = build_optimizers(
             self.model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay,
             is_hidden=self.task.is_hidden,
         )
-        found = self.checkpoints.newest()
-        start = self._restore(*found) if found else 0
-        self.wrapped: nn.Module = self.model
-        if self.world > 1:
-            from torch.nn.parallel import DistributedDataParallel
+        self.sharded = any(is_sharded(value) for value in self.model.parameters())
+        self.mean = WeightMean(unique_tensors(self.model), config.ema_decay) \
+            if config.ema_decay else None
+        state = found[1] if found else {}
+        self.step, self.tokens = state.get("step", 0), state.get("tokens", 0)
+        self.skipped: int | torch.Tensor = state.get("skipped", 0)
+        self.warned = int(self.skipped)
+        if found:
+            restore_rest(found[0], self.model, self.optimizers, self.mean)
+            logger.info("%s: resuming at step %d", self.path, self.step)
+        self._sweep()
 
-            self.wrapped = DistributedDataParallel(self.model)
-        return start
-
-    def _step(self, step: int, batch: Any) -> dict[str, torch.Tensor]:
+    def _sweep(self) -> None:
+        """Clears away half-written checkpoints, once all workers have read what they need."""
         import torch
 
-        config = self.config
-        torch.manual_seed(_mix(config.seed, step, self.rank))
+        if self.world > 1:
+            torch.distributed.barrier()
+        if self.rank == 0:
+            self.checkpoints.sweep()
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def _parts(self, step: int) -> list[tuple[Any, Load]]:
+        """This worker's parts of the batch of `step`, on the CPU."""
+        world = self.world * self.config.accumulate
+        ranks = range(self.rank, world, self.world)
+        batches = [self.task.batch(step, rank, world) for rank in ranks]
+        return [(batch, self.task.load(batch)) for batch in batches]
+
+    def _step(self, parts: list[tuple[Any, Load]], rate: float) -> dict[str, torch.Tensor]:
+        import torch
+
+        from tasks.parallel import last_of
+
         self.wrapped.train()
-        with self._autocast():
-            loss, metrics = self.task.loss(self.wrapped, to_device(batch, self.device))
-        loss.backward()
+        gathered: dict[str, list[torch.Tensor]] = {}
+        for index, (batch, _) in enumerate(parts):
+            part = index * self.world + self.rank
+            torch.manual_seed(_mix(self.config.seed, self.step, part))
+            with last_of(self.wrapped, index == len(parts) - 1):
+                with self._autocast():
+                    loss, metrics = self.task.loss(self.wrapped, to_device(batch, self.device))
+                (loss / len(parts)).backward()
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                gathered.setdefault(name, []).append(value)
+        norm = self._apply(rate)
+        self.step += 1
+        self.tokens += self._slots(parts)
+        means = {name: torch.stack(values).mean() for name, values in gathered.items()}
+        return {**means, "grad_norm": norm}
+
+    def _apply(self, rate: float) -> torch.Tensor:
+        """Clips and applies the gradients, unless one is not finite; returns their norm."""
+        import torch
+
         norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), config.clip_norm or float("inf")
-        )
+            self.model.parameters(), self.config.clip_norm or float("inf")
+        ).detach()
         # DDP has already averaged: a bad gradient on one worker is seen, and skipped, by all.
-        if torch.isfinite(norm):
-            scale = self._scale(step)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        bad = ~torch.isfinite(norm)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        if not self.sharded and all(isinstance(o, torch.optim.AdamW) for o in self.optimizers):
+            # Its fused kernel looks at this flag on the device, so the host need not wait for it.
             for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = config.lr * scale
+                optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
                 optimizer.step()
-        else:
-            self.skipped += 1
-            logger.warning("step %d: gradient is not finite, skipped", step)
+        elif not bad:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        self.skipped = self.skipped + bad.int()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss.detach(), "grad_norm": norm.detach(), **metrics}
+        if self.mean:
+            self.mean.update(self.step)
+        return norm
 
-    def _scale(self, step: int) -> float:
+    def _slots(self, parts: list[tuple[Any, Load]]) -> int:
+        """Tokens of this step over all workers, whose parts are as large as this one's."""
+        return self.world * sum(load.slots for _, load in parts)
+
+    def _ended(self) -> bool:
         config = self.config
-        return learning_rate_scale(
-            step, config.steps, warmup=config.warmup_steps, min_ratio=config.min_lr_ratio,
-            schedule=config.schedule,
+        return self.step >= config.steps or bool(config.tokens and self.tokens >= config.tokens)
+
+    def _rate(self, parts: list[tuple[Any, Load]]) -> float:
+        """Learning rate of the coming step."""
+        config = self.config
+        at, length, warmup = float(self.step), float(config.steps), float(config.warmup_steps)
+        if config.tokens:
+            unit = self._slots(parts)
+            if not unit:
+                raise ValueError(f"tokens={config.tokens}, but the batches of "
+                                 f"{type(self.task).__name__} hold no tokens; give steps alone")
+            at, length = self.tokens / unit, config.tokens / unit
+            warmup = config.warmup_tokens / unit
+        return config.lr * learning_rate_scale(
+            at, length, warmup=warmup, min_ratio=config.min_lr_ratio, schedule=config.schedule
         )
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -247,147 +324,66 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def _evaluate(self) -> dict[str, float]:
+    def _peak(self) -> float:
+        from tasks.flops import peak_flops
+
+        return peak_flops(self.device, self.bf16)
+
+    def _evaluate(self, curve: Curve | None) -> dict[str, float]:
+        """Validation metrics, on the first worker; shards need all workers to compute anything."""
         import torch
 
+        from tasks.parallel import reshard
+
+        if self.rank and not self.sharded:
+            return {}
         self.model.eval()
-        with torch.no_grad(), self._autocast():
-            return self.task.evaluate(self.model)
+        # Its batches have shapes of their own, not worth compiling for.
+        stance: AbstractContextManager[Any] = nullcontext()
+        if self.config.compile:
+            stance = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), self._autocast(), stance:
+            metrics = self.task.evaluate(self.model)
+        reshard(self.model)
+        if curve:
+            curve.add(self.step, metrics)
+        return metrics
 
-    def _save(self, step: int) -> None:
-        tensors = {"model": _unique_tensors(self.model), "optimizer": {}}
-        for i, optimizer in enumerate(self.optimizers):
-            for index, state in optimizer.state_dict()["state"].items():
-                for key, value in state.items():
-                    tensors["optimizer"][f"{i}.{index}.{key}"] = value
-        state = {"config": dataclasses.asdict(self.config), "skipped": self.skipped}
-        self.checkpoints.save(step, tensors, state)
+    def _save(self) -> None:
+        """Copies the state; a thread writes it while training goes on."""
+        if self.rank and not self.sharded:
+            return
+        self.writer.wait()
+        tensors = snapshot(self.model, self.optimizers, self.mean, rank=self.rank)
+        state = {"config": dataclasses.asdict(self.config), "skipped": int(self.skipped),
+                 "tokens": self.tokens}
+        step, world = self.step, self.world if self.sharded else 1
+        self.writer.submit(
+            lambda: self.checkpoints.save(step, tensors, state, rank=self.rank, world=world)
+        )
 
-    def _restore(self, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> int:
-        import torch
-
-        self._check_config(state["config"])
-        own = _unique_tensors(self.model)
+    def _check(self, tensors: Tensors, state: dict[str, Any]) -> None:
+        """Raises ValueError where a checkpoint is that of another training."""
+        for field in dataclasses.fields(self.config):
+            if field.name in FREE:
+                continue
+            own = getattr(self.config, field.name)
+            before = state["config"].get(field.name, field.default)
+            if before != own and before != list(_as_sequence(own)):
+                raise ValueError(
+                    f"the run at {self.path} was started with {field.name}={before}, now it is "
+                    f"{own}; choose another run name or the old value"
+                )
+        own = unique_tensors(self.model)
         if own.keys() != tensors["model"].keys():
             odd = sorted(own.keys() ^ tensors["model"].keys())[:3]
             raise ValueError(f"the run at {self.path} trains another model (it differs in {odd}); "
                              "choose another run name")
-        with torch.no_grad():
-            for name, value in tensors["model"].items():
-                own[name].copy_(value)
-        for i, optimizer in enumerate(self.optimizers):
-            states: dict[int, dict[str, torch.Tensor]] = {}
-            for name, value in tensors["optimizer"].items():
-                which, index, key = name.split(".", 2)
-                if int(which) == i:
-                    states.setdefault(int(index), {})[key] = value
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": states, "param_groups": groups})
-        self.skipped = state["skipped"]
-        logger.info("%s: resuming at step %d", self.path, state["step"])
-        return int(state["step"])
-
-    def _check_config(self, saved: dict[str, Any]) -> None:
-        own = dataclasses.asdict(self.config)
-        for name in own.keys() - _FREE:
-            before = saved.get(name)
-            if before != own[name] and before != list(_as_sequence(own[name])):
-                raise ValueError(
-                    f"the run at {self.path} was started with {name}={before}, now it is "
-                    f"{own[name]}; choose another run name or the old value"
-                )
 
 
-class _Meter:
-    """Means of metrics since the last reading, kept on the device: adding does not sync."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._sums: dict[str, Any] = {}
-        self._counts: dict[str, int] = {}
-        self._samples, self._began = 0, time.monotonic()
-
-    def add(self, metrics: dict[str, torch.Tensor], samples: int) -> None:
-        for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + 1
-        self._samples += samples
-
-    def take(self) -> dict[str, float]:
-        means = {name: float(value) / self._counts[name] for name, value in self._sums.items()}
-        means["samples_per_second"] = self._samples / (time.monotonic() - self._began)
-        self._reset()
-        return means
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Moves tensors and (nested) containers of them; other values pass through."""
-    if hasattr(batch, "to"):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(value, device) for value in batch)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        moved = {f.name: to_device(getattr(batch, f.name), device)
-                 for f in dataclasses.fields(batch)}
-        return dataclasses.replace(batch, **moved)
-    return batch
-
-
-def _prefetch(make: Callable[[int], Any], start: int, stop: int) -> Iterator[Any]:
-    """Yields make(start), ..., make(stop - 1), computed two ahead by a background thread."""
-    ready: queue.Queue[Any] = queue.Queue(maxsize=2)
-    closed = threading.Event()
-
-    def put(item: Any) -> None:
-        while not closed.is_set():
-            try:
-                return ready.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-
-    def produce() -> None:
-        for step in range(start, stop):
-            if closed.is_set():
-                return
-            item: tuple[Any, Exception | None]
-            try:
-                item = (make(step), None)
-            except Exception as error:  # noqa: BLE001 - raised again where the batch is needed
-                item = (None, error)
-            put(item)
-
-    threading.Thread(target=produce, daemon=True, name="batches").start()
-    try:
-        for _ in range(start, stop):
-            batch, error = ready.get()
-            if error is not None:
-                raise error
-            yield batch
-    finally:
-        closed.set()
-
-
-def _unique_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name, each shared tensor once."""
-    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
-    kept = model.state_dict().keys()
-    tensors.update({name: value for name, value in model.named_buffers() if name in kept})
-    return tensors
-
-
-def _mix(seed: int, step: int, rank: int) -> int:
-    return (seed * 1_000_003 + step) * 1_009 + rank
+def _mix(seed: int, step: int, part: int) -> int:
+    return (seed * 1_000_003 + step) * 1_009 + part
 
 
 def _as_sequence(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) else (value,)
-
-
-def _fast_bf16() -> bool:
-    from infra.machine import fast_bf16
-
-    return fast_bf16()

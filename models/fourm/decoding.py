@@ -133,6 +133,8 @@ def draw(
     if (spec.kind == "seq") != (decoding.order == "autoregressive"):
         fitting = "autoregressive" if spec.kind == "seq" else "maskgit, roar or halton"
         raise ValueError(f"{target} cannot be decoded by {decoding.order}; its order is {fitting}")
+    if any(target in branch.shown for branch in branches):
+        raise ValueError(f"{target} cannot guide itself")
     if decoding.well_formed:
         _check_grammar(grammar, spec)
     guidance = Guidance(scale=decoding.guidance, guided=decoding.guided, branches=branches)

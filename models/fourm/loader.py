@@ -105,7 +105,8 @@ class TokenDataset:
         if missing:
             raise ValueError(f"{manifest.name} v{manifest.version} lacks {', '.join(missing)}; it "
                              f"has {', '.join(sorted(manifest.modalities))}")
-        self.policy = CropPolicy(**manifest.meta["crops"])
+        # A set of texts alone has no crops.
+        self.policy = CropPolicy(**manifest.meta.get("crops", {"num_crops": 1}))
         self.num_crops = min(crops or self.policy.num_crops, self.policy.num_crops)
         self.order = EpochOrder([manifest.samples(shard) for shard in self.shards], seed)
         self._cache: dict[tuple[int, int, int], np.ndarray] = {}

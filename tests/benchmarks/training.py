@@ -40,15 +40,16 @@ def train_step(options: Options) -> list[Record]:
     """
     with empty_store() as store:
         task = _task(store, options)
-        speeds: list[float] = []
+        points: list[dict[str, float]] = []
         Trainer(store, "runs/bench", task, task.recipe.training).fit(
-            lambda step, steps, metrics: speeds.append(metrics["samples_per_second"])
+            lambda step, steps, metrics: points.append(metrics)
         )
         batches = [task.batch(step, 0, 1) for step in range(WINDOW, WINDOW * WINDOWS)]
     slots = statistics.mean(b.enc_mod.shape[1] + b.dec_mod.shape[1] for b in batches)
-    speed = statistics.median(speeds[1:])
+    speed, mfu = (statistics.median(point[name] for point in points[1:])
+                  for name in ("samples_per_second", "mfu"))
     also = {"tokens_per_second": round(speed * slots, 1), "tokens_per_sample": round(slots, 1),
-            "peak_mb": round(peak_rss() / 1e6, 1)}
+            "mfu": round(mfu, 3), "peak_mb": round(peak_rss() / 1e6, 1)}
     return [Record(name="train_step", unit="samples/s", ours=round(speed, 2), shape=_shape(task),
                    dtype=options.dtype, threads=options.threads, also=also)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ class ToyWork:
         time.sleep(config.get("seconds", 0))
         keys = [sample_key(shard, row) for row in range(ROWS)]
         content = f"{self.stage.fingerprint} {{}}"
+        if config.get("unsteady"):  # other bytes each time, as a network on a GPU may
+            content += uuid.uuid4().hex
         members = [(f"{key}.txt", content.format(key).encode()) for key in keys]
         statuses = [(key, "ok", "") for key in keys] + [(sample_key(shard, ROWS), "http_404", "")]
         outputs = {name: write_tar(members) for name in self.stage.outputs}

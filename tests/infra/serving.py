@@ -33,7 +33,7 @@ def server(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
     with process(command, environment):
-        until(lambda: _healthy(api), 120, "the Prefect server")
+        until(lambda: _healthy(api), 600, "the Prefect server")
         yield api, environment
 
 

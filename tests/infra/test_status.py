@@ -1,13 +1,14 @@
 """Status counts what the commits say, old fingerprints included."""
 
+import dataclasses
 import json
 
 import pytest
 
 from infra import units
-from infra.ledger import Ledger, Stage
+from infra.ledger import Ledger, Stage, commit_path
 from infra.runner import StageJob
-from infra.status import as_json, status
+from infra.status import as_json, as_rows, duration, failure_class, status
 from infra.store import Store
 from tests.infra.runner_works import ROWS
 from tests.infra.test_runner import run, toy_job
@@ -28,6 +29,10 @@ def test_status_counts_done_failed_dropped_and_left(tmp_path, monkeypatch):
     assert line.eta is not None
     assert line.eta > 0
     assert json.loads(as_json([line]))[0]["done"] == 3
+    assert (line.left, line.failed) == (1, {"ValueError": 1})
+    (row,) = as_rows([line])
+    assert (row["done"], row["left"], row["failed"]) == ("3/5", 1, "ValueError 1")
+    assert row["dropped"] == "http_404 3"
 
 
 def test_every_fingerprint_is_a_stage_of_its_own(tmp_path):
@@ -44,3 +49,55 @@ def test_every_fingerprint_is_a_stage_of_its_own(tmp_path):
 def test_status_of_a_store_without_a_plan_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="plan"):
         status(Store(str(tmp_path)))
+
+
+def rewritten(store, stage, shard, **changes):
+    """A commit with other times, as if shards had been made then."""
+    value = dataclasses.asdict(Ledger(store).read_commit(stage, shard)) | changes
+    store.write_json(commit_path(stage.id, shard), value)
+
+
+def test_pace_counts_neither_pauses_nor_parallel_work_twice(tmp_path):
+    store = Store(str(tmp_path))
+    Ledger(store).write_plan({"num_shards": 6})
+    job = toy_job(4)
+    run(store, job)
+    # Two workers side by side for 100 s, a night's pause, then one worker for 200 s.
+    made = [("10:01:40", 100.0), ("10:01:40", 100.0), ("22:01:40", 100.0), ("22:03:20", 100.0)]
+    for shard, (time, seconds) in enumerate(made):
+        created = f"2026-11-22T{time}+00:00"
+        rewritten(store, job.stage, shard, created=created, seconds=seconds + shard)
+    (line,) = status(store)
+    elapsed = 101 + 102 + 101  # the last two overlap by a little: each began a little earlier
+    assert line.rate == pytest.approx(4 * ROWS / elapsed, rel=0.02)
+    assert line.eta == pytest.approx(elapsed / 4 * 2, rel=0.02)
+    assert line.workers == pytest.approx(406 / elapsed, rel=0.02)
+    assert line.slowest == (3, 103.0)
+
+
+def test_only_the_stages_that_are_asked_for_are_read(tmp_path):
+    store = Store(str(tmp_path))
+    Ledger(store).write_plan({"num_shards": 2})
+    first, second = toy_job(2, "label:a"), toy_job(2, "label:b")
+    run(store, first, second)
+    assert [line.stage for line in status(store, [second.stage.id])] == [second.stage.id]
+    (untouched,) = status(store, ["label:c@00000000"])
+    assert (untouched.done, untouched.left, untouched.eta, untouched.slowest) == (0, 2, None, None)
+    assert as_rows([untouched])[0]["time left"] == "?"
+
+
+@pytest.mark.parametrize(
+    ("reason", "name"),
+    [
+        ("3 attempts failed: ValueError: shard 1 is broken", "ValueError"),
+        ("3 attempts failed: the worker died each time it ran this shard", "worker died"),
+        ("by hand", "by hand"),
+        ("", "unknown"),
+    ],
+)
+def test_failures_have_classes(reason, name):
+    assert failure_class(reason) == name
+
+
+def test_durations_read_as_clocks():
+    assert [duration(s) for s in (None, 0, 59.6, 3725)] == ["?", "0:00", "1:00", "1:02:05"]

@@ -51,6 +51,17 @@ def test_data_uri_of_a_noisy_picture_stays_small():
     assert Image.open(io.BytesIO(base64.b64decode(body))).format == "JPEG"
 
 
+def test_a_gallery_of_noise_stays_below_300_kb(monkeypatch):
+    made = []
+    monkeypatch.setattr(ui, "in_run", lambda: True)
+    monkeypatch.setattr(
+        "prefect.artifacts.create_markdown_artifact", lambda text, key: made.append(text)
+    )
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    ui.gallery("noise", [("a title " * 20, noise)] * 12, "A long heading " * 10)
+    assert len(made[0]) <= 300_000
+
+
 def test_outside_a_run_nothing_is_shown(monkeypatch):
     monkeypatch.setattr("prefect.artifacts.create_markdown_artifact", _boom)
     monkeypatch.setattr("prefect.artifacts.create_progress_artifact", _boom)

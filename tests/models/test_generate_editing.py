@@ -129,6 +129,8 @@ def test_branches_of_one_modality_are_weighted_in_one_forward_a_step(
         alone: list[Step] = []
         draw(model, {**shown, **conditions}, DEPTH, decoding, [0, 1], observe=alone.append)
         assert torch.allclose(alone[0].logits, branch, atol=1e-4)
+    with pytest.raises(ValueError, match="tok_depth@64 cannot guide itself"):
+        draw(model, shown, DEPTH, decoding, [0, 1], branches=[Branch({DEPTH: tokens(2)}, 1.0)])
     scaled = Decoding(order="halton", guidance=2.0)
     with pytest.raises(ValueError, match=r"exclude each other; set guidance=1.0"):
         draw(model, shown, DEPTH, scaled, [0, 1], branches=branches)

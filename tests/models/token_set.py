@@ -11,7 +11,7 @@ from infra.shards import sample_key, write_tar
 from infra.store import Store
 from models import modalities
 
-SHARDS, ROWS, CROPS, SIZE, VOCAB, TEXT_VOCAB = 3, 10, 2, 32, 16, 220
+SHARDS, ROWS, CROPS, VOCAB, TEXT_VOCAB = 3, 10, 2, 16, 220
 TOKENIZERS = {
     "depth": {"vocab_size": VOCAB, "num_tokens": 4},
     "rgb": {"vocab_size": VOCAB, "num_tokens": 4},
@@ -19,44 +19,52 @@ TOKENIZERS = {
 }
 
 
-def make_set(root: str) -> tuple[Store, Manifest]:
-    """Publishes rgb, tok_rgb, tok_depth and caption: shards 0 and 1 to train on, 2 held out."""
-    store = Store(root)
+def make_set(
+    root: str, name: str = "set", *, held: tuple[str, ...] = ("rgb", "tok_rgb", "tok_depth",
+                                                               "caption"), grid: int = 2,
+) -> tuple[Store, Manifest]:
+    """Publishes the modalities `held`: shards 0 and 1 to train on, 2 held out. Pictures have
+    `grid` x `grid` tokens of 16 px."""
+    store, manifest_name = Store(root), name
     ledger, rng = Ledger(store), np.random.default_rng(0)
     stages = {}
-    for name in ("rgb", "tok_rgb", "tok_depth", "caption"):
-        stage = Stage(name=f"make:{name}", version=1, params={}, outputs=(name,))
+    for name in held:
+        params = {} if manifest_name == "set" else {"set": manifest_name}
+        stage = Stage(name=f"make:{name}", version=1, params=params, outputs=(name,))
         stages[name] = stage
         for shard in range(SHARDS):
             keys = [sample_key(shard, row) for row in range(ROWS)]
-            data = _pictures(keys, rng) if name == "rgb" else _tokens(name, keys, rng)
+            data = _pictures(keys, rng, grid) if name == "rgb" else \
+                _tokens(name, keys, rng, grid**2)
             statuses = [(key, "ok", "") for key in keys]
             ledger.commit(stage, shard, ShardData(keys, {name: data}, statuses, 0.1))
-    crops = {"num_crops": CROPS, "min_scale": 0.8, "hflip": False, "size": SIZE}
-    manifest = publish(ledger, "set", stages, range(SHARDS),
-                       splits={"train": [0, 1], "val": [2]}, tokenizers=TOKENIZERS,
-                       meta={"crops": crops})
+    crops = {"num_crops": CROPS, "min_scale": 0.8, "hflip": False, "size": 16 * grid}
+    tokenizers = {key: {**entry, "num_tokens": entry["num_tokens"] and grid**2}
+                  for key, entry in TOKENIZERS.items()}
+    manifest = publish(ledger, manifest_name, stages, range(SHARDS),
+                       splits={"train": [0, 1], "val": [2]}, tokenizers=tokenizers,
+                       meta={} if held == ("caption",) else {"crops": crops})
     return store, manifest
 
 
-def _pictures(keys: list[str], rng: np.random.Generator) -> bytes:
-    encode = modalities.get("rgb").encode
-    return write_tar([(f"{key}.jpg", encode(rng.integers(0, 255, (SIZE, SIZE, 3), np.uint8)))
+def _pictures(keys: list[str], rng: np.random.Generator, grid: int) -> bytes:
+    encode, side = modalities.get("rgb").encode, 16 * grid
+    return write_tar([(f"{key}.jpg", encode(rng.integers(0, 255, (side, side, 3), np.uint8)))
                       for key in keys])
 
 
-def _tokens(name: str, keys: list[str], rng: np.random.Generator) -> bytes:
+def _tokens(name: str, keys: list[str], rng: np.random.Generator, tokens: int) -> bytes:
     """Row 3 of tok_depth is a hole."""
-    length = None if name == "caption" else 4
+    length = None if name == "caption" else tokens
     columns = [f"crop{i}" for i in range(CROPS)]
     writer = BlockWriter(dict.fromkeys(columns, Column("uint16", length)), {})
     for row, key in enumerate(keys):
         hole = name == "tok_depth" and row == 3
-        writer.add(key, {column: None if hole else _row(name, rng) for column in columns})
+        writer.add(key, {column: None if hole else _row(name, rng, tokens) for column in columns})
     return writer.finish()
 
 
-def _row(name: str, rng: np.random.Generator) -> np.ndarray:
+def _row(name: str, rng: np.random.Generator, tokens: int) -> np.ndarray:
     if name == "caption":
         return rng.integers(204, TEXT_VOCAB, rng.integers(3, 9))
-    return rng.integers(0, VOCAB, 4)
+    return rng.integers(0, VOCAB, tokens)

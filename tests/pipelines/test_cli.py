@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.params import COMMANDS
+from pipelines.params import COMMANDS, TOOLS
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "ray", "prefect", "transformers", "pandas", "pyarrow")
@@ -43,7 +43,7 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
 
 
 def test_help_of_every_command_shows_an_example() -> None:
-    for name in (*COMMANDS, "plan", "export", "generate", "demo", "status", "verify"):
+    for name in (*COMMANDS, *TOOLS, "plan", "export", "generate", "demo", "status", "verify"):
         code, output = _run(name, "--help")
         assert code == 0
         assert f"fourm {name}" in " ".join(output.split())
@@ -56,6 +56,9 @@ def test_help_of_every_command_shows_an_example() -> None:
         (["label", "--root", "{tmp}"], "run `fourm ingest` first"),
         (["tokenize", "--root", "{tmp}"], "run `fourm ingest` first"),
         (["train", "--root", "{tmp}"], "no manifest 'main'"),
+        (["plan-train", "--root", "{tmp}"], "no manifest 'main'"),
+        (["plan-train", "--mfu", "2"], "less than or equal to 1"),
+        (["plan-train", "--recipe", "fourm_b", "--devices", "3"], "no multiple of 3 devices"),
         (["evaluate", "--root", "{tmp}", "--run", "nosuch"], "no trained run 'nosuch'"),
         (["status", "--root", "{tmp}"], "there is no dataset at"),
         (["verify", "--root", "{tmp}"], "there is no dataset at"),
@@ -107,6 +110,13 @@ def test_the_form_offers_all_formats_layouts_and_reasons() -> None:
     assert get_args(SourceFormat) == get_args(Format)
     assert set(get_args(RetryReason)) == RETRYABLE
     assert get_args(ExportParams.model_fields["layout"].annotation) == LAYOUTS
+
+
+def test_a_plan_is_printed_without_data_or_gpu() -> None:
+    code, output = _run("plan-train", "--recipe", "fourm_21_b", "--devices", "64")
+    assert code == 0
+    assert "256 + 256 tokens each: 500 B tokens" in output
+    assert "198,8" in output
 
 
 def test_lists_and_addresses_are_given_as_words() -> None:

@@ -126,3 +126,24 @@ def _leftovers(before: set[int]) -> list[str]:
             return []
         time.sleep(1)
     return alive
+
+
+def test_a_demo_that_finished_before_an_option_came_is_still_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.demo import FINISHED, SIZES, World, demo_params, finished_as, is_finished
+
+    root = tmp_path / "data"
+    world = World.at(root, SIZES["tiny"].scenes)
+    chosen = demo_params(SIZES["tiny"], str(root), world)
+    record = finished_as(chosen)
+    for option in ("data", "start", "freeze", "lora"):
+        del record["params"]["train"][option]
+    store = Store(str(root))
+    store.write_json(FINISHED, record)
+    monkeypatch.setattr("tasks.publish.is_current", lambda store, name: True)
+    assert is_finished(chosen)
+    assert not is_finished(chosen.model_copy(update={
+        "train": chosen.train.model_copy(update={"seed": 1})}))
+    store.write_json(FINISHED, {**record, "params": {"no": "form"}})
+    assert not is_finished(chosen)

@@ -66,6 +66,52 @@ def test_boxes_are_read_from_text_and_from_a_file(store: Store, tmp_path: Path) 
     assert from_text[0].read_bytes() == from_file[0].read_bytes()
 
 
+def test_a_part_of_a_photo_is_redrawn_and_the_rest_is_the_photo(
+    store: Store, photo: str, tmp_path: Path
+) -> None:
+    def redrawn(name: str, how: str, **more: str) -> np.ndarray:
+        given = {"rgb": photo, **more}
+        [path] = task.generate(store, "main", given, ["rgb"], tmp_path / name, redraw=how)
+        return np.asarray(Image.open(path))
+
+    before = task.read_input(task.load_generator(store, "main"), "rgb", photo)
+    by_box = redrawn("box", "0.5,0,0.75,0.25", caption="a red cube")
+    cells = (by_box != before).reshape(4, 16, 4, 16, 3).any((1, 3, 4))
+    assert np.argwhere(cells).tolist() == [[0, 2]]
+
+    white = np.zeros((SIDE, SIDE, 3), np.uint8)
+    white[:16, 32:48] = 255
+    Image.fromarray(white).save(tmp_path / "mask.png")
+    by_mask = redrawn("mask", str(tmp_path / "mask.png"), caption="a red cube")
+    assert np.array_equal(by_mask, by_box)
+
+    def boxes(*corners: list[float]) -> str:
+        return json.dumps({"instances": [
+            {"box": box, "class_name": "cube", "score": 1.0} for box in corners
+        ]})  # fmt: skip
+
+    there = [0.0, 0.75, 0.25, 1.0]
+    (tmp_path / "before.json").write_text(boxes(there, [0.0, 0.0, 0.25, 0.25]))
+    by_edit = redrawn("edit", str(tmp_path / "before.json"), det=boxes(there))
+    cells = (by_edit != before).reshape(4, 16, 4, 16, 3).any((1, 3, 4))
+    assert np.argwhere(cells).tolist() == [[0, 0]]
+
+
+def test_an_area_that_makes_no_sense_is_refused_before_anything_is_written(
+    store: Store, photo: str, tmp_path: Path
+) -> None:
+    def refused(inputs: dict[str, str], targets: list[str], redraw: str, words: str) -> None:
+        with pytest.raises(ValueError, match=words):
+            task.generate(store, "main", inputs, targets, tmp_path / "out", redraw=redraw)
+
+    refused({"rgb": photo}, ["depth"], "0,0,1,1", "needs rgb as an input and as only target")
+    refused({"rgb": photo}, ["rgb"], "0.9,0,0.1,1", r"'0.9,0,0.1,1': a box is xmin")
+    refused({"rgb": photo}, ["rgb"], "a,b,c,d", "could not convert string to float")
+    refused({"rgb": photo}, ["rgb"], '{"instances": []}', "the boxes after the edit")
+    refused({"rgb": photo}, ["rgb"], "nothing.png", "cannot be read as a mask picture")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_does_not_exist_is_one_sentence_with_the_choices(
     store: Store, photo: str, tmp_path: Path
 ) -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import sys
+import threading
+import time
+import types
 
 import pytest
 import torch
 from torch import nn
 
 from infra.store import Store
+from tasks.flops import Load, peak_flops
 from tasks.optim import learning_rate_scale
+from tasks.preemption import Stopped
 from tasks.run_store import Checkpoints, read_curve
 from tasks.trainer import Task, TrainConfig, Trainer
 
@@ -105,6 +113,177 @@ def test_learning_rate_rises_then_falls_to_its_minimum(schedule):
     assert scales[-1] == pytest.approx(0.1, abs=0.04)
 
 
+def test_accumulated_parts_add_up_to_the_gradient_of_the_batch(tmp_path):
+    store = Store(str(tmp_path))
+    weights = [
+        Trainer(store, f"{parts}", Linear(), dataclasses.replace(CONFIG, accumulate=parts))
+        .fit().model.state_dict() for parts in (1, 4)
+    ]
+    for name, value in weights[0].items():
+        assert torch.allclose(value, weights[1][name], atol=1e-6)
+
+
+def test_a_batch_that_does_not_divide_into_parts_is_refused(tmp_path):
+    odd = dataclasses.replace(CONFIG, accumulate=3)
+    with pytest.raises(ValueError, match="batch_size 8 is no multiple of 1 workers x 3"):
+        Trainer(Store(str(tmp_path)), "run", Linear(), odd)
+
+
+def test_a_broken_batch_is_skipped_on_the_device_as_on_the_host(tmp_path):
+    """AdamW alone skips in its kernel, with Muon the host decides: both leave the step out."""
+    class AdamWOnly(Regression):
+        def is_hidden(self, name: str) -> bool:
+            return False
+
+    store = Store(str(tmp_path))
+    one = dataclasses.replace(CONFIG, steps=1)
+    start = torch.nn.utils.parameters_to_vector(_fresh(one).parameters())
+    for name, kind in (("device", AdamWOnly), ("host", Regression)):
+        result = Trainer(store, name, kind(broken_at=0), one).fit()
+        assert result.skipped == 1
+        assert torch.equal(torch.nn.utils.parameters_to_vector(result.model.parameters()), start)
+
+
+def _fresh(config: TrainConfig) -> nn.Module:
+    torch.manual_seed(config.seed)
+    return Regression().build_model()
+
+
+def test_the_mean_of_the_weights_is_kept_resumed_and_finished_with(tmp_path):
+    store = Store(str(tmp_path))
+    config = dataclasses.replace(CONFIG, ema_decay=0.9)
+    Trainer(store, "whole", Regression(), config).fit()
+    with pytest.raises(KeyError, match="killed"):
+        Trainer(store, "cut", Regression(die_at=5), config).fit()
+    Trainer(store, "cut", Regression(), config).fit()
+    whole, cut = (Checkpoints(store, name).newest()[0] for name in ("whole", "cut"))
+    assert whole["ema"].keys() == whole["model"].keys()
+    for name, value in whole["ema"].items():
+        assert torch.equal(value, cut["ema"][name])
+        assert not torch.equal(value, whole["model"][name])
+    final = dataclasses.replace(config, finish_with_ema=True)
+    model = Trainer(store, "final", Regression(), final).fit().model
+    for name, value in model.named_parameters():
+        assert torch.equal(value, whole["ema"][name])
+
+
+class Counted(Regression):
+    """Its batches hold eight tokens."""
+
+    def load(self, batch: torch.Tensor) -> Load:
+        return Load({"x": 5}, slots=8, flops=1e6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_a_schedule_in_tokens_is_that_in_steps_of_as_many_tokens(tmp_path, schedule):
+    rates = []
+    for name, lengths in (("steps", {"steps": 6, "warmup_steps": 2}),
+                          ("tokens", {"steps": 99, "tokens": 48, "warmup_tokens": 16})):
+        config = dataclasses.replace(CONFIG, schedule=schedule, log_every=1, **lengths)
+        store, seen = Store(str(tmp_path)), []
+        result = Trainer(store, name, Counted(), config).fit(
+            lambda step, steps, metrics, seen=seen: seen.append(metrics["lr"]))
+        assert result.steps == len(seen) == 6
+        rates.append(seen)
+    assert rates[0] == pytest.approx(rates[1])
+
+
+def test_a_schedule_in_tokens_needs_a_task_that_counts_them(tmp_path):
+    config = dataclasses.replace(CONFIG, tokens=48)
+    with pytest.raises(ValueError, match="batches of Linear hold no tokens"):
+        Trainer(Store(str(tmp_path)), "run", Linear(), config).fit()
+
+
+def test_rates_of_tokens_and_utilisation_are_points_of_the_curve(tmp_path):
+    store = Store(str(tmp_path))
+    Trainer(store, "run", Counted(), CONFIG).fit()
+    line = read_curve(store, "run")[0]
+    assert line["tokens_per_second"] == line["tokens_per_second/x"] > 0
+    # 8 samples and 3e6 operations a step.
+    peak = peak_flops(torch.device("cpu"), bf16=False)
+    assert line["mfu"] == pytest.approx(3e6 * line["samples_per_second"] / 8 / peak)
+
+
+@pytest.mark.parametrize("field", ["ema_decay", "accumulate", "parallel"])
+def test_settings_of_the_layout_are_checked(field):
+    wrong = {"ema_decay": 1.0, "accumulate": 0, "parallel": "zero"}[field]
+    with pytest.raises(ValueError, match=field):
+        dataclasses.replace(CONFIG, **{field: wrong})
+
+
+def test_sigterm_ends_after_a_checkpoint_and_reaches_the_handler_before(tmp_path):
+    store, heard = Store(str(tmp_path)), []
+    config = dataclasses.replace(CONFIG, checkpoint_seconds=1e6)
+    previous = signal.signal(signal.SIGTERM, lambda *_: heard.append(Checkpoints(
+        store, "run").steps()))
+    try:
+        with pytest.raises(Stopped, match=r"stopped at step \d+ of 12"):
+            Trainer(store, "run", Regression(), config).fit(
+                lambda step, *_: signal.raise_signal(signal.SIGTERM) if step == 4 else None)
+        assert heard == [[4]]
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    resumed = Trainer(store, "run", Regression(), config).fit().model
+    whole = Trainer(store, "whole", Regression(), config).fit().model
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(tmp_path):
+    """A store that takes long to write delays no step but that of the next checkpoint."""
+    class Slow(Store):
+        def write(self, path: str, data: bytes) -> None:
+            if path.endswith("model.safetensors"):
+                assert free.wait(30)
+            super().write(path, data)
+
+    free, store = threading.Event(), Slow(str(tmp_path))
+    config = dataclasses.replace(CONFIG, steps=6, checkpoint_seconds=1e6, log_every=1)
+    asked = iter([(True, False)])
+
+    def report(step: int, *_: object) -> None:
+        if step == 5:
+            assert Checkpoints(store, "run").steps() == []
+            free.set()
+
+    Trainer(store, "run", Regression(), config,
+            asked=lambda: next(asked, (False, False))).fit(report)
+    assert Checkpoints(store, "run").steps() == [1, 6]
+
+
+def test_what_a_killed_run_left_half_written_is_swept(tmp_path):
+    store = Store(str(tmp_path))
+    store.write("run/checkpoints/step-00000003/model.safetensors", b"half")
+    Trainer(store, "run", Regression(), CONFIG).fit()
+    assert not store.list("run/checkpoints/step-00000003")
+
+
+def test_a_checkpoint_in_parts_is_whole_for_any_number_of_workers(tmp_store):
+    checkpoints, whole = Checkpoints(tmp_store, "run"), torch.arange(15.0).view(5, 3)
+    parts = [*whole.chunk(4), whole[:0]][:4]  # 2 + 2 + 1 + 0 rows
+    for rank in (3, 2, 1, 0):
+        tensors = {"model": {"w": parts[rank]} | ({} if rank else {"step": torch.tensor(7.0)})}
+        assert checkpoints.steps() == []
+        checkpoints.save(2, tensors, {}, rank=rank, world=4)
+    tensors, state = checkpoints.newest()
+    assert torch.equal(tensors["model"]["w"], whole)
+    assert tensors["model"]["step"] == 7
+    assert state["step"] == 2
+
+
+def test_weights_and_biases_gets_the_curve_or_is_asked_for_by_name(tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, wandb="pictures")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="wandb='pictures' needs the package wandb"):
+        Trainer(Store(str(tmp_path)), "run", Regression(), config)
+    logged, module = [], types.ModuleType("wandb")
+    module.init = lambda **options: types.SimpleNamespace(
+        log=lambda metrics, step: logged.append((options["project"], step)), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    Trainer(Store(str(tmp_path)), "run", Regression(), config).fit()
+    assert logged[0] == ("pictures", 2)
+
+
 @pytest.mark.slow
 def test_two_gloo_workers_train_what_one_process_trains(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
@@ -138,3 +317,43 @@ class Linear(Regression):
 
     def build_model(self) -> nn.Module:
         return nn.Linear(4, 4)
+
+
+class Mortal(Linear):
+    """One of its workers is killed, once, at step 5."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self.store = store
+
+    def batch(self, step: int, rank: int, world: int) -> torch.Tensor:
+        # The pipeline runs two batches ahead: wait until a checkpoint is there to resume from.
+        if step == 5 and rank == 1:
+            while not Checkpoints(self.store, "run").steps():
+                time.sleep(0.05)
+            if self.store.create("killed", b""):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().batch(step, rank, world)
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+def test_a_killed_worker_is_restarted_and_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    from tasks.distributed import fit_distributed
+
+    store = Store(str(tmp_path))
+    config = dataclasses.replace(CONFIG, steps=8, log_every=1)
+    ray.init(num_cpus=3, include_dashboard=False, _node_ip_address="127.0.0.1")
+    try:
+        result = fit_distributed(store, "run", Mortal(store), config, num_workers=2)
+    finally:
+        ray.shutdown()
+    assert store.exists("killed")
+    assert result.steps == 8
+    one = Trainer(store, "one", Linear(), config).fit().model.state_dict()
+    kept, _ = Checkpoints(store, "run").newest()
+    for name, value in kept["model"].items():
+        assert torch.allclose(value, one[name], atol=1e-6)

@@ -1,0 +1,77 @@
+"""What a batch asks of 4M in floating-point operations, and what a device could do.
+
+Counted are matrix products with two operations for a multiplication and its addition, over used
+slots. With D width, H width of the MLP (c = 3 matrices if gated, else 2), V_k vocabulary and C_k
+input width of a modality; a sample with n inputs and m targets, r_k and t_k of them of modality k:
+
+    encoder layer   n (8 D^2 + 2c D H) + 4 D n^2
+    context         2 n D^2
+    decoder layer   m (12 D^2 + 2c D H) + 4 n D^2 + 4 D m^2 + 4 D m n
+    inputs, heads   sum_k 2 t_k C_k D + sum_k 2 r_k V_k D
+
+A training step is three forward passes; what is computed anew to save memory does not count.
+Utilisation is that over the seconds of the step and the device's peak.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.fourm.batch import Batch
+    from models.fourm.spec import FourMConfig
+
+# Dense bf16 and fp32 peaks in TFLOP/s from NVIDIA's data sheets; the first name that fits counts.
+_GPUS = {
+    "B200": (2250.0, 75.0), "H100 PCIe": (756.0, 51.0), "H100 NVL": (835.0, 60.0),
+    "H200": (989.0, 67.0), "H100": (989.0, 67.0), "L40S": (362.0, 91.6), "A100": (312.0, 19.5),
+    "A10G": (70.0, 35.0), "A10": (125.0, 31.2), "L4": (121.0, 30.3),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one batch holds: used tokens of inputs and targets per modality, slots of both whether
+    used or not, and operations of the forward pass (0 = not known)."""
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    slots: int = 0
+    flops: float = 0.0
+
+
+def fourm_load(config: FourMConfig, batch: Batch) -> Load:
+    """The load of a batch on the CPU for a network of `config`."""
+    specs = config.modalities
+    enc, dec = batch.enc_mod.numpy(), batch.dec_mod.numpy()
+    read = np.bincount(enc.ravel() + 1, minlength=len(specs) + 1)[1:]
+    written = np.array(batch.counts)
+    n, m = (enc >= 0).sum(1, dtype=float), (dec >= 0).sum(1, dtype=float)
+    d = config.dim
+    mlp = (6 if config.gated_mlp else 4) * d * config.hidden
+    encoder = n.sum() * (8 * d * d + mlp) + 4 * d * (n * n).sum()
+    decoder = m.sum() * (12 * d * d + mlp) + 4 * d * d * n.sum() + 4 * d * (m * (m + n)).sum()
+    inputs = sum(2 * int(t) * s.dense_width * d for s, t in zip(specs, read, strict=True))
+    heads = sum(2 * int(r) * s.vocab_size * d for s, r in zip(specs, written, strict=True))
+    flops = (config.encoder_depth * encoder + config.decoder_depth * decoder
+             + 2 * d * d * n.sum() + inputs + heads)
+    tokens = {s.name.split("@")[0]: int(t) for s, t in zip(specs, read + written, strict=True)}
+    return Load(tokens, enc.size + dec.size, float(flops))
+
+
+def peak_flops(device: torch.device, bf16: bool) -> float:
+    """Most operations a second of `device`: of a known GPU from its data sheet, of a CPU as
+    measured on square matrices with torch's present threads; 0 where it is not known."""
+    import torch
+
+    from infra.machine import matmul_flops
+
+    if device.type == "cpu":
+        return matmul_flops(bf16, torch.get_num_threads())
+    name = torch.cuda.get_device_name(device)
+    known = next((peaks for part, peaks in _GPUS.items() if part in name), (0.0, 0.0))
+    return known[0 if bf16 else 1] * 1e12

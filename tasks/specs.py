@@ -1,0 +1,146 @@
+"""What a recipe asks for meets what manifests hold: specifications of modalities, masks by their
+full names, and refusals that name what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from infra.manifest import Manifest
+from models.fourm.catalogue import (
+    SEQUENCES,
+    grid_spec,
+    pixels_spec,
+    released_spec,
+    sequence_spec,
+    t5_spec,
+)
+from models.fourm.loader import base_name
+from models.fourm.masking import Component, Mixture
+from models.fourm.spec import FourMConfig, ModalitySpec
+
+PIXELS = "rgb"
+EMBEDDED = "t5_caption"
+_OWN_LENGTH = ("caption", "det")
+"""Sequences whose longest text is the recipe's choice; others are as long as released."""
+
+
+def modality_specs(manifest: Manifest, *, max_text: int) -> tuple[ModalitySpec, ...]:
+    """The modalities a manifest offers, as a model sees them.
+
+    Args:
+        manifest: A published token set.
+        max_text: Longest caption or box list in tokens, [EOS] included.
+
+    Raises:
+        ValueError: a modality has no tokenizer in the manifest.
+    """
+    return tuple(_spec(manifest, name, max_text) for name in sorted(manifest.modalities))
+
+
+def _spec(manifest: Manifest, name: str, max_text: int) -> ModalitySpec:
+    if name == EMBEDDED:
+        return t5_spec(name)
+    if name == PIXELS:
+        return pixels_spec(name, _size(manifest))
+    key = tokenizer_key(name)
+    if key not in manifest.tokenizers:
+        raise ValueError(f"{manifest.name} v{manifest.version} names no tokenizer of {name}; "
+                         f"it has {', '.join(sorted(manifest.tokenizers))}")
+    vocab = int(manifest.tokenizers[key]["vocab_size"])
+    if name in SEQUENCES:
+        return sequence_spec(name, vocab, max_text if name in _OWN_LENGTH else None)
+    return grid_spec(name, _size(manifest), vocab, int(manifest.tokenizers[key]["num_tokens"]))
+
+
+def tokenizer_key(name: str) -> str:
+    """Entry of a manifest's tokenizers that made the tokens of a modality."""
+    return "text" if name in SEQUENCES else name.removeprefix("tok_")
+
+
+def _size(manifest: Manifest) -> int:
+    return int(manifest.meta["crops"]["size"])
+
+
+def released_specs(names: Sequence[str]) -> tuple[ModalitySpec, ...]:
+    """The modalities `names` as the released models have them."""
+    return tuple(released_spec(name) for name in names)
+
+
+def chosen_specs(
+    offered: Sequence[ModalitySpec], wanted: Sequence[str], predicts: Sequence[str], where: str
+) -> tuple[ModalitySpec, ...]:
+    """Those of `offered` that a recipe wants, inputs only where it does not predict them.
+
+    Args:
+        offered: Specifications of a set.
+        wanted: Names with or without resolution; none: all.
+        predicts: Names of targets; none: all that can be.
+        where: What the set is called in errors.
+
+    Raises:
+        ValueError: something wanted is not offered; names it and what there is.
+    """
+    missing = [name for name in wanted if not any(_is(name, spec) for spec in offered)]
+    if missing:
+        have = ", ".join(sorted(spec.name for spec in offered))
+        raise ValueError(f"{where} lacks {', '.join(missing)}; it has {have}")
+    kept = [s for s in offered if not wanted or any(_is(name, s) for name in wanted)]
+    return tuple(
+        replace(s, is_target=False)
+        if predicts and s.is_target and not any(_is(name, s) for name in predicts) else s
+        for s in kept
+    )
+
+
+def _is(name: str, spec: ModalitySpec) -> bool:
+    return name in (spec.name, base_name(spec.name))
+
+
+def resolve(
+    mixture: Mixture, config: FourMConfig, names: Collection[str] | None = None
+) -> Mixture:
+    """Expands base names and "*" (all others) of a mixture to the modalities of a model.
+
+    Args:
+        mixture: Masks.
+        config: The model.
+        names: Modalities that the samples have; all of the model's unless given.
+
+    Raises:
+        ValueError: a modality is unknown, or a component asks for more tokens than its modalities
+            can ever hold.
+    """
+    held = set(config.by_name if names is None else names)
+    parts = []
+    for component in mixture.components:
+        inputs = _expand(component.inputs, [s for s in config.inputs if s.name in held])
+        targets = _expand(component.targets, [s for s in config.targets if s.name in held])
+        for kind, chosen, least in (("input", inputs, component.num_inputs[0]),
+                                    ("target", targets, component.num_targets[0])):
+            room = sum(config.by_name[name].max_tokens for name in chosen)
+            if least > room:
+                raise ValueError(f"no batch can hold {least} {kind} tokens of "
+                                 f"{', '.join(chosen) or 'no modality'}: "
+                                 f"together they have {room}; lower num_{kind}s")
+        least_of = _expand(component.least, [s for s in config.inputs if s.name in held])
+        parts.append(Component(**{**vars(component), "inputs": inputs, "targets": targets,
+                                  "least": least_of}))
+    return Mixture(components=tuple(parts), per_batch=mixture.per_batch)
+
+
+def _expand(alphas: Mapping[str, float], specs: Sequence[ModalitySpec]) -> dict[str, Any]:
+    """Full name -> concentration or least budget; a base name stands for all of its resolutions."""
+    unknown = sorted(name for name, alpha in alphas.items() if name != "*" and alpha > 0
+                     and not any(_is(name, spec) for spec in specs))
+    if unknown:
+        bases = sorted({base_name(spec.name) for spec in specs})
+        raise ValueError(f"the mixture names {', '.join(unknown)}; choose from "
+                         f"{', '.join(bases)} or *")
+    found = {}
+    for spec in specs:
+        alpha = alphas.get(spec.name, alphas.get(base_name(spec.name), alphas.get("*", 0.0)))
+        if alpha > 0:
+            found[spec.name] = alpha
+    return found

@@ -1,0 +1,87 @@
+"""Weights, their mean and optimizer state as named tensors, and back.
+
+What is saved is this worker's part where tensors are sharded; what is restored is whole, whoever
+saved it, and cut to the worker's part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from tasks.parallel import cut_like, is_sharded, local, shard_like
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from tasks.ema import WeightMean
+    from tasks.run_store import Tensors
+
+
+def unique_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name, each shared tensor once."""
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    kept = model.state_dict().keys()
+    tensors.update({name: value for name, value in model.named_buffers() if name in kept})
+    return tensors
+
+
+def snapshot(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], mean: WeightMean | None, *,
+    rank: int,
+) -> Tensors:
+    """Copies on the CPU of all that a checkpoint holds; what is not sharded only on rank 0."""
+    own = unique_tensors(model)
+    tensors: Tensors = {"model": _copies(own, rank), "optimizer": {}}
+    for i, optimizer in enumerate(optimizers):
+        named = {f"{i}.{index}.{key}": value
+                 for index, state in optimizer.state_dict()["state"].items()
+                 for key, value in state.items()}
+        tensors["optimizer"] |= _copies(named, rank)
+    if mean:
+        tensors["ema"] = {name: value.to("cpu", copy=True) for name, value in mean.tensors.items()
+                          if is_sharded(own[name]) or not rank}
+    return tensors
+
+
+def _copies(tensors: Mapping[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    return {name: local(value).to("cpu", copy=True) for name, value in tensors.items()
+            if is_sharded(value) or not rank}
+
+
+def restore_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Overwrites the weights of a network that is not spread yet."""
+    import torch
+
+    own = unique_tensors(model)
+    with torch.no_grad():
+        for name, value in tensors.items():
+            own[name].copy_(value)
+
+
+def restore_rest(
+    tensors: Tensors, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer],
+    mean: WeightMean | None,
+) -> None:
+    """Restores optimizer state and, where it is kept, the mean of the weights."""
+    for i, optimizer in enumerate(optimizers):
+        order = [p for group in optimizer.param_groups for p in group["params"]]
+        states: dict[int, dict[str, torch.Tensor]] = {}
+        for index, key, value in _entries(tensors["optimizer"], i):
+            states.setdefault(index, {})[key] = shard_like(value, order[index])
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": states, "param_groups": groups})
+    if mean:
+        own = unique_tensors(model)
+        for name, value in tensors["ema"].items():
+            mean.tensors[name].copy_(cut_like(value, own[name]))
+
+
+def _entries(
+    tensors: Mapping[str, torch.Tensor], optimizer: int
+) -> Iterator[tuple[int, str, torch.Tensor]]:
+    for name, value in tensors.items():
+        which, index, key = name.split(".", 2)
+        if int(which) == optimizer:
+            yield int(index), key, value

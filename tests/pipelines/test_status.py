@@ -1,0 +1,32 @@
+"""`fourm status` shows a line for each stage, with everything a person asks of it."""
+
+from rich.console import Console
+
+from infra import units
+from infra.ledger import Ledger
+from infra.store import Store
+from pipelines.status import table
+from tests.infra.test_runner import run, toy_job
+
+
+def test_a_stage_shows_done_left_failed_pace_workers_and_slowest(tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "RETRY_SECONDS", 0.0)
+    store = Store(str(tmp_path))
+    Ledger(store).write_plan({"num_shards": 9})
+    job = toy_job(4, fail=[3])
+    run(store, job)
+    store.write("runs/first/curve.jsonl", b'{"step": 7, "loss": 1.5, "samples_per_second": 2.0}\n')
+    console = Console(width=200, record=True, quiet=True)
+    console.begin_capture()
+    console.print(table(store))
+    console.end_capture()
+    text = console.export_text()
+    (head,) = [line for line in text.splitlines() if "slowest" in line]
+    for name in ("stage", "done", "left", "failed", "samples/s", "workers", "time left"):
+        assert name in head
+    (line,) = [line for line in text.splitlines() if job.stage.id in line]
+    for value in ("3/9", " 5 ", "ValueError 1", "http_404 3", "0: 0:00"):
+        assert value in line
+    (curve,) = [line for line in text.splitlines() if "runs/first" in line]
+    assert "step 7" in curve
+    assert "loss 1.500" in curve
