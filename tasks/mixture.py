@@ -207,17 +207,18 @@ class SourceDraws(Draws):
         super().__init__(seed, step, batch_size, rows)
         self._source, self._weights = source, weights
 
-    def components(self, mixture: Mixture) -> np.ndarray:
-        """Index of the component of every sample of the whole batch."""
-        size = 1 if mixture.per_batch else len(self._source)
+    def components(self, weights: Sequence[float], per_batch: bool) -> np.ndarray:
+        """Index of the component of every sample of the whole batch, by the weights of its source
+        instead of `weights`."""
+        size = 1 if per_batch else len(self._source)
         drawn = self.generator("component").random(size)
         chosen = np.zeros(size, np.int64)
         first = 0
-        for source, weights in enumerate(self._weights):
+        for source, own in enumerate(self._weights):
             rows = self._source[:size] == source
-            ends = np.cumsum(weights)
+            ends = np.cumsum(own)
             chosen[rows] = first + np.searchsorted(ends, drawn[rows] * ends[-1], side="right")
-            first += len(weights)
+            first += len(own)
         return np.broadcast_to(chosen, len(self._source))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from infra.manifest import Manifest
 from models.fourm.catalogue import (
     SEQUENCES,
+    T5_WIDTH,
     grid_spec,
     pixels_spec,
     released_spec,
@@ -41,7 +42,9 @@ def modality_specs(manifest: Manifest, *, max_text: int) -> tuple[ModalitySpec, 
 
 def _spec(manifest: Manifest, name: str, max_text: int) -> ModalitySpec:
     if name == EMBEDDED:
-        return t5_spec(name)
+        # Of the released width and number unless the manifest says how its vectors were made.
+        made = manifest.tokenizers.get(name, {})
+        return t5_spec(name, int(made.get("channels", T5_WIDTH)), made.get("num_tokens"))
     if name == PIXELS:
         return pixels_spec(name, _size(manifest))
     key = tokenizer_key(name)

@@ -37,12 +37,14 @@ def sequence_spec(name: str, vocab_size: int, longest: int | None = None) -> Mod
                         max_length=0 if limit == tokens else limit, chunk=CHUNKS.get(name, 0))
 
 
-def t5_spec(name: str = "t5_caption", width: int = T5_WIDTH) -> ModalitySpec:
-    """Specification of T5's vectors of a caption."""
+def t5_spec(
+    name: str = "t5_caption", width: int = T5_WIDTH, longest: int | None = None
+) -> ModalitySpec:
+    """Specification of T5's vectors of a caption: as many as released, or at most `longest`."""
     from models.fourm.checkpoint import RELEASED_LENGTHS
 
     return ModalitySpec(name=name, kind="seq_emb", channels=width, is_target=False,
-                        max_tokens=RELEASED_LENGTHS["t5_caption"][0])
+                        max_tokens=longest or RELEASED_LENGTHS["t5_caption"][0])
 
 
 def grid_spec(name: str, size: int, vocab_size: int, tokens: int) -> ModalitySpec:

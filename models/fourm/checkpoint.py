@@ -252,8 +252,10 @@ def _restore_shared(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         p = f"decoder_embeddings.{name}"
         pairs.append((f"{p}.token_emb.weight", f"{p}.to_logits.weight"))
     for first, second in pairs:
-        if (first in tensors) != (second in tensors):
-            tensors[first] = tensors[second] = tensors.get(first, tensors.get(second))
+        if first not in tensors and second in tensors:
+            tensors[first] = tensors[second]
+        elif second not in tensors and first in tensors:
+            tensors[second] = tensors[first]
 
 
 def _stored_specs(stored: list[dict[str, Any]], config: dict[str, Any]) -> list[ModalitySpec]:

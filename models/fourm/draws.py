@@ -26,10 +26,10 @@ class Draws:
     def components(self, weights: Sequence[float], per_batch: bool) -> np.ndarray:
         """Index of the component of every sample of the whole batch, drawn by `weights`; one for
         all samples if `per_batch`."""
-        weights = np.cumsum(weights)
+        edges = np.cumsum(weights)
         size = 1 if per_batch else self._size
-        drawn = self.generator("component").random(size) * weights[-1]
-        return np.broadcast_to(np.searchsorted(weights, drawn, side="right"), self._size)
+        drawn = self.generator("component").random(size) * edges[-1]
+        return np.broadcast_to(np.searchsorted(edges, drawn, side="right"), self._size)
 
     def integers(self, tag: str, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Integers [B] in low..high, both [whole batch] and included."""

@@ -214,7 +214,9 @@ class FourM(nn.Module):
             counts.append((target != IGNORED).sum())
             per_modality[spec.name] = loss / counts[-1].clamp(min=1)
         total, count = torch.stack(list(per_modality.values())), torch.stack(counts)
-        if self.config.loss == "token":
+        if self.config.loss != "mod":
+            if self.config.loss == "token_by_vocab":
+                count = count * count.new_tensor([m.vocab_size for m in self.config.targets])
             return Losses((total * count).sum() / count.sum().clamp(min=1), per_modality)
         return Losses(total.sum() / len(total), per_modality)
 

@@ -111,8 +111,10 @@ class FourMConfig:
     token_std: float = field(default=0.02, compare=False)
     """Deviation of initial input token vectors. Position vectors have entries of about 0.7: beside
     them, tokens of 0.02, as released models began with, take long to be noticed."""
-    loss: Literal["mod", "token"] = "mod"
-    """Mean over modalities of their mean token loss, or the plain mean over tokens."""
+    loss: Literal["mod", "token", "token_by_vocab"] = "mod"
+    """Mean over modalities of their mean token loss, or the plain mean over tokens. The last one
+    weights a token by the size of its vocabulary, as the released code's `token` does by mistake:
+    for repeating a run that was trained so. Recipes of released models use `mod`."""
     by_name: dict[str, ModalitySpec] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -126,8 +128,8 @@ class FourMConfig:
                              "one target modality")
         if self.dim % self.num_heads or self.dim % 4:
             raise ValueError(f"dim {self.dim} must be a multiple of num_heads and of 4")
-        if self.loss not in ("mod", "token"):
-            raise ValueError(f"loss must be 'mod' or 'token', got {self.loss!r}")
+        if self.loss not in ("mod", "token", "token_by_vocab"):
+            raise ValueError(f"loss must be mod, token or token_by_vocab, got {self.loss!r}")
 
     @property
     def hidden(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,9 +13,12 @@ from models import fourm
 from models.fourm import timm_models
 from models.fourm.backbone import Backbone, embed, pool
 from models.fourm.conditions import Shown
+from models.fourm.decoding import Decoding, draw
 from models.fourm.embeddings import sincos_1d, sincos_2d
 from models.fourm.spec import FourMConfig, ModalitySpec
+from models.fourm.values import Translator
 from tests.models.tiny import CONFIG, SPECS, make
+from tests.models.tiny_fourm import small_text
 
 SMALL = {"embed_dim": 16, "depth": 3, "num_heads": 2, "img_size": 32}
 
@@ -50,6 +54,21 @@ def test_what_is_not_visible_changes_nothing():
     first, second = (embed(make(), {"tok_depth@32": Shown(values, visible)})["tok_depth@32"]
                      for values in (ids, torch.where(visible, ids, 0)))
     assert torch.equal(first.tokens, second.tokens)
+
+
+@torch.no_grad()
+def test_feature_vectors_of_any_length_are_conditions():
+    specs = (ModalitySpec(name="t5_caption", kind="seq_emb", max_tokens=4, channels=3,
+                          is_target=False), SPECS[1])
+    model = make(FourMConfig(modalities=specs, dim=16, num_heads=2))
+    translator = Translator(model, {}, small_text())
+    table = np.ones((3, 3), np.float16)
+    shown = translator.show({"t5_caption": [table, {"emb": table, "mask_valid": [1, 0, 0]}, None]})
+    assert shown["t5_caption"].visible.sum(1).tolist() == [3, 1, 0]
+    first = embed(model, {"t5_caption": shown["t5_caption"].rows(torch.tensor([0]))})
+    assert torch.isfinite(pool(first)).all()
+    drawn = draw(model, shown, SPECS[1].name, Decoding(order="roar", guidance=2.0), [0, 1, 2])
+    assert drawn.ids.shape == (3, 4)
 
 
 @pytest.mark.parametrize(("given", "sentence"), [

@@ -55,6 +55,9 @@ def test_the_mod_loss_averages_modalities_and_the_token_loss_tokens():
     assert torch.allclose(losses.total, values.mean())
     model.config = dataclasses.replace(CONFIG, loss="token")
     assert torch.allclose(model(batch).total, (values * counts).sum() / counts.sum())
+    model.config = dataclasses.replace(CONFIG, loss="token_by_vocab")
+    weights = counts * torch.tensor([m.vocab_size for m in CONFIG.targets])
+    assert torch.allclose(model(batch).total, (values * weights).sum() / weights.sum())
 
 
 def test_sequences_are_causal_and_modalities_do_not_see_each_other():
