@@ -26,7 +26,7 @@ def grid(name: str, description: str) -> Modality:
     """A modality of feature maps float16 [h, w, C] that cover the whole image."""
     return Modality(
         name=name, kind="feature", ext="npy", encode=encode, decode=decode, crop=_crop_grid,
-        render=_render_grid, description=description,
+        render=_render_grid, description=description, tokenizer={"kind": "feature"},
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ Instances = dict[str, Any]
 
 def instance(mask: np.ndarray, score: float) -> dict[str, Any] | None:
     """The instance of a mask bool [H, W] of the whole image; None where it is empty."""
-    rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return None
     top, bottom = int(rows[0]), int(rows[-1]) + 1

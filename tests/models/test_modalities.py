@@ -160,7 +160,7 @@ def test_a_crop_that_the_policy_does_not_have_is_refused():
         ("sam_instance", b'{"instances": []}', "'size' and 'instances'"),
         ("sam_instance", b'{"size": [9, 9], "instances": [{}]}', "'box', 'score' and 'counts'"),
         ("t5_caption", modalities.get("clip").encode(np.zeros((78, 4))), "1 to 77 rows"),
-        ("dinov2", b"\x93NUMPY junk", ""),
+        ("dinov2", b"\x93NUMPY junk", "version"),
     ],
 )
 def test_a_file_that_holds_something_else_is_refused_by_what_is_wrong(name, data, message):

@@ -27,6 +27,7 @@ from tasks.fetch import make_plan
 from tasks.label import label_jobs
 from tasks.publish import publish_tokens
 from tasks.tokenize import token_jobs
+from tasks.tokenizer_recipes import tokenizer_recipe
 from tasks.train_tokenizers import train_tokenizers
 from tokenizers_vq.tokenizer import load_tokenizer
 
@@ -135,6 +136,12 @@ def test_a_modality_of_one_file_goes_through_labelling_tokenizing_and_publishing
 
     manifest = publish_tokens(store, "main", val_share=0.5)
     assert f"tok_{package}" in manifest.modalities
+
+
+def test_every_feature_map_of_the_catalogue_can_be_tokenized() -> None:
+    for name in ("clip", "dinov2", "imagebind"):
+        assert tokenizer_recipe(name, width=64).kind == "feature"
+        assert tokenizer_recipe(name, width=64).width == 64
 
 
 def test_without_the_package_its_modality_is_unknown() -> None:
