@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -211,11 +211,8 @@ class S3Backend:
         found: dict[str, float] = {}
         marker: dict[str, str] = {}
         while True:
-            page = self._retry(
-                lambda marker=marker: self.fs.call_s3(
-                    "list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker
-                )
-            )
+            where = {"Bucket": bucket, "Prefix": prefix, **marker}
+            page = self._retry(partial(self.fs.call_s3, "list_multipart_uploads", **where))
             for upload in page.get("Uploads", []):
                 if f"{bucket}/{upload['Key']}".startswith(f"{self.root}/"):
                     token = f"{upload['UploadId']} {upload['Key']}"

@@ -91,7 +91,7 @@ def _await(jobs: Jobs, job_id: str, store: Store) -> Any:
     def on_line(line: str) -> None:
         last.add(line)
         level = _LEVEL.match(line)
-        number = logging.getLevelName(level[1]) if level else logging.INFO
+        number = logging.getLevelNamesMapping()[level[1]] if level else logging.INFO
         log.log(number, "%s", line[level.end() :] if level else line)
 
     with _stopped_on_cancel(jobs, job_id):
