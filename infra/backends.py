@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -211,11 +211,8 @@ class S3Backend:
         found: dict[str, float] = {}
         marker: dict[str, str] = {}
         while True:
-            page = self._retry(
-                lambda marker=marker: self.fs.call_s3(
-                    "list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker
-                )
-            )
+            where = {"Bucket": bucket, "Prefix": prefix, **marker}
+            page = self._retry(partial(self.fs.call_s3, "list_multipart_uploads", **where))
             for upload in page.get("Uploads", []):
                 if f"{bucket}/{upload['Key']}".startswith(f"{self.root}/"):
                     token = f"{upload['UploadId']} {upload['Key']}"
@@ -293,15 +290,14 @@ class S3Backend:
             try:
                 return self._reach(call)
             except OSError as error:
-                if _http_status(error) not in _TRANSIENT:
+                if not _is_transient(error):
                     raise
                 _LOG.info("s3://%s: %s; trying again", self.root, error)
                 time.sleep(pause * random.uniform(0.5, 1.5))
         return self._reach(call)
 
     def _reach(self, call: Callable[[], _T]) -> _T:
-        """The answer of a call, or an OSError: broken connections are errors of other kinds, which
-        s3fs has met with attempts of its own."""
+        """The answer of a call, or an OSError: broken connections are errors of other kinds."""
         from aiohttp import ClientError
         from botocore.exceptions import BotoCoreError
         from fsspec.exceptions import FSTimeoutError
@@ -311,6 +307,15 @@ class S3Backend:
         except (BotoCoreError, ClientError, FSTimeoutError) as error:
             what = f"s3://{self.root} cannot be reached: {type(error).__name__}"
             raise ConnectionError(f"{what}: {error}") from error
+
+
+def _is_transient(error: OSError) -> bool:
+    """Whether to ask again: a busy service, or a connection that was refused or reset. Time-outs
+    and cut answers are not among them: s3fs has asked again for those, and waited each time."""
+    from botocore.exceptions import EndpointConnectionError
+
+    refused = isinstance(error.__cause__, EndpointConnectionError)
+    return refused or _http_status(error) in _TRANSIENT
 
 
 def _http_status(error: OSError) -> int | None:

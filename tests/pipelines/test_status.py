@@ -1,5 +1,7 @@
 """`fourm status` shows a line for each stage, with everything a person asks of it."""
 
+import io
+
 from rich.console import Console
 
 from infra import units
@@ -16,11 +18,9 @@ def test_a_stage_shows_done_left_failed_pace_workers_and_slowest(tmp_path, monke
     job = toy_job(4, fail=[3])
     run(store, job)
     store.write("runs/first/curve.jsonl", b'{"step": 7, "loss": 1.5, "samples_per_second": 2.0}\n')
-    console = Console(width=200, record=True, quiet=True)
-    console.begin_capture()
+    console = Console(width=200, file=io.StringIO())
     console.print(table(store))
-    console.end_capture()
-    text = console.export_text()
+    text = console.file.getvalue()
     (head,) = [line for line in text.splitlines() if "slowest" in line]
     for name in ("stage", "done", "left", "failed", "samples/s", "workers", "time left"):
         assert name in head
