@@ -151,15 +151,16 @@ def plan_training(
     sizes = {name: _count(shape) for name, shape in tensors.items()}
     sizes |= _updates(recipe, tensors)
     trained = {name: size for name, size in sizes.items() if not _is_frozen(recipe, name)}
-    loads, width = _loads(config, parts)
+    loads, (inputs, targets) = _loads(config, parts)
     load = _mean(loads)
     return TrainPlan(
         config, recipe, machines, sum(sizes.values()),
         sum(size for name, size in sizes.items() if name.startswith(CORE)),
         sum(trained.values()), tensors, load, micro,
         _memory(recipe, machines, sizes, trained,
-                micro * activation_bytes(config, replace(load, **width), compute_bytes=BF16,
-                                         recompute=machines.recompute)),
+                micro * activation_bytes(
+                    config, replace(load, inputs=inputs, targets=targets), compute_bytes=BF16,
+                    recompute=machines.recompute)),
         recipe.training.batch_size
         * sum(share * train_flops(config, part) for share, part in loads),
     )
@@ -167,17 +168,16 @@ def plan_training(
 
 def _loads(
     config: FourMConfig, parts: Sequence[tuple[float, Mixture]]
-) -> tuple[list[tuple[float, Load]], dict[str, float]]:
-    """(Share, load) of every source, and the slots of the widest batch. Where samples of several
-    sources share a batch, all are as wide as the widest."""
+) -> tuple[list[tuple[float, Load]], tuple[float, float]]:
+    """(Share, load) of every source, and input and target slots of the widest batch. Where
+    samples of several sources share a batch, all are as wide as the widest."""
     total = sum(weight for weight, _ in parts)
     loads = [(weight / total, expected_load(config, mixture)) for weight, mixture in parts]
     most = [widest(mixture) for _, mixture in parts]
-    width = {"inputs": float(max(one[0] for one in most)),
-             "targets": float(max(one[1] for one in most))}
+    inputs, targets = (float(max(one[kind] for one in most)) for kind in (0, 1))
     if not parts[0][1].per_batch:
-        loads = [(share, replace(load, **width)) for share, load in loads]
-    return loads, width
+        loads = [(share, replace(load, inputs=inputs, targets=targets)) for share, load in loads]
+    return loads, (inputs, targets)
 
 
 def _resolved(
@@ -256,9 +256,8 @@ def _mean(loads: Sequence[tuple[float, Load]]) -> Load:
         for into, values in ((rows, load.rows), (dense, load.dense)):
             for name, count in values.items():
                 into[name] = into.get(name, 0.0) + share * count
-    widths = [sum(share * getattr(load, name) for share, load in loads)
-              for name in ("inputs", "targets")]
-    return Load(*widths, rows, dense)
+    return Load(sum(share * load.inputs for share, load in loads),
+                sum(share * load.targets for share, load in loads), rows, dense)
 
 
 def _memory(

@@ -243,7 +243,7 @@ def _add_lora(model: FourM, lora: Lora) -> None:
             parameter.requires_grad_(True)
 
 
-def finished(model: nn.Module) -> nn.Module:
+def finished(model: FourM) -> FourM:
     """The model as it is stored: frozen rows as they were, low-rank updates merged."""
     for put_back in model.__dict__.get(_HELD, []):
         put_back()

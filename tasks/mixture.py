@@ -374,7 +374,8 @@ def _scattered(values: Mapping[int, Any], rows: Mapping[int, np.ndarray], size: 
     shape = np.max([value.shape[1:] for value in values.values()], axis=0).astype(int)
     out = np.zeros((size, *shape), first.dtype)
     for number, value in values.items():
-        out[(rows[number], *(slice(length) for length in value.shape[1:]))] = value
+        place: tuple[Any, ...] = (rows[number], *(slice(length) for length in value.shape[1:]))
+        out[place] = value
     return out
 
 

@@ -223,8 +223,8 @@ def train_fourm(
     task.check_start()
     _ = task.data, task.validation  # refuses a set that does not fit before anything starts
     result_model, result = _fit(store, path, task, num_workers, on_progress)
-    for name, data in _files(result_model).items():
-        store.write(f"{path}/model/{name}", data)
+    for name, content in _files(result_model).items():
+        store.write(f"{path}/model/{name}", content)
     info = RunInfo(path, result.steps, round(result.seconds, 2),
                    round(result.samples_per_second, 2), result.metrics, result.skipped)
     store.write_json(f"{path}/run.json", {**identity, "result": asdict(info)})

@@ -51,7 +51,7 @@ def expected_load(config: FourMConfig, mixture: Mixture) -> Load:
         for name, count in _split(part.inputs, sum(part.num_inputs) / 2):
             if not config.by_name[name].discrete:
                 dense[name] = dense.get(name, 0.0) + share * count
-    return Load(*(_width(mixture, shares, kind) for kind in (0, 1)), rows, dense)
+    return Load(_width(mixture, shares, 0), _width(mixture, shares, 1), rows, dense)
 
 
 def _width(mixture: Mixture, shares: list[float], kind: int) -> float:
