@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tokenizers_vq.vqvae import VQConfig
 
 Kind = Literal["rgb", "depth", "normal", "semseg", "feature", "vector", "edge", "mask"]
-_ADDED = frozenset({"loss", "perceptual", "perceptual_model", "sizes", "registers"})
+_ADDED = frozenset({"loss", "perceptual", "perceptual_model", "sizes", "registers", "encoder"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,9 @@ class TokenizerRecipe:
     """Sides in pixels of which each step draws one; empty trains at `size` alone."""
     registers: int = 0
     """Above 0 a sample becomes so many ordered tokens, of which any first few decode."""
+    encoder: str = ""
+    """Folder of a stored tokenizer: its codes are kept, and only a new decoder of `decoder_depth`
+    blocks is trained; all else of the network is its own."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))

@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,16 +26,12 @@ from infra.store import Store
 from models import modalities
 from tasks.tokenizer_data import load_crops, read_values
 from tasks.tokenizer_recipes import TextRecipe, TokenizerRecipe, identity
-from tasks.trainer import Task, Trainer
+from tasks.tokenizer_task import reconstruction_task
+from tasks.trainer import Trainer
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
     from infra.ray_session import RayTarget
-    from tokenizers_vq.codec import ValueCodec
     from tokenizers_vq.tokenizer import Tokenizer
-    from tokenizers_vq.vqvae import VQVAE, VQConfig
 
 logger = logging.getLogger("fourm.tokenizers")
 
@@ -44,7 +40,6 @@ INFO = "info.json"
 TEXT = "text"
 _SHOWN = 6
 _HELD_OUT = 200
-_CALIBRATION = 24  # batches
 
 Progress = Callable[[str, int, int], None]
 
@@ -64,70 +59,6 @@ class TokenizerInfo:
     metrics: dict[str, float]
     """Quality on held-out samples, code usage and perplexity."""
     seconds: float
-
-
-class ReconstructionTask(Task):
-    """What the one trainer needs to know about a tokenizer."""
-
-    def __init__(
-        self, recipe: TokenizerRecipe, network: VQConfig, codec: ValueCodec, train: np.ndarray
-    ) -> None:
-        from tokenizers_vq.losses import reconstruction_loss
-
-        self.recipe, self.network, self.codec, self.train = recipe, network, codec, train
-        self.reconstruction = reconstruction_loss(codec.kind, recipe.loss)
-        self._perceptual: nn.Module | None = None
-
-    def build_model(self) -> nn.Module:
-        """A fresh network."""
-        from tokenizers_vq.ordered import build_network
-
-        return build_network(self.network)
-
-    def batch(self, step: int, rank: int, world: int) -> torch.Tensor:
-        """Values of the crops drawn for this step, as the network eats them."""
-        rng = np.random.default_rng((self.recipe.seed, step))
-        rows = rng.integers(0, len(self.train), self.recipe.batch_size)[rank::world]
-        values = self.codec.to_tensor(self.train[rows])
-        return resized(values, int(rng.choice(self.recipe.sizes))) if self.recipe.sizes else values
-
-    def loss(
-        self, model: nn.Module, batch: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Reconstruction plus the bottleneck's own loss."""
-        output, quantized = model(batch)
-        total = self.reconstruction(output, batch) + quantized.loss
-        if not self.recipe.perceptual:
-            return total, {}
-        seen = self._seen(batch.device)(output, batch)
-        return total + self.recipe.perceptual * seen, {"perceptual": seen.detach()}
-
-    def _seen(self, device: torch.device) -> nn.Module:
-        if self._perceptual is None:
-            from tokenizers_vq.losses import Perceptual
-
-            self._perceptual = Perceptual(self.recipe.perceptual_model).to(device)
-        return self._perceptual
-
-    def is_hidden(self, name: str) -> bool:
-        """Muon updates patch projections too: halves the error that AdamW leaves there."""
-        return name.startswith(("encoder.", "decoder.", "stem.", "head."))
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Measures the bottleneck's statistics; quality is measured on the stored tokenizer."""
-        net = cast("VQVAE", model)
-        device = net.positions.device
-        net.calibrate(self.batch(step, 0, 1).to(device) for step in range(_CALIBRATION))
-        return {}
-
-
-def resized(values: torch.Tensor, size: int) -> torch.Tensor:
-    """Values [B, C, H, W] or ids [B, H, W] at another side in pixels; ids are not mixed."""
-    import torch.nn.functional as F
-
-    if values.dim() == 3:
-        return F.interpolate(values[:, None], size=(size, size), mode="nearest")[:, 0]
-    return F.interpolate(values, size=(size, size), mode="bilinear", antialias=True)
 
 
 def tokenizer_path(
@@ -265,8 +196,8 @@ def train_tokenizer(
         return TokenizerInfo(**store.read_json(f"{path}/{INFO}"))
     began = time.monotonic()
     train, held_out = load_crops(store, name, stage, recipe, shards, held_out=_HELD_OUT)
-    codec, network = recipe.codec(train), recipe.resolved(train)
-    task = ReconstructionTask(recipe, network, codec, train)
+    task = reconstruction_task(store, name, recipe, train)
+    codec = task.codec
     run = f"runs/{path}"
     trainer = Trainer(store, run, task, recipe.training(threads))
 

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from tokenizers_vq.quantizers import Codebook, FiniteScalar, LookupFree, Quantized
 
+_DECODING = ("decoder.", "norm.", "head.", "places", "absent")
+"""Parameters that stand behind the codes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VQConfig:
@@ -190,6 +193,7 @@ class VQVAE(nn.Module):
 
     positions: Tensor
     quantizer: FiniteScalar | Codebook | LookupFree
+    frozen = False
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -214,6 +218,31 @@ class VQVAE(nn.Module):
         self.head = Head(config)
         positions = sincos_positions(width, config.grid, config.grid, config.grid)
         self.register_buffer("positions", positions, persistent=False)
+
+    def take_encoder(self, source: VQVAE) -> None:
+        """Takes over everything up to the codes from a trained network, and freezes it.
+
+        Raises:
+            ValueError: if the two differ in more than their decoders.
+        """
+        kept = {
+            name: value for name, value in source.state_dict().items()
+            if not name.startswith(_DECODING)
+        }
+        own = {n: v.shape for n, v in self.state_dict().items() if not n.startswith(_DECODING)}
+        if own != {name: value.shape for name, value in kept.items()}:
+            raise ValueError("the encoder of another network does not fit this one")
+        self.load_state_dict(kept, strict=False)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(_DECODING))
+        self.frozen = True
+
+    def train(self, mode: bool = True) -> VQVAE:
+        """A frozen bottleneck keeps its statistics and codes in training, too."""
+        super().train(mode)
+        if self.frozen:
+            self.quantizer.eval()
+        return self
 
     def _positions(self, height: int, breadth: int) -> Tensor:
         base = self.config.grid
@@ -245,7 +274,7 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Measures the bottleneck's statistics on training batches; due after every training."""
-        if isinstance(self.quantizer, FiniteScalar):
+        if isinstance(self.quantizer, FiniteScalar) and not self.frozen:
             raw = [self.quantizer.down(self._features(x)[0].float()).float() for x in batches]
             self.quantizer.whiten.fit(torch.cat(raw).flatten(0, 1))
 

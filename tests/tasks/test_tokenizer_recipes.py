@@ -32,7 +32,7 @@ def test_choices_that_cannot_work_are_refused(changes, message):
 
 
 def test_a_step_draws_one_size_for_all_workers():
-    from tasks.train_tokenizers import ReconstructionTask
+    from tasks.tokenizer_task import ReconstructionTask
 
     recipe = TokenizerRecipe(kind="semseg", size=32, patch=8, sizes=(16, 32), batch_size=4)
     packed = np.random.default_rng(0).integers(0, 5, (6, 32, 32), dtype=np.uint8)
@@ -41,6 +41,35 @@ def test_a_step_draws_one_size_for_all_workers():
     assert all(ours == theirs for ours, theirs in shapes)
     assert {shape for pair in shapes for shape in pair} == {(2, 16, 16), (2, 32, 32)}
     assert set(np.unique(task.batch(0, 0, 2))) <= set(range(5))  # classes are not mixed
+
+
+def test_a_new_decoder_is_trained_behind_the_codes_of_a_stored_tokenizer(tmp_path):
+    import torch
+
+    from infra.store import Store
+    from tasks.tokenizer_task import reconstruction_task
+    from tasks.trainer import Trainer
+    from tokenizers_vq.ordered import build_network
+    from tokenizers_vq.tokenizer import Tokenizer
+
+    packed = np.random.default_rng(0).uniform(0.1, 1, (8, 32, 32)).astype(np.float16)
+    first = TokenizerRecipe(kind="depth", size=32, patch=8, width=16, batch_size=4, steps=3)
+    before = Tokenizer("depth", build_network(first.resolved(packed)), first.codec(packed), "fp32")
+    before.save(tmp_path / "tokenizers" / "depth@0")
+    store = Store(str(tmp_path))
+    recipe = TokenizerRecipe(**{**identity(first), "encoder": "tokenizers/depth@0",
+                                "decoder_depth": 3})
+    task = reconstruction_task(store, "depth", recipe, packed)
+    after = Trainer(store, "runs/decoder", task, recipe.training(1)).fit().model.eval()
+    assert len(after.decoder) == 3
+    x = task.codec.to_tensor(packed)
+    with torch.no_grad():
+        tokens = before.net.encode(x)
+        assert torch.equal(after.encode(x), tokens)
+        torch.manual_seed(recipe.seed)
+        assert not torch.equal(after.decode(tokens), task.build_model().eval().decode(tokens))
+    with pytest.raises(ValueError, match="is no rgb tokenizer trained here"):
+        reconstruction_task(store, "rgb", recipe, packed)
 
 
 def test_vectors_become_ordered_tokens_of_a_single_cell():
