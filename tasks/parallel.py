@@ -133,6 +133,15 @@ def agree(flags: Iterable[bool], device: torch.device) -> list[bool]:
     return [bool(flag) for flag in raised.tolist()]
 
 
+def first_says(number: int, device: torch.device) -> int:
+    """The first worker's `number`; all workers call it alike."""
+    import torch
+
+    said = torch.tensor([number], device=device)
+    torch.distributed.broadcast(said, 0)
+    return int(said)
+
+
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     from torch.utils.checkpoint import checkpoint
 

@@ -89,9 +89,10 @@ class Checkpoints:
             time.sleep(0.1)
         return self._store.read_json(name)
 
-    def newest(self) -> tuple[Tensors, dict[str, Any]] | None:
-        """The newest checkpoint whose tensors match their digests as (whole tensors, state)."""
-        for step in reversed(self.steps()):
+    def newest(self, at: int | None = None) -> tuple[Tensors, dict[str, Any]] | None:
+        """The newest checkpoint whose tensors match their digests as (whole tensors, state); with
+        `at` the one of that step."""
+        for step in reversed(self.steps() if at is None else [at]):
             folder = f"{self._path}/step-{step:08d}"
             state = self._store.read_json(f"{folder}/state.json")
             tensors = self._load(folder, state["sha256"])

@@ -205,7 +205,7 @@ class Trainer:
             check_compiler(self.device)
         self.model = self.task.build_model().to(self.device)
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16())
-        found = self.checkpoints.newest()
+        found = self._found()
         if found:
             self._check(*found)
             restore_weights(self.model, found[0]["model"])
@@ -225,6 +225,17 @@ class Trainer:
             restore_rest(found[0], self.model, self.optimizers, self.mean)
             logger.info("%s: resuming at step %d", self.path, self.step)
         self._sweep()
+
+    def _found(self) -> tuple[Tensors, dict[str, Any]] | None:
+        """The newest checkpoint. The first worker decides which: another may look before the last
+        one is complete."""
+        found = self.checkpoints.newest() if self.rank == 0 else None
+        if self.world == 1:
+            return found
+        from tasks.parallel import first_says
+
+        step = first_says(found[1]["step"] if found else 0, self.device)
+        return self.checkpoints.newest(step) if self.rank and step else found
 
     def _sweep(self) -> None:
         """Clears away half-written checkpoints, once all workers have read what they need."""
