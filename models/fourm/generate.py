@@ -50,7 +50,8 @@ class Guide:
     """Conditions that pull a result towards them, or push it away, with a weight of their own.
 
     Every step adds weight * (l_i - l) to the logits l under the plain conditions, l_i being those
-    under the guide's conditions as well. Guides take the place of a guidance scale.
+    under the guide's conditions as well. Guides take the place of a guidance scale. None guides
+    the generation of its own modality.
 
     Attributes:
         conditions: As for `Generator.generate`.
@@ -300,12 +301,14 @@ class Generator(Translator):
         drawn: dict[str, Drawn] = {}
         every, copies = seeds, plan.copies
         for spec in plan.specs:
-            decoding = self._decoding(spec, shown, plan, bool(branches))
+            others = [branch.without(spec.name) for branch in branches
+                      if set(branch.shown) - {spec.name}]  # fmt: skip
+            decoding = self._decoding(spec, shown, plan, bool(others))
             salt = zlib.crc32(spec.name.encode()) << 20
             grammar = self._grammar(spec) if decoding.well_formed else None
             with self.precision():
                 found = draw(self.model, shown, spec.name, decoding, [s ^ salt for s in every],
-                             copies=copies, branches=branches, grammar=grammar)  # fmt: skip
+                             copies=copies, branches=others, grammar=grammar)  # fmt: skip
             drawn[spec.name] = found
             if plan.chain and spec.is_input and spec is not plan.specs[-1]:
                 if copies > 1:

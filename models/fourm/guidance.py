@@ -33,6 +33,10 @@ class Branch:
         """The rows picked by `index`."""
         return Branch({name: part.rows(index) for name, part in self.shown.items()}, self.weight)
 
+    def without(self, name: str) -> Branch:
+        """The same without a modality."""
+        return Branch({key: part for key, part in self.shown.items() if key != name}, self.weight)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:

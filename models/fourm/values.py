@@ -212,7 +212,8 @@ class Translator:
         """The value of every row of decoded tokens."""
         if spec.kind != "seq":
             return self._tokenizer(spec).decode_tokens(drawn.ids.cpu().numpy())
-        confidence, found = drawn.confidence.float().cpu().numpy(), []
+        confidence = drawn.confidence.float().cpu().numpy()
+        found: list[Any] = []
         lines = zip(drawn.ids.tolist(), drawn.lengths.tolist(), strict=True)
         for row, (ids, length) in enumerate(lines):
             ids = ids[: int(length)]

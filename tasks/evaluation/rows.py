@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,7 +110,10 @@ class Bench:
         return entry(task, rows)
 
     def _generate(self, condition: str, values: Sequence[Any], target: str, count: int) -> list:
-        settings = ONE if count == 1 else MANY
+        settings = dict(ONE if count == 1 else MANY)
+        # A tokenizer that was trained without boxes has no words for their classes.
+        settings["det"] = replace(settings["det"],
+                                  well_formed=bool(self.generator.text.class_names))  # fmt: skip
         found = self.generator.generate(
             {condition: values}, [target], settings=settings, num_samples=count,
             seeds=[self.seed + i for i in range(len(values))], batch_size=BATCH,
