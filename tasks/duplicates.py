@@ -214,7 +214,9 @@ class DistinctWork:
         """One shard; the status of what is left out names the earlier picture."""
         began = time.monotonic()
         (download,) = self._stage.upstream
-        outputs, keys, statuses = {}, [], []
+        outputs: dict[str, bytes] = {}
+        keys: list[str] = []
+        statuses: list[tuple[str, str, str]] = []
         marked: dict[str, tuple[str, str]] = {}
         for modality in download.outputs:
             path, sha256 = self._ledger.open_output(download, shard, modality)

@@ -173,8 +173,8 @@ def write_shard(
             tar = write_tar((f"{key}.{ext}", data) for key, (ext, data) in members)
             out.write(f"{part.name}/{_stem(number)}.tar", tar)
         if crops is not None and "rgb" in shard.files:
-            members = zip(shard.keys, crop_settings(shard, crops), strict=True)
-            tar = write_tar((f"{key}.npy", npy(value)) for key, value in members)
+            windows = zip(shard.keys, crop_settings(shard, crops), strict=True)
+            tar = write_tar((f"{key}.npy", npy(value)) for key, value in windows)
             out.write(f"{CROPS}/{_stem(number)}.tar", tar)
 
 
@@ -311,10 +311,10 @@ def _from_wds(tar: bytes, source: str, parts: Sequence[Part]) -> Shard:
     samples: dict[str, dict[str, File]] = {}
     for name, data in read_tar(tar, source=source):
         key, extension = split_name(name)
-        part, dot, ext = extension.partition(".")
+        owner, dot, ext = extension.partition(".")
         if not dot:
-            part, ext = ("caption", part) if part in _PLAIN["caption"] else ("rgb", part)
-        samples.setdefault(key, {})[part] = (ext, data)
+            owner, ext = ("caption" if owner in _PLAIN["caption"] else "rgb"), owner
+        samples.setdefault(key, {})[owner] = (ext, data)
     shard = Shard(list(samples))
     for part in parts:
         for key, sample in samples.items():

@@ -89,12 +89,12 @@ def hostile() -> Iterator[HostileWeb]:
     loop.call_soon_threadsafe(loop.stop)
 
 
-def config(port: int) -> FetchConfig:
+def config(port: int, timeout: float = 60.0) -> FetchConfig:
     allowed = AddressPolicy(frozenset({f"127.0.0.1:{port}"}))
-    return FetchConfig(
-        pictures=PicturePolicy(size=64),
-        downloads=DownloadPolicy(timeout=1.0, max_bytes=200_000, backoff=0.01, addresses=allowed),
+    downloads = DownloadPolicy(
+        timeout=timeout, max_bytes=200_000, backoff=0.01, addresses=allowed
     )
+    return FetchConfig(pictures=PicturePolicy(size=64), downloads=downloads)
 
 
 def ingest(root, lines: list[str], settings: FetchConfig, shard: int = 0):
@@ -122,7 +122,6 @@ FATES = [
     ("/redirect/loop", "too_many_redirects"),
     ("/optout/x", "opt_out"),
     ("/endless/x", "too_large"),
-    ("/drip/x", "timeout"),
 ]
 ELSEWHERE = [
     ("http://169.254.169.254/latest/meta-data", "blocked_address"),
@@ -148,6 +147,13 @@ def test_every_row_gets_its_fate_and_good_rows_their_bytes(hostile, tmp_path):
     assert ledger.commit(stage, 0, data).samples == 3
     assert hostile.asked["/status/404"] == 1  # what no retry can mend is not retried
     assert hostile.asked["/status/500"] == 3
+
+
+def test_a_body_that_drips_runs_out_of_time(hostile, tmp_path):
+    lines = [f"http://127.0.0.1:{hostile.port}/drip/x\tx"]
+    _, _, data = ingest(tmp_path, lines, config(hostile.port, timeout=0.5))
+    assert [reason for _, reason, _ in data.statuses] == ["timeout"]
+    assert hostile.asked["/drip/x"] <= 3
 
 
 def test_proxies_of_the_environment_are_never_asked(hostile, tmp_path, monkeypatch):
