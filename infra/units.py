@@ -209,7 +209,7 @@ def as_worker(threads: int, run_id: str) -> Iterator[None]:
         yield
     finally:
         for name, value in kept.items():
-            os.environ.pop(name)
+            os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
         if torch_threads:

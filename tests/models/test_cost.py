@@ -29,7 +29,7 @@ SIZE = 4
 @pytest.fixture(params=[True, False], ids=["gated", "plain"])
 def case(request, monkeypatch):
     """A network, a batch and its load; the loss is not padded."""
-    monkeypatch.setattr(network, "EVEN", 1)
+    monkeypatch.setattr("models.fourm.batch.EVEN", 1)
     config = FourMConfig(modalities=SPECS, dim=64, encoder_depth=3, decoder_depth=2, num_heads=4,
                          gated_mlp=request.param)
     rng = np.random.default_rng(0)
