@@ -36,6 +36,7 @@ def lines(params: PlanParams) -> list[Line]:
     labelers = chain.settings.get("label", {}).get("labelers", params.labelers)
     dense = chain.settings.get("tokenizers", {}).get("modalities", params.modalities)
     drops = planned and "ingest" in chain.settings and chain.duplicates != "mark"
+    dense = [name for name in dense if name == "rgb" or name in labelers]
     written = [name for name in WRITTEN if name == "caption" or name in labelers]
     stages = [
         "fetch",

@@ -301,6 +301,10 @@ def check(flow: str, choices: dict[str, Any]) -> None:
         chain.section(section)
     if flow == "ingest":
         _check_source(choices)
+    if flow == "retry":
+        from tasks.plans import check_retry
+
+        check_retry(store)
     if flow == "import":
         from tasks.interchange import read_about
 

@@ -210,6 +210,12 @@ class Plan:
         return None
 
 
+def check_retry(store: Store) -> None:
+    """Raises ValueError for a dataset of files: what is wrong with them does not pass."""
+    if Plan(store).format in ("folder", "webdataset"):
+        raise ValueError(f"{store.url} holds pictures of files, which have no passing failures")
+
+
 def plan_retry(store: Store, stage: Stage, reasons: Iterable[str] = RETRYABLE) -> dict[str, Any]:
     """Plan one more pass over the rows that failed for passing reasons, as further shards.
 
@@ -230,9 +236,8 @@ def plan_retry(store: Store, stage: Stage, reasons: Iterable[str] = RETRYABLE) -
     reasons = sorted(reasons)
     if unknown := set(reasons) - RETRYABLE:
         raise ValueError(f"{min(unknown)!r} cannot be mended; choose from {sorted(RETRYABLE)}")
+    check_retry(store)
     ledger, plan = Ledger(store), Plan(store)
-    if plan.format in ("folder", "webdataset"):
-        raise ValueError(f"{store.url} holds pictures of files, which have no passing failures")
     if left := ledger.todo(stage, range(plan.about["num_shards"])):
         raise ValueError(f"{len(left)} shards are not downloaded yet; run `fourm ingest` first")
     passes = plan.about["passes"]

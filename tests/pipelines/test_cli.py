@@ -93,9 +93,10 @@ def test_the_plan_of_a_list_is_printed_and_nothing_is_written(tmp_path: Path) ->
     )  # fmt: skip
     assert code == 0
     words = " ".join(output.split())
-    for expected in ("fetch │ 4 │ 4,000", "label:depth", "tokens:clip", "assumed", "GPU-hours"):
+    for expected in ("fetch │ 4 │ 4,000", "label:depth", "tokens:depth", "assumed", "GPU-hours"):
         assert expected in words
     assert "label:semseg" not in words
+    assert "tokens:clip" not in words
     assert [path.name for path in tmp_path.iterdir()] == ["l.csv"]
 
 
