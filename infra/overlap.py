@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def prefetch(source: Iterable[T], depth: int = 2) -> Iterator[T]:
+def prefetch(source: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     """Run an iterable in a background thread, at most `depth` items ahead.
 
     An exception of the source is raised here in its place. Closing the iterator, or letting go
@@ -59,7 +59,7 @@ def pipelined(source: Iterable[Any], *stages: Callable[[Any], Any], depth: int =
 
     The order of items is kept. At most `depth` items wait between two stages.
     """
-    stream = prefetch(source, depth)
+    stream: Iterator[Any] = prefetch(source, depth)
     for stage in stages:
         stream = prefetch(map(stage, stream), depth)
     return stream

@@ -1,11 +1,8 @@
-"""Batches on their way to the network: computed ahead in a thread, moved to a device."""
+"""Batches on their way to the network."""
 
 from __future__ import annotations
 
 import dataclasses
-import queue
-import threading
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,37 +22,3 @@ def to_device(batch: Any, device: torch.device) -> Any:
                  for f in dataclasses.fields(batch)}
         return dataclasses.replace(batch, **moved)
     return batch
-
-
-def prefetch(make: Callable[[int], Any], start: int, stop: int) -> Iterator[Any]:
-    """Yields make(start), ..., make(stop - 1), computed two ahead by a background thread."""
-    ready: queue.Queue[Any] = queue.Queue(maxsize=2)
-    closed = threading.Event()
-
-    def put(item: Any) -> None:
-        while not closed.is_set():
-            try:
-                return ready.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-
-    def produce() -> None:
-        for step in range(start, stop):
-            if closed.is_set():
-                return
-            item: tuple[Any, Exception | None]
-            try:
-                item = (make(step), None)
-            except Exception as error:  # noqa: BLE001 - raised again where the batch is needed
-                item = (None, error)
-            put(item)
-
-    threading.Thread(target=produce, daemon=True, name="batches").start()
-    try:
-        for _ in range(start, stop):
-            batch, error = ready.get()
-            if error is not None:
-                raise error
-            yield batch
-    finally:
-        closed.set()

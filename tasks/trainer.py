@@ -16,7 +16,8 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tasks.batches import prefetch, to_device
+from infra.overlap import prefetch
+from tasks.batches import to_device
 from tasks.meter import Meter
 from tasks.optim import build_optimizers, learning_rate_scale
 from tasks.preemption import Stopped, StopSignal
@@ -113,7 +114,7 @@ class Trainer:
         """Steps to the end; returns the last metrics, or None if it was asked to stop before."""
         config, metrics, saved = self.config, dict[str, float](), time.monotonic()
         meter = Meter(self.world, self._peak)
-        with closing(prefetch(self._parts, self.step, config.steps)) as batches:
+        with closing(prefetch(map(self._parts, range(self.step, config.steps)))) as batches:
             while not self._ended():
                 parts = next(batches)
                 rate = self._rate(parts)
@@ -220,7 +221,7 @@ class Trainer:
         state = found[1] if found else {}
         self.step, self.tokens = state.get("step", 0), state.get("tokens", 0)
         self.skipped: int | torch.Tensor = state.get("skipped", 0)
-        self.warned = int(self.skipped)
+        self.warned: int = int(self.skipped)
         if found:
             restore_rest(found[0], self.model, self.optimizers, self.mean)
             logger.info("%s: resuming at step %d", self.path, self.step)
