@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def prefetch(make: Callable[[int], Any], start: int, stop: int) -> Iterator[Any]:
+def prefetch(make: Callable[[int], Any], start: int, stop: int) -> Generator[Any, None, None]:
     """Yields make(start), ..., make(stop - 1), computed two ahead by a background thread."""
     ready: queue.Queue[Any] = queue.Queue(maxsize=2)
     closed = threading.Event()
