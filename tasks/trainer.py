@@ -72,7 +72,7 @@ class Trainer:
                              f"{config.accumulate} accumulated parts")
         require_wandb(config.wandb)
         self.store, self.path, self.task, self.config = store, path, task, config
-        self.rank, self.world, self.asked = rank, world, asked
+        self.rank, self.world, self.asked, self.warned = rank, world, asked, 0
         self.checkpoints = Checkpoints(store, path)
 
     def fit(self, on_progress: ProgressCallback | None = None) -> TrainResult:
@@ -220,7 +220,7 @@ class Trainer:
         state = found[1] if found else {}
         self.step, self.tokens = state.get("step", 0), state.get("tokens", 0)
         self.skipped: int | torch.Tensor = state.get("skipped", 0)
-        self.warned: int = int(self.skipped)
+        self.warned = int(self.skipped)
         if found:
             restore_rest(found[0], self.model, self.optimizers, self.mean)
             logger.info("%s: resuming at step %d", self.path, self.step)
