@@ -73,7 +73,7 @@ class Trainer:
                              f"{config.accumulate} accumulated parts")
         require_wandb(config.wandb)
         self.store, self.path, self.task, self.config = store, path, task, config
-        self.rank, self.world, self.asked = rank, world, asked
+        self.rank, self.world, self.asked, self.warned = rank, world, asked, 0
         self.checkpoints = Checkpoints(store, path)
 
     def fit(self, on_progress: ProgressCallback | None = None) -> TrainResult:
