@@ -221,7 +221,7 @@ class Trainer:
         state = found[1] if found else {}
         self.step, self.tokens = state.get("step", 0), state.get("tokens", 0)
         self.skipped: int | torch.Tensor = state.get("skipped", 0)
-        self.warned: int = int(self.skipped)
+        self.warned = int(self.skipped)
         if found:
             restore_rest(found[0], self.model, self.optimizers, self.mean)
             logger.info("%s: resuming at step %d", self.path, self.step)
