@@ -1,16 +1,8 @@
 """What a batch asks of 4M in floating-point operations, and what a device could do.
 
-Counted are matrix products with two operations for a multiplication and its addition, over used
-slots. With D width, H width of the MLP (c = 3 matrices if gated, else 2), V_k vocabulary and C_k
-input width of a modality; a sample with n inputs and m targets, r_k and t_k of them of modality k:
-
-    encoder layer   n (8 D^2 + 2c D H) + 4 D n^2
-    context         2 n D^2
-    decoder layer   m (12 D^2 + 2c D H) + 4 n D^2 + 4 D m^2 + 4 D m n
-    inputs, heads   sum_k 2 t_k C_k D + sum_k 2 r_k V_k D
-
-A training step is three forward passes; what is computed anew to save memory does not count.
-Utilisation is that over the seconds of the step and the device's peak.
+Counted as in `models.fourm.cost`, over used slots. A training step is three forward passes; what
+is computed anew to save memory does not count. Utilisation is that over the seconds of the step
+and the device's peak.
 """
 
 from __future__ import annotations
@@ -19,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from models.fourm.cost import block_flops
 
 if TYPE_CHECKING:
     import torch
@@ -52,13 +46,9 @@ def fourm_load(config: FourMConfig, batch: Batch) -> Load:
     written = np.array(batch.counts)
     n, m = (enc >= 0).sum(1, dtype=float), (dec >= 0).sum(1, dtype=float)
     d = config.dim
-    mlp = (6 if config.gated_mlp else 4) * d * config.hidden
-    encoder = n.sum() * (8 * d * d + mlp) + 4 * d * (n * n).sum()
-    decoder = m.sum() * (12 * d * d + mlp) + 4 * d * d * n.sum() + 4 * d * (m * (m + n)).sum()
     inputs = sum(2 * int(t) * s.dense_width * d for s, t in zip(specs, read, strict=True))
     heads = sum(2 * int(r) * s.vocab_size * d for s, r in zip(specs, written, strict=True))
-    flops = (config.encoder_depth * encoder + config.decoder_depth * decoder
-             + 2 * d * d * n.sum() + inputs + heads)
+    flops = block_flops(config, n, m).sum() + inputs + heads
     tokens = {s.name.split("@")[0]: int(t) for s, t in zip(specs, read + written, strict=True)}
     return Load(tokens, enc.size + dec.size, float(flops))
 

@@ -2,17 +2,30 @@
 
 D width, H hidden width of the MLP, N input and M target slots of a sample. Operations are the
 matrix products' multiplications and additions (2 each); norms, softmax and look-ups are left out,
-as in every published utilisation. Activations are what autograd keeps between forward and backward
-with a fused attention kernel, see `activation_bytes`.
+as in every published utilisation. With c = 3 matrices in a gated MLP, else 2:
+
+    encoder layer   N (8 D^2 + 2c D H) + 4 D N^2
+    context         2 N D^2
+    decoder layer   M (12 D^2 + 2c D H) + 4 N D^2 + 4 D M^2 + 4 D M N
+    inputs, heads   2 D times width or vocabulary, a slot
+
+Activations are what autograd keeps between forward and backward with a fused attention kernel, see
+`activation_bytes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
 from models.fourm.masking import Component, Mixture
 from models.fourm.spec import FourMConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+
+T = TypeVar("T", float, "np.ndarray")
 
 BACKWARD = 2.0
 """Operations of the backward pass, in forward passes."""
@@ -77,18 +90,24 @@ def _split(alphas: Mapping[str, float], count: float) -> list[tuple[str, float]]
     return [(name, count * alpha / total) for name, alpha in alphas.items()]
 
 
-def forward_flops(config: FourMConfig, load: Load) -> float:
-    """Operations of one forward pass with its loss, for one sample."""
-    d, n, m = config.dim, load.inputs + config.num_register_tokens, load.targets
+def block_flops(config: FourMConfig, inputs: T, targets: T) -> T:
+    """Operations of both stacks of blocks and the context in one forward pass, for samples of so
+    many input and target slots: numbers, or arrays of them."""
+    d, n, m = config.dim, inputs + config.num_register_tokens, targets
     mlp = (6 if config.gated_mlp else 4) * d * config.hidden
     encoder = n * (8 * d * d + 4 * n * d + mlp)
     decoder = m * (12 * d * d + 4 * m * d + 4 * n * d + mlp) + n * 4 * d * d
+    return config.encoder_depth * encoder + config.decoder_depth * decoder + n * 2 * d * d
+
+
+def forward_flops(config: FourMConfig, load: Load) -> float:
+    """Operations of one forward pass with its loss, for one sample."""
+    d = config.dim
     heads = sum(2 * d * config.by_name[name].vocab_size * count
                 for name, count in load.rows.items())
     patches = sum(2 * d * config.by_name[name].dense_width * count
                   for name, count in load.dense.items())
-    return (config.encoder_depth * encoder + config.decoder_depth * decoder + heads + patches
-            + n * 2 * d * d)
+    return block_flops(config, load.inputs, load.targets) + heads + patches
 
 
 def train_flops(config: FourMConfig, load: Load) -> float:

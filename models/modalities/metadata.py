@@ -13,30 +13,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from models.modalities.base import Modality, to_json
+from tokenizers_vq.sequences.metadata import FIELDS as _FIELDS
 
-FIELDS = (
-    "original_width",
-    "original_height",
-    "caption_n_chars",
-    "caption_n_words",
-    "caption_n_sentences",
-    "n_humans",
-    "n_sam_instances",
-    "n_coco_instances",
-    "coco_instance_diversity",
-    "colorfulness",
-    "brightness",
-    "contrast",
-    "saturation",
-    "entropy",
-    "walkability",
-    "objectness",
-    "semantic_diversity",
-    "geometric_complexity",
-    "occlusion_score",
-    "watermark_score",
-    "aesthetic_score",
-)
+FIELDS = tuple(_FIELDS)
 
 Metadata = dict[str, float]
 
