@@ -221,6 +221,15 @@ class TrainOptions(Form):
     train_workers: int = Field(
         0, ge=0, description="Ray Train workers, a GPU each; 0: in this process."
     )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="ddp: each worker holds everything; fsdp: it is split among them."
+    )
+    accumulate: int = Field(
+        1, ge=1, description="Parts of its share of a batch that a worker takes in turn."
+    )
+    recompute: bool = Field(False, description="Compute activations of blocks twice, keep none.")
+    compile: bool = Field(False, description="Compile the blocks; needs a C++ compiler on CPUs.")
+    wandb: str = Field("", description="Project of Weights & Biases that gets the curve too.")
 
 
 class PlanTrainParams(Form):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ def train_model(params: TrainParams) -> dict[str, Any]:
         freeze=params.freeze,
         lora=params.lora,
     )
+    how = params.model_dump(include={"parallel", "accumulate", "recompute", "compile", "wandb"})
+    chosen = replace(chosen, training=replace(chosen.training, **how))
     data = open_sets(store, chosen, params.data or params.manifest)
     run = params.run or run_name(next(iter(data.values()))[0][1], chosen)
     curve = LiveCurve(store, run)

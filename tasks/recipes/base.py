@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from models.fourm.masking import Mixture
-from tasks.trainer import TrainConfig
+from tasks.train_config import FREE, TrainConfig
 
 MAIN = "main"
 """Name of the source of a recipe that lists none."""
@@ -155,11 +155,13 @@ _FIRST = {
 
 
 def described(value: Any) -> Any:
-    """A recipe, or a part of one, as JSON values: what identifies a run."""
+    """A recipe, or a part of one, as JSON values: what identifies a run. How it is computed, on how
+    much hardware, does not."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         first = _FIRST.get(type(value).__name__)
         return {f.name: described(getattr(value, f.name)) for f in dataclasses.fields(value)
-                if first is None or f.name in first or getattr(value, f.name) != _default(f)}
+                if first is None or f.name in first
+                or (f.name not in FREE and getattr(value, f.name) != _default(f))}
     if isinstance(value, Mapping):
         return {str(key): described(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

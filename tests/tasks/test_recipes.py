@@ -59,6 +59,12 @@ def test_a_run_of_the_demo_keeps_the_name_it_had_before_recipes_grew():
     assert digest.hexdigest()[:12] == "d00461580842"
 
 
+def test_on_how_much_hardware_a_run_is_computed_does_not_rename_it():
+    plain = recipe("demo")
+    spread = replace(plain.training, accumulate=2, parallel="fsdp", compile=True)
+    assert described(replace(plain, training=spread)) == described(plain)
+
+
 def test_settings_that_came_later_count_where_they_are_used():
     chosen = recipe("demo")
     assert "repeats" not in described(chosen)
