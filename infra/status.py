@@ -5,7 +5,6 @@ Commits are folded one by one, so that the memory it takes does not depend on th
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -172,8 +171,3 @@ def _counts(numbers: dict[str, int], most: int = 4) -> str:
     found = sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
     rest = f", {len(found) - most} more" if len(found) > most else ""
     return ", ".join(f"{name} {number}" for name, number in found[:most]) + rest
-
-
-def as_json(lines: list[StageStatus]) -> str:
-    """The status for machines: a JSON list of objects."""
-    return json.dumps([vars(line) for line in lines], indent=2)

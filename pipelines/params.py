@@ -192,25 +192,18 @@ class PublishOptions(Form):
     )
 
 
-class TrainOptions(Form):
-    """How 4M is trained."""
+class Training(Form):
+    """What is trained, and how it is spread over devices."""
 
     recipe: RecipeName = Field(
         "demo", description="Network, masking and optimizer in one word."
     )
-    run: str = Field(
-        "", pattern=r"^[\w.-]*$", description="Name of the run; empty: from manifest and recipe."
-    )
     manifest: str = Field("main", pattern=r"^[\w.-]+$", description="Manifest to train on.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps; none: the recipe's.")
     batch_size: int | None = Field(None, ge=1, description="Samples a step; none: the recipe's.")
-    seed: int = Field(0, ge=0, description="Seed of weights and of every batch.")
     data: dict[str, str] = Field(
         {}, description="Sets of a recipe that mixes several: {'coyo': 's3://bucket/coyo#main'}, "
         "a manifest alone is of this dataset, a+b are read side by side; empty: the manifest."
-    )
-    start: str = Field(
-        "", description="Model to begin with: a run of this dataset, or a folder; 'none': fresh."
     )
     freeze: list[str] = Field(
         [], description="Patterns of published tensor names that stay as they are: 'encoder.*'."
@@ -218,34 +211,6 @@ class TrainOptions(Form):
     lora: int = Field(
         0, ge=0, description="Rank of low-rank updates in place of the matrices; 0: none."
     )
-    train_workers: int = Field(
-        0, ge=0, description="Ray Train workers, a GPU each; 0: in this process."
-    )
-    parallel: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="ddp: each worker holds everything; fsdp: it is split among them."
-    )
-    accumulate: int = Field(
-        1, ge=1, description="Parts of its share of a batch that a worker takes in turn."
-    )
-    recompute: bool = Field(False, description="Compute activations of blocks twice, keep none.")
-    compile: bool = Field(False, description="Compile the blocks; needs a C++ compiler on CPUs.")
-    wandb: str = Field("", description="Project of Weights & Biases that gets the curve too.")
-
-
-class PlanTrainParams(Form):
-    """State what a training would take - shapes, memory, tokens, hours - without data or GPU."""
-
-    recipe: RecipeName = Field("demo", description="The recipe to check.")
-    root: str = Field(
-        "", description="Dataset whose manifests are checked; empty: modalities as released."
-    )
-    manifest: str = Field("main", pattern=r"^[\w.-]+$", description="Its manifest.")
-    data: dict[str, str] = Field({}, description="Sets of a recipe that mixes, as in `train`.")
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; none: the recipe's.")
-    batch_size: int | None = Field(None, ge=1, description="Samples a step; none: the recipe's.")
-    freeze: list[str] = Field([], description="Parameters that stay as they are: 'encoder.*'.")
-    lora: int = Field(0, ge=0, description="Rank of low-rank updates; 0: none.")
-    devices: int = Field(1, ge=1, description="Devices to train on.")
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="ddp: each device holds everything; fsdp: it is split among them."
     )
@@ -253,6 +218,32 @@ class PlanTrainParams(Form):
         1, ge=1, description="Parts of its share of a batch that a device takes in turn."
     )
     recompute: bool = Field(False, description="Compute activations of blocks twice, keep none.")
+
+
+class TrainOptions(Training):
+    """How 4M is trained."""
+
+    run: str = Field(
+        "", pattern=r"^[\w.-]*$", description="Name of the run; empty: from manifest and recipe."
+    )
+    seed: int = Field(0, ge=0, description="Seed of weights and of every batch.")
+    start: str = Field(
+        "", description="Model to begin with: a run of this dataset, or a folder; 'none': fresh."
+    )
+    train_workers: int = Field(
+        0, ge=0, description="Ray Train workers, a GPU each; 0: in this process."
+    )
+    compile: bool = Field(False, description="Compile the blocks; needs a C++ compiler on CPUs.")
+    wandb: str = Field("", description="Project of Weights & Biases that gets the curve too.")
+
+
+class PlanTrainParams(Training):
+    """State what a training would take - shapes, memory, tokens, hours - without data or GPU."""
+
+    root: str = Field(
+        "", description="Dataset whose manifests are checked; empty: modalities as released."
+    )
+    devices: int = Field(1, ge=1, description="Devices to train on.")
     peak_tflops: float = Field(312.0, gt=0, description="bf16 peak of a device (H100: 989).")
     mfu: float = Field(0.4, gt=0, le=1, description="Share of the peak that is reached.")
     memory_gib: float = Field(80.0, gt=0, description="Memory of a device, GiB.")

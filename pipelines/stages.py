@@ -176,8 +176,3 @@ def hand_on(store: Store, flow: str, version: str | None) -> None:
             announce(client, store, flow, version)
     except Exception:
         logger.exception("%s could not be announced; run it again to try once more", flow)
-
-
-def total_done(rows: list[dict[str, Any]]) -> int:
-    """Shards that a run of stages has done, 0 when there was nothing to do."""
-    return sum(row["shards done"] for row in rows)

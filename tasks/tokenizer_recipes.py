@@ -16,7 +16,7 @@ from models.crops import CropPolicy
 if TYPE_CHECKING:
     import numpy as np
 
-    from tasks.trainer import TrainConfig
+    from tasks.train_config import TrainConfig
     from tokenizers_vq.codec import ValueCodec
     from tokenizers_vq.vqvae import VQConfig
 
@@ -134,7 +134,7 @@ class TokenizerRecipe:
 
     def training(self, threads: int = 0) -> TrainConfig:
         """What the trainer is told."""
-        from tasks.trainer import TrainConfig
+        from tasks.train_config import TrainConfig
 
         return TrainConfig(
             steps=self.steps,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from infra.store import Store
+from tasks.task import Task
 from tasks.tokenizer_recipes import TokenizerRecipe
-from tasks.trainer import Task
 
 if TYPE_CHECKING:
     import torch

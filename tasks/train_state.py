@@ -6,10 +6,12 @@ saved it, and cut to the worker's part.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks.parallel import cut_like, is_sharded, local, shard_like
+from tasks.train_config import FREE, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -85,3 +87,28 @@ def _entries(
         which, index, key = name.split(".", 2)
         if int(which) == optimizer:
             yield int(index), key, value
+
+
+def check_same_run(
+    path: str, config: TrainConfig, model: nn.Module, tensors: Tensors, state: dict[str, Any]
+) -> None:
+    """Raises ValueError where the checkpoint of the run at `path` is that of another training."""
+    for field in dataclasses.fields(config):
+        if field.name in FREE:
+            continue
+        own = getattr(config, field.name)
+        before = state["config"].get(field.name, field.default)
+        if before != own and before != list(_as_sequence(own)):
+            raise ValueError(
+                f"the run at {path} was started with {field.name}={before}, now it is {own}; "
+                "choose another run name or the old value"
+            )
+    names = unique_tensors(model).keys()
+    if names != tensors["model"].keys():
+        odd = sorted(names ^ tensors["model"].keys())[:3]
+        raise ValueError(f"the run at {path} trains another model (it differs in {odd}); "
+                         "choose another run name")
+
+
+def _as_sequence(value: Any) -> Any:
+    return value if isinstance(value, (list, tuple)) else (value,)

@@ -23,8 +23,14 @@ from tasks.optim import build_optimizers, learning_rate_scale
 from tasks.preemption import Stopped, StopSignal
 from tasks.run_store import Background, Checkpoints, Curve
 from tasks.task import Task
-from tasks.train_config import FREE, TrainConfig
-from tasks.train_state import restore_rest, restore_weights, snapshot, unique_tensors
+from tasks.train_config import TrainConfig
+from tasks.train_state import (
+    check_same_run,
+    restore_rest,
+    restore_weights,
+    snapshot,
+    unique_tensors,
+)
 from tasks.wandb_log import open_run, require_wandb
 
 if TYPE_CHECKING:
@@ -208,7 +214,7 @@ class Trainer:
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16())
         found = self._found()
         if found:
-            self._check(*found)
+            check_same_run(self.path, config, self.model, *found)
             restore_weights(self.model, found[0]["model"])
         self.wrapped = spread(self.model, config, self.world, bf16=self.bf16)
         self.optimizers = build_optimizers(
@@ -374,28 +380,6 @@ class Trainer:
             lambda: self.checkpoints.save(step, tensors, state, rank=self.rank, world=world)
         )
 
-    def _check(self, tensors: Tensors, state: dict[str, Any]) -> None:
-        """Raises ValueError where a checkpoint is that of another training."""
-        for field in dataclasses.fields(self.config):
-            if field.name in FREE:
-                continue
-            own = getattr(self.config, field.name)
-            before = state["config"].get(field.name, field.default)
-            if before != own and before != list(_as_sequence(own)):
-                raise ValueError(
-                    f"the run at {self.path} was started with {field.name}={before}, now it is "
-                    f"{own}; choose another run name or the old value"
-                )
-        own = unique_tensors(self.model)
-        if own.keys() != tensors["model"].keys():
-            odd = sorted(own.keys() ^ tensors["model"].keys())[:3]
-            raise ValueError(f"the run at {self.path} trains another model (it differs in {odd}); "
-                             "choose another run name")
-
 
 def _mix(seed: int, step: int, part: int) -> int:
     return (seed * 1_000_003 + step) * 1_009 + part
-
-
-def _as_sequence(value: Any) -> Any:
-    return value if isinstance(value, (list, tuple)) else (value,)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from models.fourm.masking import Component, Mixture
 from tasks.recipes.base import TrainRecipe
-from tasks.trainer import TrainConfig
+from tasks.train_config import TrainConfig
 
 # What a target weighs in the demo. Grids whose labels are measured go first; a picture's own codes
 # are hard to predict even with the picture in view, and teach little about anything else.

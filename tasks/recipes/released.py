@@ -16,7 +16,7 @@ from typing import Any
 
 from models.fourm.masking import Component, Mixture
 from tasks.recipes.base import Source, TrainRecipe
-from tasks.trainer import TrainConfig
+from tasks.train_config import TrainConfig
 
 GRIDS = ("tok_clip", "tok_depth", "tok_normal", "tok_rgb", "tok_semseg")
 SEVEN = ("caption", "det", "rgb", *GRIDS)
