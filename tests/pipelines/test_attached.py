@@ -21,8 +21,8 @@ SLEEP = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str
 def _wait_for(path: Path) -> int:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        if path.exists() and path.read_text():
-            return int(path.read_text())
+        if path.exists() and (text := path.read_text()):
+            return int(text)
         time.sleep(0.02)
     raise AssertionError("the child did not start")
 
@@ -30,7 +30,10 @@ def _wait_for(path: Path) -> int:
 def _is_gone(pid: int) -> bool:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+        try:  # a process may vanish between any two questions about it
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
             return True
         time.sleep(0.05)
     return False
