@@ -37,7 +37,7 @@ def server(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 @contextmanager
-def process(command: list[Any], environment: dict[str, str]) -> Iterator[psutil.Popen]:
+def process(command: list[Any], environment: dict[str, str] | None) -> Iterator[psutil.Popen]:
     """A program for the length of the block; it and all that it started are killed after it."""
     started = psutil.Popen(
         [str(part) for part in command], env=environment, stdout=subprocess.DEVNULL
