@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field
 from infra.ray_session import Embedded, Existing, Job, RayJob, RayTarget
 from pipelines.forms import Compute, Form, Where
 from pipelines.model_params import (
+    GENERATE,
     GenerateParams,
     PlanTrainParams,
     RecipeName,
@@ -290,6 +291,6 @@ TOOLS: dict[str, tuple[type[Form], str]] = {
 """Commands made from their form that are no flows: they print lines."""
 
 __all__ = [
-    "COMMANDS", "TOOLS", "Embedded", "EndToEndParams", "Existing", "GenerateParams", "Job",
-    "RayJob", "RayTarget", "RecipeName",
+    "COMMANDS", "GENERATE", "TOOLS", "Embedded", "EndToEndParams", "Existing", "GenerateParams",
+    "Job", "RayJob", "RayTarget", "RecipeName",
 ]  # fmt: skip
