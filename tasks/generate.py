@@ -11,12 +11,14 @@ import numpy as np
 
 from infra.manifest import load_manifest
 from infra.store import Store
+from models import modalities
 from tasks.generate_files import read_input, read_part, redrawn_area, write_value
 
 if TYPE_CHECKING:
     from models.fourm.decoding import Decoding
     from models.fourm.generate import Generated, Generator, Guide
     from models.fourm.presets import Preset
+    from models.fourm.spec import ModalitySpec
 
 MODEL = "model"
 """Folder of a run that holds the finished model."""
@@ -100,14 +102,20 @@ def load_generator(store: Store, run: str) -> Generator:
     model = load_stored(store, f"runs/{run}/{MODEL}")
     # Of the manifest it was trained on: the dataset may have other tokenizers by now.
     manifest = load_manifest(store, *store.read_json(f"runs/{run}/run.json")["manifest"])
-    paths = {name: entry["path"] for name, entry in manifest.tokenizers.items()}
-    used = {base_name(spec.name) for spec in model.config.modalities if spec.kind == "img"}
+    paths = {name: entry["path"] for name, entry in manifest.tokenizers.items() if "path" in entry}
+    used = {base_name(s.name) for s in model.config.modalities if s.kind == "img" or _in_codes(s)}
     missing = sorted(used - set(paths))
     if missing:
         raise ValueError(f"run {run!r} needs a tokenizer of {missing[0]!r}, which is not there")
     tokenizers = {name: load_tokenizer(store, paths[name]) for name in used}
     text = TextTokenizer.from_bytes(store.read(f"{paths[TEXT]}/{FILE}"))
     return Generator(model, tokenizers, text)
+
+
+def _in_codes(spec: ModalitySpec) -> bool:
+    """Whether a sequence tells codes of a learned tokenizer."""
+    form = modalities.text_form(spec.name)
+    return form is not None and form.parts is not None
 
 
 def generate(

@@ -29,7 +29,7 @@ def read_input(generator: Generator, name: str, given: str) -> Any:
     if name == "caption":
         return _text(given)
     try:
-        data = given.encode() if given.lstrip().startswith("{") else _bytes(given)
+        data = given.encode() if given.lstrip().startswith(("{", "[")) else _bytes(given)
         value = modality.decode(data)
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{given!r} cannot be read as {name} ({modality.description}): {error}") \
