@@ -50,7 +50,7 @@ class Modality:
     model_id: str = ""
     """Network of that labeler, a hub id or a folder; empty where it computes without one."""
     tokenizer: Mapping[str, Any] | None = None
-    """Fields of the recipe of its learned tokenizer (`tasks.tokenizer_recipes.TokenizerRecipe`),
+    """Fields of the recipe of its learned tokenizer (`tasks.tokenizer_config.TokenizerRecipe`),
     at least "kind"; None where it has none, or one of the project's own recipes."""
 
 
