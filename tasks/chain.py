@@ -71,7 +71,8 @@ def remember_tokenizers(store: Store, choices: dict[str, Any]) -> None:
     labelled = chain.labelled()
     shards = known.pop("shards", [])
     # What an older version did not ask for was as it is by default.
-    if {**choices, **known} != choices or not set(shards) <= set(labelled):
+    same = {**choices, **known} == choices
+    if not (shards and same and set(shards) <= set(labelled)):
         shards = labelled[: choices["max_shards"]]
     if not shards:
         raise ValueError(f"no shard of {store.url} has all of its labels; run `fourm label` first")
