@@ -50,6 +50,8 @@ LabelerName = Annotated[str, AfterValidator(_known_labeler)]
 """A kind of labeler, of this project or of an installed package."""
 DenseName = Annotated[str, AfterValidator(_known_dense)]
 """A modality with a recipe for its tokenizer, of this project or of an installed package."""
+TokenizerPreset = Literal["scenes", "modern", "released"]
+
 FIRST_LABELERS: list[LabelerName] = ["depth", "normal", "semseg", "det", "caption", "clip"]
 """The labels of 4M-7; `docs/modalities.md` lists all that there are."""
 ALL_DENSE: list[DenseName] = ["rgb", "depth", "normal", "semseg", "clip"]
@@ -125,15 +127,33 @@ class TokenizerOptions(Form):
     """How tokenizers are trained."""
 
     modalities: list[DenseName] = Field(ALL_DENSE, description="Dense modalities to tokenize.")
-    size: int = Field(128, ge=32, description="Side of the pictures that tokenizers see, pixels.")
+    preset: TokenizerPreset = Field(
+        "scenes",
+        description="scenes: a minute of one core each; modern: FSQ for photographs; released: "
+        "those of 4M as they were trained. `fourm plan-tokenizers` prints what they take.",
+    )
+    recipes: dict[DenseName, str] = Field(
+        {}, description="Other recipes of the preset than those named like the modality: "
+        "{'rgb': 'rgb_1k'}."
+    )  # fmt: skip
+    size: int | None = Field(
+        None, ge=32, description="Side of the pictures that tokenizers see, pixels; none: 128 "
+        "with the preset scenes, else 224."
+    )  # fmt: skip
     steps: int | None = Field(
         None, ge=1, description="Optimizer steps of each tokenizer; none: its recipe's."
     )
     max_shards: int = Field(8, ge=1, description="Shards that they learn from, at most.")
-    max_samples: int = Field(4000, ge=1, description="Crops that they learn from, at most.")
+    max_samples: int | None = Field(
+        None, ge=1, description="Crops that they learn from, at most, held in memory; none: 4,000 "
+        "with the preset scenes, else 100,000."
+    )  # fmt: skip
     changes: dict[DenseName, dict[str, Any]] = Field(
-        {}, description="Changes of recipes: {'rgb': {'width': 512, 'steps': 20000}}."
-    )
+        {}, description="Changes of recipes: {'rgb': {'width': 512, 'steps': 20000}}; "
+        "'registers' makes ordered tokens of any number, 'encoder' trains a new decoder behind "
+        "the codes of a stored tokenizer, 'start' goes on with one, 'sizes' draws resolutions, "
+        "'ema' averages weights."
+    )  # fmt: skip
     coordinate_bins: int = Field(
         1000, ge=8, le=1000, description="Bins of box coordinates; the released models have 1000."
     )
@@ -155,6 +175,19 @@ class PublishOptions(Form):
     val_share: float = Field(
         0.05, ge=0, lt=1, description="Share of shards kept from training; at least one shard."
     )
+
+
+class PlanTokenizersParams(Form):
+    """State what tokenizers would take - parameters, tokens, steps, hours - without data or GPU."""
+
+    preset: TokenizerPreset = Field("released", description="Which recipes.")
+    modalities: list[DenseName] = Field([], description="Of which modalities; none: all recipes.")
+    recipes: dict[DenseName, str] = Field({}, description="As of `fourm train-tokenizers`.")
+    size: int | None = Field(None, ge=32, description="Side of the pictures, pixels.")
+    changes: dict[DenseName, dict[str, Any]] = Field({}, description="Changes of recipes.")
+    devices: int = Field(8, ge=1, description="Devices to train on.")
+    peak_tflops: float = Field(312.0, gt=0, description="bf16 peak of a device (H100: 989).")
+    mfu: float = Field(0.4, gt=0, le=1, description="Share of the peak that is reached.")
 
 
 class EvaluateOptions(Form):
@@ -286,6 +319,7 @@ COMMANDS: dict[str, tuple[type[Where], str]] = {
 
 TOOLS: dict[str, tuple[type[Form], str]] = {
     "plan-train": (PlanTrainParams, "fourm plan-train --recipe fourm_21_xl --devices 128"),
+    "plan-tokenizers": (PlanTokenizersParams, "fourm plan-tokenizers --preset modern"),
     "speedrun": (SpeedrunParams, "fourm speedrun --record --note 'larger batches'"),
 }
 """Commands made from their form that are no flows: they print lines."""

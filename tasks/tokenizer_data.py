@@ -16,7 +16,7 @@ from models import modalities
 from models.crops import crop_box
 
 if TYPE_CHECKING:
-    from tasks.tokenizer_recipes import TokenizerRecipe
+    from tasks.tokenizer_config import TokenizerRecipe
 
 
 def read_values(

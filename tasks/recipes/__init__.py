@@ -56,5 +56,5 @@ def recipe(
     return replace(
         found, training=replace(found.training, **changed), start=start or found.start,
         freeze=tuple(freeze) or found.freeze,
-        lora=Lora(rank=lora, alpha=2.0 * lora) if lora else found.lora,
+        lora=Lora(rank=lora, alpha=2 * lora) if lora else found.lora,
     )

@@ -13,7 +13,8 @@ from infra.store import Store
 from models import modalities
 from models.crops import CropPolicy, crop_box
 from tasks.tokenize import build_work, token_jobs, token_stage, tokenizer_infos
-from tasks.tokenizer_recipes import TextRecipe, tokenizer_recipe
+from tasks.tokenizer_config import TextRecipe
+from tasks.tokenizer_recipes import tokenizer_recipe
 from tasks.train_tokenizers import TEXT, train_tokenizers
 from tokenizers_vq.sequences import string_to_det
 from tokenizers_vq.text import FILE, TextTokenizer
