@@ -42,8 +42,8 @@ LabelerName = Annotated[str, AfterValidator(_known_labeler)]
 DenseName = Annotated[str, AfterValidator(_known_dense)]
 """A modality with a recipe for its tokenizer, of this project or of an installed package."""
 RecipeName = Literal[
-    "demo", "demo_long", "speedrun", "fourm_b", "fourm_l", "fourm_xl", "fourm_21_b", "fourm_21_l",
-    "fourm_21_xl", "t2i_b", "t2i_l", "t2i_xl", "sr_l",
+    "demo", "demo_12", "demo_long", "speedrun", "fourm_b", "fourm_l", "fourm_xl", "fourm_21_b",
+    "fourm_21_l", "fourm_21_xl", "t2i_b", "t2i_l", "t2i_xl", "sr_l",
 ]
 
 FIRST_LABELERS: list[LabelerName] = ["depth", "normal", "semseg", "det", "caption", "clip"]
