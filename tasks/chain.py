@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tasks.fetch import FetchConfig
     from tasks.tokenizer_recipes import TextRecipe, TokenizerRecipe
     from tasks.train_tokenizers import TokenizerInfo
+    from tokenizers_vq.sequences.form import TextForm
 
 FILE = "dataset.json"
 _NEEDED = {
@@ -161,7 +162,28 @@ class Chain:
         from tasks.tokenizer_recipes import TextRecipe
 
         choices = self.section("tokenizers")
-        return TextRecipe(bins=choices["coordinate_bins"], vocab_size=choices["text_vocab"])
+        words = {word for form in self.text_forms.values() for word in form.words}
+        return TextRecipe(
+            bins=choices["coordinate_bins"], vocab_size=choices["text_vocab"],
+            words=tuple(sorted(words)),
+        )  # fmt: skip
+
+    @property
+    def text_forms(self) -> dict[str, TextForm]:
+        """Modalities that are told as text, with their form: all that there are, less those whose
+        codes no tokenizer is trained for."""
+        from models.modalities import text_form
+
+        forms = {name: form for name in self.sources if (form := text_form(name)) is not None}
+        return {name: form for name, form in forms.items()
+                if form.parts is None or name in self.recipes}  # fmt: skip
+
+    @property
+    def embedded(self) -> dict[str, Stage]:
+        """Labels that a model reads as they are, vectors of a text, with the stage of each."""
+        from models.modalities import is_embedded
+
+        return {name: stage for name, stage in self.sources.items() if is_embedded(name)}
 
     @property
     def tokenizer_shards(self) -> list[int]:
@@ -193,16 +215,15 @@ class Chain:
         Raises:
             ValueError: One is not trained yet.
         """
-        from tasks.tokenize import SEQUENCES, tokenizer_infos
-        from tasks.train_tokenizers import TEXT, tokenizer_path
+        from tasks.tokenize import tokenizer_infos
+        from tasks.train_tokenizers import TEXT, text_path, tokenizer_path
 
         shards, sources = self.tokenizer_shards, self.sources
         paths = {
             name: tokenizer_path(name, recipe, [sources[name]], shards)
             for name, recipe in self.recipes.items()
         }
-        written = [sources[name] for name in SEQUENCES if name in sources]
-        paths[TEXT] = tokenizer_path(TEXT, self.text_recipe, written, shards)
+        paths[TEXT] = text_path(sources, self.text_recipe, shards)
         try:
             return tokenizer_infos(self.store, paths)
         except FileNotFoundError as error:
@@ -213,16 +234,18 @@ class Chain:
     @cached_property
     def tokens(self) -> dict[str, Stage]:
         """Token stage of each modality that has a tokenizer."""
-        from tasks.tokenize import SEQUENCES, token_stage
+        from tasks.tokenize import token_stage
         from tasks.train_tokenizers import TEXT
 
-        text = self.tokenizers[TEXT]
-        chosen = {name: info for name, info in self.tokenizers.items() if name != TEXT}
-        chosen |= {name: text for name in SEQUENCES if name in self.sources}
+        learned = {name: info for name, info in self.tokenizers.items() if name != TEXT}
+        chosen = learned | dict.fromkeys(self.text_forms, self.tokenizers[TEXT])
         return {
-            name: token_stage(name, info, self.crops, self.sources[name])
+            name: token_stage(
+                name, info, self.crops, self.sources[name],
+                codes=learned.get(name) if name in self.text_forms else None,
+            )
             for name, info in chosen.items()
-        }
+        }  # fmt: skip
 
 
 def fetch_config(choices: dict[str, Any]) -> FetchConfig:
@@ -271,18 +294,21 @@ def labelers(choices: dict[str, Any]) -> dict[str, LabelerSpec]:
 
 def tokenizer_recipes(choices: dict[str, Any]) -> dict[str, TokenizerRecipe]:
     """Recipes out of the choices of the tokenizer flow."""
-    from tasks.tokenizer_recipes import tokenizer_recipe
+    from tasks.tokenizer_recipes import own_size, tokenizer_recipe
 
-    common = {"size": choices["size"], "max_samples": choices["max_samples"]}
+    common = {"max_samples": choices["max_samples"]}
     if choices["steps"]:
         common["steps"] = choices["steps"]
     unknown = choices["changes"].keys() - set(choices["modalities"])
     if unknown:
         raise ValueError(f"changes names {min(unknown)!r}, which is not among the modalities")
-    return {
-        name: tokenizer_recipe(name, **{**common, **choices["changes"].get(name, {})})
-        for name in choices["modalities"]
-    }
+    found = {}
+    for name in choices["modalities"]:
+        size = own_size(name) or choices["size"]
+        found[name] = tokenizer_recipe(
+            name, **{**common, "size": size, **choices["changes"].get(name, {})}
+        )
+    return found
 
 
 def check(flow: str, choices: dict[str, Any]) -> None:
@@ -342,9 +368,19 @@ def _check_source(choices: dict[str, Any]) -> None:
 
 
 def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:
-    tokenizer_recipes(choices)
+    from models.modalities import text_form
+
+    recipes = tokenizer_recipes(choices)
     for name in choices["modalities"]:
         _one_of("labels for", name, list(chain.sources), "label")
+    bins = choices["coordinate_bins"]
+    for name in chain.sources:
+        form = text_form(name)
+        if form is None or (form.parts is not None and name not in recipes):
+            continue
+        form.check_bins(name, bins)
+        if form.parts is not None:
+            recipes[name].check_codes(name, form.parts.count, form.parts.most(bins))
 
 
 def _check_training(store: Store, choices: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from models import modalities
 if TYPE_CHECKING:
     from models.fourm.decoding import Decoding
     from models.fourm.generate import Generator
+    from models.fourm.spec import ModalitySpec
 
 MODEL = "model"
 """Folder of a run that holds the finished model."""
@@ -62,14 +63,20 @@ def load_generator(store: Store, run: str) -> Generator:
     model = load_stored(store, f"runs/{run}/{MODEL}")
     # Of the manifest it was trained on: the dataset may have other tokenizers by now.
     manifest = load_manifest(store, *store.read_json(f"runs/{run}/run.json")["manifest"])
-    paths = {name: entry["path"] for name, entry in manifest.tokenizers.items()}
-    used = {base_name(spec.name) for spec in model.config.modalities if spec.kind == "img"}
+    paths = {name: entry["path"] for name, entry in manifest.tokenizers.items() if "path" in entry}
+    used = {base_name(s.name) for s in model.config.modalities if s.kind == "img" or _in_codes(s)}
     missing = sorted(used - set(paths))
     if missing:
         raise ValueError(f"run {run!r} needs a tokenizer of {missing[0]!r}, which is not there")
     tokenizers = {name: load_tokenizer(store, paths[name]) for name in used}
     text = TextTokenizer.from_bytes(store.read(f"{paths[TEXT]}/{FILE}"))
     return Generator(model, tokenizers, text)
+
+
+def _in_codes(spec: ModalitySpec) -> bool:
+    """Whether a sequence tells codes of a learned tokenizer."""
+    form = modalities.text_form(spec.name)
+    return form is not None and form.parts is not None
 
 
 def generate(
@@ -193,7 +200,7 @@ def read_input(generator: Generator, name: str, given: str) -> Any:
         path = Path(given) if len(given) < 256 else None
         return path.read_text().strip() if path and path.suffix == ".txt" else given
     try:
-        data = given.encode() if given.lstrip().startswith("{") else _bytes(given)
+        data = given.encode() if given.lstrip().startswith(("{", "[")) else _bytes(given)
         value = modality.decode(data)
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{given!r} cannot be read as {name} ({modality.description}): {error}") \

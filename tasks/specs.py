@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from infra.manifest import Manifest
+from models import modalities
 from models.fourm.catalogue import (
     SEQUENCES,
     T5_WIDTH,
@@ -52,14 +53,20 @@ def _spec(manifest: Manifest, name: str, max_text: int) -> ModalitySpec:
         raise ValueError(f"{manifest.name} v{manifest.version} names no tokenizer of {name}; "
                          f"it has {', '.join(sorted(manifest.tokenizers))}")
     vocab = int(manifest.tokenizers[key]["vocab_size"])
-    if name in SEQUENCES:
+    if _is_text(name):
         return sequence_spec(name, vocab, max_text if name in _OWN_LENGTH else None)
     return grid_spec(name, _size(manifest), vocab, int(manifest.tokenizers[key]["num_tokens"]))
 
 
 def tokenizer_key(name: str) -> str:
     """Entry of a manifest's tokenizers that made the tokens of a modality."""
-    return "text" if name in SEQUENCES else name.removeprefix("tok_")
+    return "text" if _is_text(name) else name.removeprefix("tok_")
+
+
+def _is_text(name: str) -> bool:
+    """Whether tokens of that name are words: of the released sequences, or of a modality that a
+    package adds."""
+    return name in SEQUENCES or modalities.text_form(name) is not None
 
 
 def _size(manifest: Manifest) -> int:

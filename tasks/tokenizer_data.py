@@ -119,10 +119,13 @@ def _cropped(
 ) -> Iterator[np.ndarray]:
     policy, modality = recipe.crops, modalities.get(name)
     aspects = Aspects(ledger, stage, shard)
+    parts = modality.text.parts if modality.text else None
     for number, (key, value) in enumerate(read_values(ledger, stage, shard, name)):
         if number >= limit:
             return
-        if value is not None:
+        if value is not None and parts is not None:
+            yield from parts.of(value)
+        elif value is not None:
             index = 0 if centred else number % policy.num_crops
             box = crop_box(policy, key, index, aspect_of(name, value, key, aspects))
             yield modality.crop(value, box, policy.size)

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from tokenizers_vq.vqvae import VQConfig
 
 Kind = Literal["rgb", "depth", "normal", "semseg", "feature", "vector", "edge", "mask"]
-_ADDED = frozenset({"loss", "perceptual", "perceptual_model", "sizes", "registers", "encoder"})
+_ADDED = frozenset({
+    "loss", "perceptual", "perceptual_model", "sizes", "registers", "encoder", "groups", "words",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,8 @@ class TokenizerRecipe:
     """Sides in pixels of which each step draws one; empty trains at `size` alone."""
     registers: int = 0
     """Above 0 a sample becomes so many ordered tokens, of which any first few decode."""
+    groups: int = 0
+    """Tokens of a vector; 0 is one. For `vector` alone."""
     encoder: str = ""
     """Folder of a stored tokenizer: its codes are kept, and only a new decoder of `decoder_depth`
     blocks is trained; all else of the network is its own."""
@@ -83,12 +87,31 @@ class TokenizerRecipe:
             raise ValueError("steps, batch_size and max_samples must be positive")
         if self.perceptual and self.kind != "rgb":
             raise ValueError(f"perceptual={self.perceptual} is for rgb, not for {self.kind}")
+        if self.groups and self.kind != "vector":
+            raise ValueError(f"groups={self.groups} is for vectors, not for {self.kind}")
         if self.sizes and self.kind in ("feature", "vector"):
             raise ValueError(f"sizes={self.sizes}: {self.kind} values have one size")
         if odd := [size for size in self.sizes if size % self.patch or size > self.size]:
             raise ValueError(
                 f"sizes={self.sizes}: {odd[0]} is no multiple of patch={self.patch} up to "
                 f"size={self.size}"
+            )
+
+    def check_codes(self, name: str, count: int, most: int) -> None:
+        """Refuse a tokenizer whose codes a text of the modality `name` cannot hold.
+
+        Raises:
+            ValueError: it gives other than `count` codes, or more than `most` different ones.
+        """
+        import math
+
+        tokens = self.registers or (self.size // self.patch) ** 2
+        if tokens != count:
+            raise ValueError(f"the text of {name} holds {count} codes, its recipe makes {tokens}")
+        if math.prod(self.levels) > most:
+            raise ValueError(
+                f"the coordinate bins tell {most} codes of {name} apart, its levels {self.levels} "
+                f"make {math.prod(self.levels)}: choose smaller levels, or more bins"
             )
 
     @property
@@ -121,6 +144,7 @@ class TokenizerRecipe:
             codebook_size=math.prod(self.levels),
             jitter=self.jitter,
             registers=self.registers,
+            groups=self.groups,
         )
 
     def codec(self, packed: np.ndarray) -> ValueCodec:
@@ -159,9 +183,12 @@ class TextRecipe:
     """Upper bound of the vocabulary."""
     class_names: tuple[str, ...] = ()
     """Class names that become tokens even if no box shows them."""
+    words: tuple[str, ...] = ()
+    """Words of the formats of other sequences, which become one token each."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
+        object.__setattr__(self, "words", tuple(self.words))
 
 
 def identity(recipe: TokenizerRecipe | TextRecipe) -> dict[str, Any]:
@@ -198,6 +225,12 @@ def tokenizer_recipe(name: str, **changes: Any) -> TokenizerRecipe:
         return replace(_RECIPES[name], **changes)
     fields = modalities.get(name).tokenizer or {}
     return TokenizerRecipe(**{**fields, **changes})
+
+
+def own_size(name: str) -> int | None:
+    """Side in pixels of what the tokenizer of a modality sees, where it is not that of the crops:
+    masks of instances are stretched to one of their own."""
+    return (modalities.get(name).tokenizer or {}).get("size")
 
 
 def recipe_names() -> list[str]:

@@ -39,6 +39,7 @@ from models.fourm.spec import ModalitySpec
 from models.fourm.values import Part, Tokens, Translator, given_tokens, read_boxes
 
 if TYPE_CHECKING:
+    from tokenizers_vq.sequences.form import TextForm
     from tokenizers_vq.text import TextTokenizer
     from tokenizers_vq.tokenizer import Tokenizer
 
@@ -101,9 +102,11 @@ class Generator(Translator):
 
     Args:
         model: The network; put in evaluation mode.
-        tokenizers: A tokenizer for each modality of grids, by catalogue name.
-        text: The tokenizer of captions and boxes.
+        tokenizers: A tokenizer for each modality of grids and for each text that holds codes, by
+            catalogue name.
+        text: The tokenizer of all sequences.
         bf16: Whether to run in bf16; None does so where this machine is fast at it.
+        forms: Text forms other than those of the catalogue, by catalogue name.
     """
 
     def __init__(
@@ -112,8 +115,9 @@ class Generator(Translator):
         tokenizers: Mapping[str, Tokenizer],
         text: TextTokenizer,
         bf16: bool | None = None,
+        forms: Mapping[str, TextForm] | None = None,
     ) -> None:
-        super().__init__(model, tokenizers, text)
+        super().__init__(model, tokenizers, text, forms)
         self.bf16 = fast_bf16() if bf16 is None else bf16
         self._grammars: dict[str, Grammar] = {}
 
@@ -334,8 +338,10 @@ class Generator(Translator):
 
     def _grammar(self, spec: ModalitySpec) -> Grammar:
         if spec.name not in self._grammars:
-            self._grammars[spec.name] = grammar_for(base_name(spec.name), self.text,
-                                                    spec.vocab_size)  # fmt: skip
+            name = base_name(spec.name)
+            form = self.form(name)
+            grammar = (form.grammar if form else "") or name
+            self._grammars[spec.name] = grammar_for(grammar, self.text, spec.vocab_size)
         return self._grammars[spec.name]
 
     def precision(self) -> Any:

@@ -10,6 +10,9 @@ import numpy as np
 from models.crops import CropBox
 from models.modalities.base import Modality
 
+GLOBAL_TOKENS = 16
+"""Tokens of a vector, as many as in the released models."""
+
 
 def encode(value: np.ndarray) -> bytes:
     """An array as the bytes of a float16 `.npy` file."""
@@ -39,6 +42,7 @@ def vector(name: str, description: str) -> Modality:
     return Modality(
         name=name, kind="vector", ext="npy", encode=encode, decode=decode,
         crop=lambda value, box, size: value, render=render_rows, description=description,
+        tokenizer={"kind": "vector", "groups": GLOBAL_TOKENS, "levels": (7, 5, 5, 5, 5)},
     )  # fmt: skip
 
 

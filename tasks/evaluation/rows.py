@@ -208,13 +208,9 @@ TO_RGB = (
 
 def round_trip(generator: Generator, name: str, values: Sequence[Any]) -> list[Any]:
     """Values encoded to tokens and decoded again: the best that any token predictor can reach."""
-    from tokenizers_vq.sequences import det_to_string, string_to_det
-
     text = generator.text
-    if name == "caption":
-        return [text.decode(text.encode(value)) for value in values]
-    if name == "det":
-        strings = [det_to_string(value["instances"], bins=text.bins) for value in values]
-        return [string_to_det(string, bins=text.bins) for string in strings]
+    if generator.form(name) is not None:
+        ids = (text.encode(generator.written(name, value)) for value in values)
+        return [generator.read(name, text.decode(line)) for line in ids]
     tokenizer = generator.tokenizers[name]
     return list(tokenizer.decode_tokens(tokenizer.encode_values(list(values))))
