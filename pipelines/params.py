@@ -80,6 +80,9 @@ class IngestOptions(Form):
         "keep_ratio", description="keep_ratio: shorter side to the image size, never enlarged."
     )
     image_size: int = Field(256, ge=16, le=8192, description="Side of stored pictures, pixels.")
+    filter: Literal["box", "hamming", "bicubic", "lanczos"] = Field(
+        "hamming", description="How pictures are shrunk: box is fastest, lanczos sharpest."
+    )
     min_side: int = Field(32, ge=1, description="Shortest side that is kept, pixels.")
     max_pixels: int = Field(
         64_000_000, ge=1, le=178_000_000, description="Largest area that is decoded, pixels."
@@ -93,7 +96,7 @@ class IngestOptions(Form):
     )
     timeout: float = Field(15.0, gt=0, description="Seconds for one attempt.")
     attempts: int = Field(3, ge=1, description="Attempts for failures that are worth a retry.")
-    concurrency: int = Field(64, ge=1, description="Downloads under way at once, each worker.")
+    concurrency: int = Field(256, ge=1, description="Downloads under way at once, each worker.")
     per_host: int = Field(8, ge=1, description="Connections to one host at once, each worker.")
     honour_opt_out: bool = Field(
         True, description="Drop pictures whose server forbids indexing or training."

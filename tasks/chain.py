@@ -39,7 +39,7 @@ _UPSTREAM = {
 }
 
 
-_FILTERS = ("min_side", "max_pixels", "max_aspect")  # choices that older datasets lack
+_FILTERS = ("filter", "min_side", "max_pixels", "max_aspect")  # choices that older datasets lack
 
 
 def remember(store: Store, section: str, choices: dict[str, Any]) -> None:
