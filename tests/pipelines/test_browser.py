@@ -40,7 +40,8 @@ def test_runs_forms_tables_and_pictures_are_drawn(tmp_path: Path) -> None:
         def see(path: str, expression: str, what: str) -> None:
             _see(tab, f"{ui}/{path}", expression, what)
 
-        see(f"runs/flow-run/{run['id']}", _reads(run["name"], "Completed", "shards done 2"), "the run")
+        see(f"runs/flow-run/{run['id']}",
+            _reads(run["name"], "Completed", "shards done 2"), "the run")
         see(f"deployments/deployment/{deployment['id']}/run",
             _reads("labelers", "Ray", "root"), "the form")
         see(f"artifacts/artifact/{found['gallery']}", PICTURE, "the gallery")
