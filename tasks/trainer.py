@@ -202,13 +202,15 @@ class Trainer:
         """Builds model and optimisers and restores the newest checkpoint."""
         import torch
 
-        from infra.machine import fast_bf16
+        from infra.machine import fast_bf16, keep_freed_memory
         from tasks.ema import WeightMean
         from tasks.parallel import check_compiler, is_sharded, spread
 
         config = self.config
         torch.manual_seed(config.seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if config.compile:
             check_compiler(self.device)
         self.model = self.task.build_model().to(self.device)
