@@ -167,13 +167,11 @@ class Trainer:
     ) -> dict[str, float]:
         if self.mean and self.config.finish_with_ema:
             self.mean.apply()
-        metrics = {**metrics, **self._evaluate(None)}
+        metrics = {**metrics, **self._evaluate(curve if trained else None)}
         if trained:
             self._save()
             self.writer.wait()
         if curve:
-            if trained:
-                curve.add(self.step, metrics)
             curve.close()
         from tasks.parallel import restore_forwards
 
@@ -371,7 +369,7 @@ class Trainer:
         with torch.no_grad(), self._autocast(), stance:
             metrics = self.task.evaluate(self.model)
         reshard(self.model)
-        if curve:
+        if curve and metrics:
             curve.add(self.step, metrics)
         return metrics
 
