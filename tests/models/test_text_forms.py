@@ -37,8 +37,8 @@ class Masks:
 
 def tokenizer(bins: int) -> TextTokenizer:
     return train_text_tokenizer(
-        ["a cube of 0 1 2 3 4 5 6 7 8 9 cm"] * 3, class_names=["cube"], bins=bins, vocab_size=4 * bins + 400,
-        words=WORDS,
+        ["a cube of 0 1 2 3 4 5 6 7 8 9 cm"] * 3, class_names=["cube"], bins=bins,
+        vocab_size=4 * bins + 400, words=WORDS,
     )  # fmt: skip
 
 
