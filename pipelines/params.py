@@ -46,9 +46,24 @@ def _known_dense(name: str) -> str:
     return name
 
 
-LabelerName = Annotated[str, AfterValidator(_known_labeler)]
+def _offer_labelers(schema: dict[str, Any]) -> None:
+    """The form's choices: asked for when a form is made, so that packages count."""
+    from models.labelers import kinds
+
+    schema["enum"] = kinds()
+
+
+def _offer_dense(schema: dict[str, Any]) -> None:
+    from tasks.tokenizer_recipes import recipe_names
+
+    schema["enum"] = recipe_names()
+
+
+LabelerName = Annotated[
+    str, AfterValidator(_known_labeler), Field(json_schema_extra=_offer_labelers)
+]
 """A kind of labeler, of this project or of an installed package."""
-DenseName = Annotated[str, AfterValidator(_known_dense)]
+DenseName = Annotated[str, AfterValidator(_known_dense), Field(json_schema_extra=_offer_dense)]
 """A modality with a recipe for its tokenizer, of this project or of an installed package."""
 TokenizerPreset = Literal["scenes", "modern", "released"]
 
