@@ -201,6 +201,10 @@ class TokenizeOptions(Form):
     crops: int = Field(4, ge=1, le=64, description="Crops of a sample; crop 0 is the centre.")
     min_scale: float = Field(0.8, gt=0, le=1, description="Least area of a random crop, a share.")
     hflip: bool = Field(False, description="Mirror random crops (captions with 'left' forbid it).")
+    tokens: dict[DenseName, int] = Field(
+        {}, description="Tokens to store of modalities with ordered ones: {'depth': 16}; others "
+        "have all of them."
+    )  # fmt: skip
 
 
 class PublishOptions(Form):

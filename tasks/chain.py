@@ -219,16 +219,26 @@ class Chain:
     @cached_property
     def tokens(self) -> dict[str, Stage]:
         """Token stage of each modality that has a tokenizer."""
+        from models import modalities
         from tasks.tokenize import SEQUENCES, token_stage
         from tasks.train_tokenizers import TEXT
 
         text = self.tokenizers[TEXT]
-        chosen = {name: info for name, info in self.tokenizers.items() if name != TEXT}
+        # Masks of instances are tokens within a sequence, not a modality of their own.
+        chosen = {name: info for name, info in self.tokenizers.items()
+                  if name != TEXT and modalities.get(name).kind != "sequence"}
         chosen |= {name: text for name in SEQUENCES if name in self.sources}
         return {
-            name: token_stage(name, info, self.crops, self.sources[name])
+            name: token_stage(
+                name, info, self.crops, self.sources[name], kept=self.kept.get(name, 0)
+            )
             for name, info in chosen.items()
         }
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Tokens that are stored of modalities with ordered ones, where not all are."""
+        return self.section("tokenize").get("tokens", {})
 
 
 def fetch_config(choices: dict[str, Any]) -> FetchConfig:

@@ -40,7 +40,7 @@ def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
         stages,
         shards,
         splits={"train": [shard for shard in shards if shard not in val], "val": val},
-        tokenizers={key: _tokenizer(info) for key, info in chain.tokenizers.items()},
+        tokenizers={key: _tokenizer(chain, key) for key in chain.tokenizers},
         meta={"crops": asdict(chain.crops)},
     )
 
@@ -64,6 +64,9 @@ def is_current(store: Store, name: str) -> bool:
     return known == wanted and manifest.shards() == list(chain.shards)
 
 
-def _tokenizer(info: Any) -> dict[str, Any]:
-    names = ("path", "fingerprint", "vocab_size", "num_tokens")
-    return {name: getattr(info, name) for name in names}
+def _tokenizer(chain: Chain, key: str) -> dict[str, Any]:
+    info = chain.tokenizers[key]
+    names = ("path", "fingerprint", "vocab_size")
+    entry = {name: getattr(info, name) for name in names}
+    entry["num_tokens"] = info.length(chain.crops.size, chain.kept.get(key, 0))
+    return entry | {"ordered": True} if info.ordered else entry

@@ -54,6 +54,7 @@ def token_stage(
     upstream: Stage,
     *,
     min_score: float = MIN_SCORE,
+    kept: int = 0,
 ) -> Stage:
     """The stage that tokenizes one modality.
 
@@ -63,10 +64,11 @@ def token_stage(
         policy: Crops of the token set.
         upstream: The stage that wrote the values.
         min_score: Least confidence of a box that is written.
+        kept: Number of ordered tokens that are stored; 0 stores all.
 
     Raises:
-        ValueError: if the stage upstream does not write the modality or the tokenizer is
-            another's.
+        ValueError: if the stage upstream does not write the modality, the tokenizer is
+            another's, or so few of its tokens do not decode.
     """
     if modality not in upstream.outputs:
         raise ValueError(f"{upstream.id} writes {', '.join(upstream.outputs)}, not {modality!r}")
@@ -76,6 +78,8 @@ def token_stage(
     params: dict[str, Any] = {"crops": asdict(policy)}
     if modality == "det":
         params["min_score"] = min_score
+    if kept:
+        params["tokens"] = tokenizer.length(policy.size, kept)
     return Stage(
         name=f"tokens:{modality}",
         version=VERSION,
@@ -192,7 +196,9 @@ class _Learned:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._tokenizer.to(device)
         self.vocab_size = self._tokenizer.vocab_size
-        self.length: int | None = self._tokenizer.num_tokens
+        patch, size = self._tokenizer.scaling_patch, stage.params["crops"]["size"]
+        whole = (size // patch) ** 2 if patch else self._tokenizer.num_tokens
+        self.length: int | None = stage.params.get("tokens", whole)
 
     def prepare(self, value: np.ndarray) -> np.ndarray:
         """Packs a crop, in the reading thread."""
@@ -204,7 +210,8 @@ class _Learned:
         """(key, tokens by column, status) of every sample in order."""
         for group in groups:
             packed = [crop for _, crops, _ in group for crop in crops or ()]
-            tokens = iter(self._tokenizer.encode_packed(np.stack(packed)) if packed else ())
+            encoded = self._tokenizer.encode_packed(np.stack(packed)) if packed else ()
+            tokens = iter(row[: self.length] for row in encoded)
             for key, crops, reason in group:
                 row: _Tokens = {
                     name: None if crops is None else next(tokens) for name in columns

@@ -33,6 +33,7 @@ _TAKES: dict[str, tuple[Kind, ...]] = {
     "vit": (*_PICTURES, "semseg", "feature"), "unet": _PICTURES, "uvit": _PICTURES,
     "mlp": ("vector",),
 }  # fmt: skip
+_PICTURE = 224  # px of the crops that masks are cut from
 _CLASS_WIDTH = 64  # of the released network of class maps
 
 
@@ -79,7 +80,7 @@ class TokenizerRecipe:
     perceptual: float = 0.0
     """Weight of the distance between what a frozen network sees in pictures; rgb only."""
     perceptual_model: str = "vit_base_patch16_clip_224.openai"
-    """That network, a timm model."""
+    """That network: a timm model, or `lpips:vgg`."""
     sizes: tuple[int, ...] = ()
     """Sides in pixels of which each step draws one; empty trains at `size` alone."""
     registers: int = 0
@@ -171,8 +172,9 @@ class TokenizerRecipe:
 
     @property
     def crops(self) -> CropPolicy:
-        """Crops drawn for training."""
-        return CropPolicy(num_crops=4, min_scale=self.min_scale, size=self.size)
+        """Crops drawn for training; of pictures, where what is tokenized are masks in them."""
+        size = _PICTURE if self.kind == "mask" else self.size
+        return CropPolicy(num_crops=4, min_scale=self.min_scale, size=size)
 
     def network(self, packed: np.ndarray) -> VQConfig | ReleasedDesign:
         """The network for these values; packed [N, H, W(, C)]."""
