@@ -108,7 +108,7 @@ _MODULES = {"import": "importing"}
 def _run_flow(name: str, values: params.Where) -> None:
     """Run a flow in this process, below a local Prefect server unless there is one."""
     from pipelines.server import prefect_server
-    from tasks.chain import check
+    from tasks.checks import check
 
     with _sentences():
         check(name, values.model_dump())
@@ -277,7 +277,7 @@ def generate(
 ) -> None:
     """Predict any modalities from any others with a trained model; writes pictures and text."""
     from infra.store import Store
-    from tasks.chain import check
+    from tasks.checks import check
     from tasks.generate import generate as predict
 
     with _sentences():

@@ -146,6 +146,11 @@ class LabelOptions(Form):
     labelers: list[LabelerName] = Field(
         FIRST_LABELERS, description="Labels to make; docs/modalities.md names them all."
     )
+    one_pass: list[LabelerName] = Field(
+        [], description="Labels, such as feature maps, that are stored for the first shards alone, "
+        "for tokenizers to learn from; `tokenize` makes and tokenizes the others in one pass."
+    )  # fmt: skip
+    one_pass_shards: int = Field(8, ge=1, description="Those first shards.")
     models: dict[LabelerName, str] = Field(
         {}, description="Other networks: {'depth': 'hub/id@revision'} or a folder."
     )

@@ -2,7 +2,8 @@
 
 One unit reads one label shard. A thread decodes and crops ahead while the network encodes; the
 windows are a pure function of (key, crop index), so modalities agree without a crop file. A
-missing label stays a hole: a null in every column, under the same key.
+missing label stays a hole: a null in every column, under the same key. Labels that are not worth
+storing, such as feature maps, can be made and tokenized in one pass (`token_jobs`, `labelers`).
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from infra.shards import MISSING_EXT, TarIndex
 from infra.store import Store
 from models import modalities
 from models.crops import CropPolicy, crop_box
+from tasks.label import LabelWork
+from tasks.label import build_work as label_work
 from tasks.tokenizer_data import Aspects, aspect_of
 from tasks.train_tokenizers import TEXT, TokenizerInfo
 from tokenizers_vq.sequences import MIN_SCORE, det_to_string
 
 if TYPE_CHECKING:
+    from models.labelers import LabelerSpec
     from tokenizers_vq.text import TextTokenizer
     from tokenizers_vq.tokenizer import Tokenizer
 
@@ -97,11 +101,19 @@ def token_jobs(
     *,
     precision: str = "auto",
     device: str = "auto",
+    labelers: Mapping[Stage, LabelerSpec] | None = None,
 ) -> list[StageJob]:
-    """The stages of `token_stage` as work for the stage runner."""
+    """The stages of `token_stage` as work for the stage runner.
+
+    `labelers` are those of label stages that keep nothing of most shards: what such a stage has
+    not committed is labelled and tokenized in one pass, to the same tokens, and not stored.
+    """
     config = {"precision": precision, "device": device}
+    made = {stage: {"labeler": spec.to_dict()} for stage, spec in (labelers or {}).items()}
     return [
-        StageJob(stage, "tasks.tokenize:build_work", config, tuple(shards)) for stage in stages
+        StageJob(stage, "tasks.tokenize:build_work", config | made.get(stage.upstream[0], {}),
+                 tuple(shards))
+        for stage in stages
     ]
 
 
@@ -113,15 +125,29 @@ def build_work(store_url: str, stage: Stage, config: dict[str, Any]) -> Tokenize
     """
     store = Store(store_url)
     modality = stage.name.partition(":")[2]
+    labels = None
+    if "labeler" in config:
+        labels = label_work(store_url, stage.upstream[0], config["labeler"])
     if modality in SEQUENCES:
-        return TokenizeWork(store, stage, _Text(store, stage, modality))
-    return TokenizeWork(store, stage, _Learned(store, stage, config))
+        return TokenizeWork(store, stage, _Text(store, stage, modality), labels)
+    return TokenizeWork(store, stage, _Learned(store, stage, config), labels)
 
 
 class TokenizeWork:
-    """Tokenizes one shard of one modality at a time."""
+    """Tokenizes one shard of one modality at a time.
 
-    def __init__(self, store: Store, stage: Stage, encoder: _Learned | _Text) -> None:
+    Args:
+        store: The dataset.
+        stage: Of `token_stage`.
+        encoder: Its tokenizer.
+        labels: Labels the pictures of shards whose labels are not stored.
+    """
+
+    def __init__(
+        self, store: Store, stage: Stage, encoder: _Learned | _Text,
+        labels: LabelWork | None = None,
+    ) -> None:
+        self._labels = labels
         self._ledger = Ledger(store)
         self._stage, self._encoder = stage, encoder
         self._modality = stage.name.partition(":")[2]
@@ -156,21 +182,32 @@ class TokenizeWork:
 
     def _groups(self, shard: int) -> Iterator[list[tuple[str, list[Any] | None, str]]]:
         """Groups of (key, one prepared value per crop or None for a hole, status)."""
+        aspects = Aspects(self._ledger, self._stage.upstream[0], shard)
+        for group in self._members(shard):
+            yield [self._sample(key, data, aspects) for key, data in group]
+
+    def _members(self, shard: int) -> Iterator[list[tuple[str, bytes | None]]]:
+        """Groups of (key, label file or None for a hole): stored ones, or made for this."""
         upstream = self._stage.upstream[0]
+        if self._labels is not None and shard not in self._ledger.committed(upstream):
+            for batch in self._labels.samples(shard):
+                yield [(sample.key, sample.members.get(self._modality)) for sample in batch]
+            return
         path, sha256 = self._ledger.open_output(upstream, shard, self._modality)
         index = TarIndex(path, sha256=sha256)
-        aspects = Aspects(self._ledger, upstream, shard)
         keys = iter(index.keys)
         while group := list(islice(keys, _GROUP)):
-            yield [self._sample(index, key, aspects) for key in group]
+            yield [
+                (key, None if index.ext(key) == MISSING_EXT else index.read(key)) for key in group
+            ]
 
     def _sample(
-        self, index: TarIndex, key: str, aspects: Aspects
+        self, key: str, data: bytes | None, aspects: Aspects
     ) -> tuple[str, list[Any] | None, str]:
-        if index.ext(key) == MISSING_EXT:
+        if data is None:
             return key, None, "missing_label"
         modality = modalities.get(self._modality)
-        value = modality.decode(index.read(key))
+        value = modality.decode(data)
         if self._modality == "caption":
             return key, [value] * self._policy.num_crops, OK
         aspect = aspect_of(self._modality, value, key, aspects)

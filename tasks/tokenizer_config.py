@@ -25,7 +25,7 @@ _ADDED = frozenset({
     "loss", "perceptual", "perceptual_model", "sizes", "registers", "encoder", "start",
     "architecture", "heads", "codes", "latent", "codebooks", "decoder_width", "out_blocks",
     "prediction", "schedule", "dead_code", "guidance_dropout", "muon", "betas", "warmup", "ema",
-    "eval_every",
+    "eval_every", "spread",
 })  # fmt: skip
 _CHANNELS = {"rgb": 3, "depth": 1, "normal": 3, "semseg": 8, "edge": 1, "mask": 1}
 _PICTURES: tuple[Kind, ...] = ("rgb", "depth", "normal", "edge", "mask")
@@ -117,6 +117,8 @@ class TokenizerRecipe:
     replaced by a latent of the batch; 0 keeps all."""
     guidance_dropout: float = 0.0
     """Share of samples whose codes a diffusion decoder is not shown, for guidance."""
+    spread: float = 0.0
+    """Weight of a loss that keeps all FSQ codes in use."""
     muon: bool = True
     """Muon for the hidden matrices of `light`; released networks take AdamW alone."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -195,6 +197,7 @@ class TokenizerRecipe:
             codebook_size=self.vocab_size,
             jitter=self.jitter,
             registers=self.registers,
+            spread=self.spread,
         )
 
     def _design(self, packed: np.ndarray) -> ReleasedDesign:

@@ -56,6 +56,8 @@ class VQConfig:
     """Probability of moving a FSQ level by one in training."""
     registers: int = 0
     """Above 0 a sample has so many ordered tokens instead of a grid (`tokenizers_vq.ordered`)."""
+    spread: float = 0.0
+    """Weight of the loss that keeps all codes of `fsq` in use."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
@@ -103,8 +105,9 @@ class VQConfig:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values."""
         fields = {**asdict(self), "levels": list(self.levels)}
-        if not self.registers:  # younger than stored tokenizers, whose bytes must not change
-            del fields["registers"]
+        for name in ("registers", "spread"):  # younger than stored tokenizers, whose bytes stay
+            if not fields[name]:
+                del fields[name]
         return fields
 
 
@@ -224,7 +227,7 @@ class VQVAE(nn.Module):
             Block(width, config.heads) for _ in range(config.encoder_depth)
         )
         if config.quantizer == "fsq":
-            self.quantizer = FiniteScalar(width, config.levels, config.jitter)
+            self.quantizer = FiniteScalar(width, config.levels, config.jitter, config.spread)
         elif config.quantizer == "vq":
             self.quantizer = Codebook(width, config.codebook_size)
         else:
