@@ -40,6 +40,7 @@ def train_model(params: TrainParams) -> dict[str, Any]:
         start=params.start,
         freeze=params.freeze,
         lora=params.lora,
+        ema=params.ema,
     )
     how = params.model_dump(include={"parallel", "accumulate", "recompute", "compile", "wandb"})
     chosen = replace(chosen, training=replace(chosen.training, **how))

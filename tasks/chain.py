@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tasks.fetch import FetchConfig
     from tasks.tokenizer_config import TextRecipe, TokenizerRecipe
     from tasks.train_tokenizers import TokenizerInfo
+    from tokenizers_vq.sequences.form import TextForm
 
 FILE = "dataset.json"
 _NEEDED = {
@@ -159,7 +160,28 @@ class Chain:
         from tasks.tokenizer_config import TextRecipe
 
         choices = self.section("tokenizers")
-        return TextRecipe(bins=choices["coordinate_bins"], vocab_size=choices["text_vocab"])
+        words = {word for form in self.text_forms.values() for word in form.words}
+        return TextRecipe(
+            bins=choices["coordinate_bins"], vocab_size=choices["text_vocab"],
+            words=tuple(sorted(words)),
+        )  # fmt: skip
+
+    @property
+    def text_forms(self) -> dict[str, TextForm]:
+        """Modalities that are told as text, with their form: all that there are, less those whose
+        codes no tokenizer is trained for."""
+        from models.modalities import text_form
+
+        forms = {name: form for name in self.sources if (form := text_form(name)) is not None}
+        return {name: form for name, form in forms.items()
+                if form.parts is None or name in self.recipes}  # fmt: skip
+
+    @property
+    def embedded(self) -> dict[str, Stage]:
+        """Labels that a model reads as they are, vectors of a text, with the stage of each."""
+        from models.modalities import is_embedded
+
+        return {name: stage for name, stage in self.sources.items() if is_embedded(name)}
 
     @property
     def tokenizer_shards(self) -> list[int]:
@@ -206,16 +228,15 @@ class Chain:
         Raises:
             ValueError: One is not trained yet.
         """
-        from tasks.tokenize import SEQUENCES, tokenizer_infos
-        from tasks.train_tokenizers import TEXT, tokenizer_path
+        from tasks.tokenize import tokenizer_infos
+        from tasks.train_tokenizers import TEXT, text_path, tokenizer_path
 
         shards, sources = self.tokenizer_shards, self.sources
         paths = {
             name: tokenizer_path(name, recipe, [sources[name]], shards)
             for name, recipe in self.recipes.items()
         }
-        written = [sources[name] for name in SEQUENCES if name in sources]
-        paths[TEXT] = tokenizer_path(TEXT, self.text_recipe, written, shards)
+        paths[TEXT] = text_path(sources, self.text_recipe, shards)
         try:
             return tokenizer_infos(self.store, paths)
         except FileNotFoundError as error:
@@ -226,21 +247,19 @@ class Chain:
     @cached_property
     def tokens(self) -> dict[str, Stage]:
         """Token stage of each modality that has a tokenizer."""
-        from models import modalities
-        from tasks.tokenize import SEQUENCES, token_stage
+        from tasks.tokenize import token_stage
         from tasks.train_tokenizers import TEXT
 
-        text = self.tokenizers[TEXT]
-        # Masks of instances are tokens within a sequence, not a modality of their own.
-        chosen = {name: info for name, info in self.tokenizers.items()
-                  if name != TEXT and modalities.get(name).kind != "sequence"}
-        chosen |= {name: text for name in SEQUENCES if name in self.sources}
+        learned = {name: info for name, info in self.tokenizers.items() if name != TEXT}
+        chosen = learned | dict.fromkeys(self.text_forms, self.tokenizers[TEXT])
         return {
             name: token_stage(
-                name, info, self.crops, self.sources[name], kept=self.kept.get(name, 0)
+                name, info, self.crops, self.sources[name],
+                codes=learned.get(name) if name in self.text_forms else None,
+                kept=self.kept.get(name, 0),
             )
             for name, info in chosen.items()
-        }
+        }  # fmt: skip
 
     @property
     def kept(self) -> dict[str, int]:

@@ -54,6 +54,7 @@ def check(flow: str, choices: dict[str, Any]) -> None:
 
 
 def _check_labels(chain: Chain, choices: dict[str, Any]) -> None:
+    from models.modalities import is_embedded
     from tasks.label import label_stages
 
     specs = labelers(choices)
@@ -61,6 +62,10 @@ def _check_labels(chain: Chain, choices: dict[str, Any]) -> None:
     passing = choices.get("one_pass", [])
     if unknown := sorted(set(passing) - specs.keys()):
         raise ValueError(f"one_pass names {unknown[0]!r}, which is not among the labelers")
+    for output in (each for name in passing for each in specs[name].outputs):
+        if is_embedded(output):
+            raise ValueError(f"{output} has no tokens, so it must be stored: take its labeler out "
+                             "of one_pass")
     for name, stage in stages.items():
         for other in passing:
             if stages[other] in stage.upstream:
@@ -86,9 +91,19 @@ def _check_source(choices: dict[str, Any]) -> None:
 
 
 def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:
-    tokenizer_recipes(choices)
+    from models.modalities import text_form
+
+    recipes = tokenizer_recipes(choices)
     for name in choices["modalities"]:
         _one_of("labels for", name, list(chain.sources), "label")
+    bins = choices["coordinate_bins"]
+    for name in chain.sources:
+        form = text_form(name)
+        if form is None or (form.parts is not None and name not in recipes):
+            continue
+        form.check_bins(name, bins)
+        if form.parts is not None:
+            recipes[name].check_codes(name, form.parts.count, form.parts.most(bins))
 
 
 def _check_training(store: Store, choices: dict[str, Any]) -> None:

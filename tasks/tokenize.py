@@ -12,7 +12,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from tasks.label import LabelWork
 from tasks.label import build_work as label_work
 from tasks.tokenizer_data import Aspects, aspect_of
 from tasks.train_tokenizers import TEXT, TokenizerInfo
-from tokenizers_vq.sequences import MIN_SCORE, det_to_string
+from tokenizers_vq.sequences.form import Page, TextForm, seed_of
 
 if TYPE_CHECKING:
     from models.labelers import LabelerSpec
@@ -38,17 +38,14 @@ if TYPE_CHECKING:
     from tokenizers_vq.tokenizer import Tokenizer
 
 VERSION = 1
-SEQUENCES = ("caption", "det")
-"""Modalities written as text; all others need a learned tokenizer."""
-
 _GROUP = 32  # samples decoded ahead as one group
 _Tokens = dict[str, np.ndarray | list[int] | None]
 _Row = tuple[str, _Tokens, str]
 
 
 def output_name(modality: str) -> str:
-    """Name of a modality's tokens: tok_depth; sequences keep their name."""
-    return modality if modality in SEQUENCES else f"tok_{modality}"
+    """Name of a modality's tokens: tok_depth; what is told as text keeps its name."""
+    return modality if modalities.text_form(modality) else f"tok_{modality}"
 
 
 def token_stage(
@@ -57,7 +54,8 @@ def token_stage(
     policy: CropPolicy,
     upstream: Stage,
     *,
-    min_score: float = MIN_SCORE,
+    codes: TokenizerInfo | None = None,
+    min_score: float | None = None,
     kept: int = 0,
 ) -> Stage:
     """The stage that tokenizes one modality.
@@ -67,21 +65,28 @@ def token_stage(
         tokenizer: Of that modality, or the text tokenizer.
         policy: Crops of the token set.
         upstream: The stage that wrote the values.
-        min_score: Least confidence of a box that is written.
+        codes: The modality's learned tokenizer, where its text holds codes.
+        min_score: Least confidence of what is written, where the text leaves out what is unsure;
+            None is the form's own.
         kept: Number of ordered tokens that are stored; 0 stores all.
 
     Raises:
-        ValueError: if the stage upstream does not write the modality, the tokenizer is
-            another's, or so few of its tokens do not decode.
+        ValueError: if the stage upstream does not write the modality, the tokenizer is another's,
+            codes are missing, or so few tokens do not decode.
     """
     if modality not in upstream.outputs:
         raise ValueError(f"{upstream.id} writes {', '.join(upstream.outputs)}, not {modality!r}")
-    expected = TEXT if modality in SEQUENCES else modality
+    form = modalities.text_form(modality)
+    expected = modality if form is None else TEXT
     if tokenizer.modality != expected:
         raise ValueError(f"{modality!r} needs the {expected} tokenizer, not {tokenizer.modality}'s")
     params: dict[str, Any] = {"crops": asdict(policy)}
-    if modality == "det":
-        params["min_score"] = min_score
+    if form is not None and form.min_score is not None:
+        params["min_score"] = form.min_score if min_score is None else min_score
+    if form is not None and form.parts is not None:
+        if codes is None:
+            raise ValueError(f"the text of {modality!r} holds codes: it needs its own tokenizer")
+        params |= {"codes": codes.path, "codes_fingerprint": codes.fingerprint}
     if kept:
         params["tokens"] = tokenizer.length(policy.size, kept)
     return Stage(
@@ -124,13 +129,12 @@ def build_work(store_url: str, stage: Stage, config: dict[str, Any]) -> Tokenize
         ValueError: if the stored tokenizer is not the one of the stage.
     """
     store = Store(store_url)
-    modality = stage.name.partition(":")[2]
+    form = modalities.text_form(stage.name.partition(":")[2])
+    encoder = _Learned(store, stage, config) if form is None else _Text(store, stage, config, form)
     labels = None
     if "labeler" in config:
         labels = label_work(store_url, stage.upstream[0], config["labeler"])
-    if modality in SEQUENCES:
-        return TokenizeWork(store, stage, _Text(store, stage, modality), labels)
-    return TokenizeWork(store, stage, _Learned(store, stage, config), labels)
+    return TokenizeWork(store, stage, encoder, labels)
 
 
 class TokenizeWork:
@@ -206,38 +210,27 @@ class TokenizeWork:
     ) -> tuple[str, list[Any] | None, str]:
         if data is None:
             return key, None, "missing_label"
-        modality = modalities.get(self._modality)
+        modality, count = modalities.get(self._modality), self._policy.num_crops
         value = modality.decode(data)
-        if self._modality == "caption":
-            return key, [value] * self._policy.num_crops, OK
+        if modality.text is not None and modality.text.whole:
+            return key, [self._encoder.prepare(value, key, 0)] * count, OK
         aspect = aspect_of(self._modality, value, key, aspects)
-        boxes = (crop_box(self._policy, key, i, aspect) for i in range(self._policy.num_crops))
+        boxes = (crop_box(self._policy, key, i, aspect) for i in range(count))
         crops = [modality.crop(value, box, self._policy.size) for box in boxes]
-        return key, [self._encoder.prepare(crop) for crop in crops], OK
+        return key, [self._encoder.prepare(crop, key, i) for i, crop in enumerate(crops)], OK
 
 
 class _Learned:
     """Encodes maps in batches of all crops of a group."""
 
     def __init__(self, store: Store, stage: Stage, config: dict[str, Any]) -> None:
-        import torch
-
-        from tokenizers_vq.tokenizer import fingerprint, load_tokenizer
-
-        self._tokenizer: Tokenizer = load_tokenizer(
-            store, stage.model, config.get("precision", "auto")
-        )
-        _require(fingerprint(self._tokenizer.files()), stage)
-        device = config.get("device", "auto")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._tokenizer.to(device)
+        self._tokenizer = _learned(store, stage.model, stage.revision, stage, config)
         self.vocab_size = self._tokenizer.vocab_size
         patch, size = self._tokenizer.scaling_patch, stage.params["crops"]["size"]
         whole = (size // patch) ** 2 if patch else self._tokenizer.num_tokens
         self.length: int | None = stage.params.get("tokens", whole)
 
-    def prepare(self, value: np.ndarray) -> np.ndarray:
+    def prepare(self, value: np.ndarray, key: str, crop: int) -> np.ndarray:
         """Packs a crop, in the reading thread."""
         return self._tokenizer.codec.pack(value)
 
@@ -257,24 +250,32 @@ class _Learned:
 
 
 class _Text:
-    """Encodes captions and boxes."""
+    """Encodes what is told as text."""
 
-    def __init__(self, store: Store, stage: Stage, modality: str) -> None:
+    def __init__(
+        self, store: Store, stage: Stage, config: dict[str, Any], form: TextForm
+    ) -> None:
         from tokenizers_vq.text import FILE, TextTokenizer
         from tokenizers_vq.tokenizer import fingerprint
 
         data = store.read(f"{stage.model}/{FILE}")
-        _require(fingerprint({FILE: data}), stage)
+        _require(fingerprint({FILE: data}), stage.model, stage.revision, stage)
         self._tokenizer: TextTokenizer = TextTokenizer.from_bytes(data)
-        self._modality, self._min_score = modality, stage.params.get("min_score", MIN_SCORE)
+        self._modality, self._form = stage.name.partition(":")[2], form
+        self._form.check_bins(self._modality, self._tokenizer.bins)
+        codes, params = None, stage.params
+        if form.parts is not None:
+            codes = _learned(store, params["codes"], params["codes_fingerprint"], stage, config)
+        self._page = Page(
+            bins=self._tokenizer.bins, size=params["crops"]["size"], codes=codes,
+            min_score=params.get("min_score"),
+        )  # fmt: skip
         self.vocab_size = self._tokenizer.vocab_size
         self.length: int | None = None
 
-    def prepare(self, value: Any) -> str:
-        """Writes the boxes of a crop as text."""
-        return det_to_string(
-            value["instances"], bins=self._tokenizer.bins, min_score=self._min_score
-        )
+    def prepare(self, value: Any, key: str, crop: int) -> str:
+        """Writes what a crop shows as text, in the reading thread."""
+        return self._form.write(value, replace(self._page, seed=seed_of(self._modality, key, crop)))
 
     def encode(
         self, groups: Iterable[list[tuple[str, list[str] | None, str]]], columns: list[str]
@@ -289,11 +290,27 @@ class _Text:
                 yield key, dict(zip(columns, values, strict=True)), reason
 
 
-def _require(found: str, stage: Stage) -> None:
-    if found != stage.revision:
+def _learned(
+    store: Store, path: str, expected: str, stage: Stage, config: dict[str, Any]
+) -> Tokenizer:
+    """A stored network on the device that is asked for."""
+    import torch
+
+    from tokenizers_vq.tokenizer import fingerprint, load_tokenizer
+
+    tokenizer = load_tokenizer(store, path, config.get("precision", "auto"))
+    _require(fingerprint(tokenizer.files()), path, expected, stage)
+    device = config.get("device", "auto")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return tokenizer.to(device)
+
+
+def _require(found: str, path: str, expected: str, stage: Stage) -> None:
+    if found != expected:
         raise ValueError(
-            f"{stage.model} is not the tokenizer of {stage.id}: its fingerprint is {found[:12]}, "
-            f"expected {stage.revision[:12]}"
+            f"{path} is not the tokenizer of {stage.id}: its fingerprint is {found[:12]}, "
+            f"expected {expected[:12]}"
         )
 
 

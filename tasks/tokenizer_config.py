@@ -23,9 +23,9 @@ Kind = Literal["rgb", "depth", "normal", "semseg", "feature", "vector", "edge", 
 Architecture = Literal["light", "vit", "unet", "uvit", "mlp"]
 _ADDED = frozenset({
     "loss", "perceptual", "perceptual_model", "sizes", "registers", "encoder", "start",
-    "architecture", "heads", "codes", "latent", "codebooks", "decoder_width", "out_blocks",
+    "architecture", "heads", "codes", "latent", "groups", "decoder_width", "out_blocks",
     "prediction", "schedule", "dead_code", "guidance_dropout", "muon", "betas", "warmup", "ema",
-    "eval_every", "spread",
+    "eval_every", "spread", "words",
 })  # fmt: skip
 _CHANNELS = {"rgb": 3, "depth": 1, "normal": 3, "semseg": 8, "edge": 1, "mask": 1}
 _PICTURES: tuple[Kind, ...] = ("rgb", "depth", "normal", "edge", "mask")
@@ -85,6 +85,8 @@ class TokenizerRecipe:
     """Sides in pixels of which each step draws one; empty trains at `size` alone."""
     registers: int = 0
     """Above 0 a sample becomes so many ordered tokens, of which any first few decode."""
+    groups: int = 0
+    """Tokens of a vector; 0 is one. For `vector` alone."""
     encoder: str = ""
     """Folder of a stored tokenizer: its codes are kept, and only a new decoder is trained, of
     `decoder_depth` blocks, or, of a released network, of another `architecture`."""
@@ -101,8 +103,6 @@ class TokenizerRecipe:
     """Codes of a learned codebook; 0: as many as `levels` multiply to."""
     latent: int = 32
     """Width of a code as released."""
-    codebooks: int = 16
-    """Tokens of a vector under `mlp`, from a codebook each."""
     decoder_width: int = 256
     """Channels of a `unet`'s first level, width of a `uvit`'s transformer."""
     out_blocks: int = 0
@@ -154,12 +154,29 @@ class TokenizerRecipe:
             raise ValueError("steps, batch_size and max_samples must be positive")
         if self.perceptual and self.kind != "rgb":
             raise ValueError(f"perceptual={self.perceptual} is for rgb, not for {self.kind}")
+        if self.groups and self.kind != "vector":
+            raise ValueError(f"groups={self.groups} is for vectors, not for {self.kind}")
         if self.sizes and self.kind in ("feature", "vector"):
             raise ValueError(f"sizes={self.sizes}: {self.kind} values have one size")
         if odd := [size for size in self.sizes if size % self.patch or size > self.size]:
             raise ValueError(
                 f"sizes={self.sizes}: {odd[0]} is no multiple of patch={self.patch} up to "
                 f"size={self.size}"
+            )
+
+    def check_codes(self, name: str, count: int, most: int) -> None:
+        """Refuse a tokenizer whose codes a text of the modality `name` cannot hold.
+
+        Raises:
+            ValueError: it gives other than `count` codes, or more than `most` different ones.
+        """
+        tokens = self.registers or (self.size // self.patch) ** 2
+        if tokens != count:
+            raise ValueError(f"the text of {name} holds {count} codes, its recipe makes {tokens}")
+        if self.vocab_size > most:
+            raise ValueError(
+                f"the coordinate bins tell {most} codes of {name} apart, its recipe makes "
+                f"{self.vocab_size}: choose smaller levels, or more bins"
             )
 
     @property
@@ -197,6 +214,7 @@ class TokenizerRecipe:
             codebook_size=self.vocab_size,
             jitter=self.jitter,
             registers=self.registers,
+            groups=self.groups,
             spread=self.spread,
         )
 
@@ -220,7 +238,7 @@ class TokenizerRecipe:
             decoder_depth=self.decoder_depth,
             vocab_size=self.vocab_size,
             latent=self.latent,
-            codebooks=self.codebooks if self.kind == "vector" else 1,
+            codebooks=self.groups or 1,
             out_blocks=self.out_blocks,
             dead_below=average / self.dead_code if self.dead_code else 0.0,
             prediction=self.prediction,
@@ -288,9 +306,12 @@ class TextRecipe:
     """Upper bound of the vocabulary."""
     class_names: tuple[str, ...] = ()
     """Class names that become tokens even if no box shows them."""
+    words: tuple[str, ...] = ()
+    """Words of the formats of other sequences, which become one token each."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
+        object.__setattr__(self, "words", tuple(self.words))
 
 
 def identity(recipe: TokenizerRecipe | TextRecipe) -> dict[str, Any]:

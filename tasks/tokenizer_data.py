@@ -14,7 +14,6 @@ from infra.shards import MISSING_EXT, TarIndex
 from infra.store import Store
 from models import modalities
 from models.crops import crop_box
-from models.modalities.sam_instance import patch
 
 if TYPE_CHECKING:
     from tasks.tokenizer_config import TokenizerRecipe
@@ -120,20 +119,13 @@ def _cropped(
 ) -> Iterator[np.ndarray]:
     policy, modality = recipe.crops, modalities.get(name)
     aspects = Aspects(ledger, stage, shard)
+    parts = modality.text.parts if modality.text else None
     for number, (key, value) in enumerate(read_values(ledger, stage, shard, name)):
         if number >= limit:
             return
-        if value is not None:
+        if value is not None and parts is not None:
+            yield from parts.of(value)
+        elif value is not None:
             index = 0 if centred else number % policy.num_crops
             box = crop_box(policy, key, index, aspect_of(name, value, key, aspects))
-            yield from _parts(name, modality.crop(value, box, policy.size), recipe.size)
-
-
-def _parts(name: str, value: Any, size: int) -> list[np.ndarray]:
-    """What the tokenizer of a modality sees of a sample: the value, or each of its objects."""
-    if name == "sam_instance":
-        return [patch(each, size) for each in value["instances"]]
-    if name == "human_poses":
-        poses = [human["body_pose"] for human in value["humans"] if "body_pose" in human]
-        return [np.asarray(pose, np.float32).ravel() for pose in poses]
-    return [value]
+            yield modality.crop(value, box, policy.size)

@@ -17,7 +17,6 @@ import numpy as np
 from infra import ui
 from infra.store import Store
 from models import modalities
-from models.modalities._features import render_rows
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -109,11 +108,9 @@ class HealthCheck:
         return whole
 
     def _picture(self, value: np.ndarray) -> np.ndarray:
-        if self.codec.kind == "mask":
-            grey = (np.clip(value.astype(np.float32), 0, 1) * 255).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, axis=2)
         modality = modalities.get(self.name)
-        return render_rows(value) if modality.kind == "sequence" else modality.render(value)
+        parts = modality.text.parts if modality.text else None
+        return parts.show(value) if parts else modality.render(value)
 
     def publish(self, store: Store, path: str, run: str, step: int) -> None:
         """Writes figures and pictures beside the tokenizer and into its run."""

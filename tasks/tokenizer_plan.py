@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FEATURES = {
     "clip": 512, "dinov2": 768, "imagebind": 1280, "dinov2_global": 768, "imagebind_global": 1280,
-    "human_poses": 207,
+    "smpl_poses": 207,
 }  # fmt: skip
 """Channels of the values that the released networks give; a labeler may give others."""
 _CELLS = {"dinov2": 16, "imagebind": 16}

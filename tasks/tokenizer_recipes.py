@@ -34,19 +34,21 @@ def _released(
     })  # fmt: skip
 
 
-_UNET = {"architecture": "unet", "decoder_depth": 3, "ema": 0.9999}
-_UVIT = {
+_UNET: dict[str, Any] = {"architecture": "unet", "decoder_depth": 3, "ema": 0.9999}
+_UVIT: dict[str, Any] = {
     "architecture": "uvit", "decoder_width": 768, "decoder_depth": 2, "ema": 0.9999,
     "prediction": "v_prediction", "schedule": "shifted_cosine:0.5",
 }  # fmt: skip
-_VIT = {"architecture": "vit", "decoder_depth": 12, "ema": 0.99}
-_MAP = {**_VIT, "kind": "feature", "codes": 8192, "loss": "smooth_l1", "min_scale": 0.2}
-_MLP = {
-    "architecture": "mlp", "kind": "vector", "width": 1024, "encoder_depth": 6, "decoder_depth": 6,
-    "latent": 1024, "ema": 0.99, "min_scale": 0.2,
+_VIT: dict[str, Any] = {"architecture": "vit", "decoder_depth": 12, "ema": 0.99}
+_MAP: dict[str, Any] = {
+    **_VIT, "kind": "feature", "codes": 8192, "loss": "smooth_l1", "min_scale": 0.2,
 }  # fmt: skip
-_GLOBAL = {**_MLP, "codes": 8192, "loss": "cosine"}
-_EDGE = {**_UNET, "kind": "edge", "codes": 8192, "loss": "smooth_l1"}
+_MLP: dict[str, Any] = {
+    "architecture": "mlp", "kind": "vector", "width": 1024, "encoder_depth": 6, "decoder_depth": 6,
+    "latent": 1024, "groups": 16, "ema": 0.99, "min_scale": 0.2,
+}  # fmt: skip
+_GLOBAL: dict[str, Any] = {**_MLP, "codes": 8192, "loss": "cosine"}
+_EDGE: dict[str, Any] = {**_UNET, "kind": "edge", "codes": 8192, "loss": "smooth_l1"}
 
 _BASE = {
     "rgb": _released(50, 64, 1e-4, kind="rgb", codes=16_384, loss="mse", **_UNET),
@@ -65,8 +67,8 @@ _BASE = {
     "imagebind": _released(20, 128, 1e-4, **_MAP),
     "dinov2_global": _released(15, 64, 1e-4, **_GLOBAL),
     "imagebind_global": _released(15, 64, 1e-4, **_GLOBAL),
-    "human_poses": _released(
-        15, 64, 1e-4, warmup_epochs=1, **{**_MLP, "codes": 1024, "codebooks": 8,
+    "smpl_poses": _released(
+        15, 64, 1e-4, warmup_epochs=1, **{**_MLP, "codes": 1024, "groups": 8,
                                           "loss": "smooth_l1", "min_scale": 0.8}
     ),
     "sam_instance": _released(
@@ -123,8 +125,10 @@ def _modern(**fields: Any) -> TokenizerRecipe:
     })  # fmt: skip
 
 
-_VECTOR = {"kind": "vector", "registers": 16, "encoder_depth": 4, "decoder_depth": 4, "width": 512,
-           "heads": 8, "levels": (8, 8, 8, 6, 5)}  # fmt: skip
+_VECTOR: dict[str, Any] = {
+    "kind": "vector", "groups": 16, "encoder_depth": 4, "decoder_depth": 4, "width": 512,
+    "heads": 8, "levels": (8, 8, 8, 6, 5),
+}  # fmt: skip
 MODERN: dict[str, TokenizerRecipe] = {
     "rgb": _modern(kind="rgb", levels=(8, 8, 8, 6, 5), perceptual=1.0),
     "rgb_adaptive": _modern(kind="rgb", levels=(8, 8, 8, 6, 5), perceptual=1.0, registers=256),

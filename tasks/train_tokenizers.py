@@ -36,6 +36,7 @@ logger = logging.getLogger("fourm.tokenizers")
 VERSION = 1
 INFO = "info.json"
 TEXT = "text"
+_TOLD = ("caption", "det")  # what words and class names are learned from
 _HELD_OUT = 200
 
 Progress = Callable[[str, int, int], None]
@@ -92,6 +93,13 @@ def tokenizer_path(
     }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return f"tokenizers/{name}@{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def text_path(
+    stages: Mapping[str, Stage], recipe: TextRecipe, shards: Sequence[int]
+) -> str:
+    """Where the text tokenizer of this recipe on these labels is stored."""
+    return tokenizer_path(TEXT, recipe, [stages[n] for n in _TOLD if n in stages], shards)
 
 
 def train_tokenizers(
@@ -268,8 +276,7 @@ def train_text(
     from tokenizers_vq.text import FILE, train_text_tokenizer
     from tokenizers_vq.tokenizer import fingerprint
 
-    used = [stages[name] for name in ("caption", "det") if name in stages]
-    path = tokenizer_path(TEXT, recipe, used, shards)
+    path = text_path(stages, recipe, shards)
     if store.exists(f"{path}/{INFO}"):
         return TokenizerInfo(**store.read_json(f"{path}/{INFO}"))
     began = time.monotonic()
@@ -282,6 +289,7 @@ def train_text(
         class_names=names,
         bins=recipe.bins,
         vocab_size=recipe.vocab_size,
+        words=recipe.words,
     )
     data = tokenizer.to_bytes()
     store.create(f"{path}/{FILE}", data)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra.overlap import prefetch
 from tasks.batches import to_device
+from tasks.frozen import held_rows
 from tasks.meter import Meter
 from tasks.optim import build_optimizers, learning_rate_scale
 from tasks.preemption import Stopped, StopSignal
@@ -221,6 +222,7 @@ class Trainer:
             self.model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay,
             is_hidden=self.task.is_hidden,
         )
+        self.held = held_rows(self.model)
         self.sharded = any(is_sharded(value) for value in self.model.parameters())
         self.mean = WeightMean(unique_tensors(self.model), config.ema_decay) \
             if config.ema_decay else None
@@ -288,6 +290,8 @@ class Trainer:
         """Clips and applies the gradients, unless one is not finite; returns their norm."""
         import torch
 
+        for rows in self.held:
+            rows.clear_gradient()
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.config.clip_norm or float("inf")
         ).detach()
@@ -308,6 +312,8 @@ class Trainer:
         self.skipped = self.skipped + bad.int()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        for rows in self.held:
+            rows.put_back()
         if self.mean:
             self.mean.update(self.step)
         return norm

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tokenizers_vq.quantizers import Codebook, FiniteScalar, LookupFree, Quantized
 
-_DECODING = ("decoder.", "norm.", "head.", "places", "absent")
+_DECODING = ("decoder.", "norm.", "head.", "places", "absent", "join.")
 """Parameters that stand behind the codes."""
 
 
@@ -56,6 +56,8 @@ class VQConfig:
     """Probability of moving a FSQ level by one in training."""
     registers: int = 0
     """Above 0 a sample has so many ordered tokens instead of a grid (`tokenizers_vq.ordered`)."""
+    groups: int = 0
+    """Above 0 a vector (a map of one cell) becomes so many tokens (`tokenizers_vq.product`)."""
     spread: float = 0.0
     """Weight of the loss that keeps all codes of `fsq` in use."""
 
@@ -67,6 +69,8 @@ class VQConfig:
             raise ValueError(f"lfq: {self.codebook_size} codes are no power of two")
         if self.registers < 0:
             raise ValueError(f"registers={self.registers} must not be negative")
+        if self.groups < 0 or (self.groups and (self.registers or self.image_size > 1)):
+            raise ValueError(f"groups={self.groups} is for vectors alone, without registers")
         if self.image_size % self.patch:
             raise ValueError(f"image_size={self.image_size} is not a multiple of {self.patch}")
         if self.width % (4 * self.heads):
@@ -80,7 +84,7 @@ class VQConfig:
     @property
     def num_tokens(self) -> int:
         """Tokens of a sample at the native size."""
-        return self.registers or self.grid**2
+        return self.registers or self.groups or self.grid**2
 
     def token_shape(self, count: int) -> tuple[int, ...]:
         """The shape in which the network takes `count` tokens of a sample.
@@ -91,6 +95,10 @@ class VQConfig:
         if self.registers:
             if not 1 <= count <= self.registers:
                 raise ValueError(f"{count} tokens instead of 1 to {self.registers}")
+            return (count,)
+        if self.groups:
+            if count != self.groups:
+                raise ValueError(f"{count} tokens instead of {self.groups}")
             return (count,)
         side = math.isqrt(count)
         if side * side != count:
@@ -105,8 +113,8 @@ class VQConfig:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values."""
         fields = {**asdict(self), "levels": list(self.levels)}
-        for name in ("registers", "spread"):  # younger than stored tokenizers, whose bytes stay
-            if not fields[name]:
+        for name in ("registers", "groups", "spread"):
+            if not fields[name]:  # younger than stored tokenizers, whose bytes must not change
                 del fields[name]
         return fields
 

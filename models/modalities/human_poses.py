@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw
 from models.crops import CropBox
 from models.modalities._boxes import point, window
 from models.modalities.base import Modality, to_json
+from tokenizers_vq.sequences.form import Page, TextForm
+from tokenizers_vq.sequences.keypoints import keypoints_to_string, string_to_keypoints
 
 KEYPOINTS = (
     "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder",
@@ -70,6 +72,10 @@ def _render(value: Poses) -> np.ndarray:
     return np.asarray(image)
 
 
+def _read(text: str, page: Page) -> Poses:
+    return {"humans": string_to_keypoints(text, bins=page.bins)}
+
+
 MODALITY = Modality(
     name="human_poses",
     kind="sequence",
@@ -79,4 +85,10 @@ MODALITY = Modality(
     crop=_crop,
     render=_render,
     description="17 COCO keypoints a person, x and y in 0..1 of the image with a score",
+    text=TextForm(
+        write=lambda value, page: keypoints_to_string(value["humans"], bins=page.bins),
+        read=_read,
+        words=("human", "none", "pose"),
+        grammar="keypoints",
+    ),
 )

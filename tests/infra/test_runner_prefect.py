@@ -12,7 +12,7 @@ from infra.ledger import Ledger
 from infra.ray_session import Embedded
 from infra.runner import Resources, run_stages
 from infra.store import Store
-from tests.infra.serving import post, process, server, until
+from tests.infra.serving import command_of, descendants, post, process, server, until
 from tests.infra.test_runner_cancel import toy_job
 
 
@@ -33,7 +33,7 @@ def test_cancelling_through_the_api_ends_cancelled_and_resumes(tmp_path):
         post(api, f"/flow_runs/{run['id']}/set_state", state)
         ended = until(lambda: _terminal(api, run["id"]), 60, "the end of the run")
         assert ended == ("CANCELLED", "Cancelled")
-        until(lambda: not _ray_of(serving), 15, "the end of Ray")
+        until(lambda: not _ray_of(serving), 60, "the end of Ray")
         artifacts = post(api, "/artifacts/filter", {})
         assert any(artifact["key"] == "labelling" for artifact in artifacts)
     assert Ledger(store).committed(slow.stage) == set()
@@ -43,15 +43,8 @@ def test_cancelling_through_the_api_ends_cancelled_and_resumes(tmp_path):
 
 
 def _ray_of(process: psutil.Process) -> list[str]:
-    commands = [_command(child) for child in process.children(recursive=True)]
+    commands = [command_of(child) for child in descendants(process)]
     return [command for command in commands if "ray::" in command or "raylet" in command]
-
-
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 def _terminal(api: str, run_id: str) -> tuple[str, str] | None:

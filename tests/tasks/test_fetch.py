@@ -84,7 +84,7 @@ def hostile() -> Iterator[HostileWeb]:
     loop.create_task(start())
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    ready.wait(10)
+    assert ready.wait(120)
     yield site
     loop.call_soon_threadsafe(loop.stop)
 

@@ -68,7 +68,7 @@ def test_every_recipe_builds_on_the_meta_device_and_decodes_what_it_encodes(pres
         assert vocabularies["semseg"] == (4096, 196)
         assert vocabularies["dinov2"] == (8192, 256)
         assert vocabularies["dinov2_global"] == (8192, 16)
-        assert vocabularies["human_poses"] == (1024, 8)
+        assert vocabularies["smpl_poses"] == (1024, 8)
         assert vocabularies["sam_instance"] == (1024, 16)
 
 
@@ -85,7 +85,7 @@ def test_adaptation_goes_on_at_sides_up_to_448():
         ({"name": "rgb", "preset": "old"}, "choose one of scenes, modern, released"),
         ({"name": "rgb", "preset": "released", "named": "rgb_2k"}, "rgb_1k"),
         ({"name": "rgb", "preset": "released", "named": "depth"}, "is for depth values, not for"),
-        ({"name": "human_poses"}, "preset 'scenes' has no recipe for 'human_poses'"),
+        ({"name": "human_poses"}, "no tokenizer recipe for 'human_poses'"),
         ({"name": "rgb", "colour": 1}, "no 'colour'; its fields are kind"),
         ({"name": "semseg", "architecture": "unet"}, "'unet' takes rgb.*not semseg values"),
         ({"name": "rgb", "architecture": "vit", "registers": 4}, "need the architecture 'light'"),
@@ -117,7 +117,7 @@ FAMILY = {
                "prediction": "v_prediction-epsilon_loss"},
     "semseg": {"preset": "released", "num_classes": 5},
     "depth": {"preset": "released", "architecture": "vit"},
-    "dinov2_global": {"preset": "released", "codebooks": 4},
+    "dinov2_global": {"preset": "released", "groups": 4},
     "sam_instance": {"preset": "released"},
 }  # fmt: skip
 

@@ -234,7 +234,7 @@ def test_a_checkpoint_is_written_while_training_goes_on(tmp_path):
     class Slow(Store):
         def write(self, path: str, data: bytes) -> None:
             if path.endswith("model.safetensors"):
-                assert free.wait(30)
+                assert free.wait(600)
             super().write(path, data)
 
     free, store = threading.Event(), Slow(str(tmp_path))
