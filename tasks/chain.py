@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from models.crops import CropPolicy
     from models.labelers.base import LabelerSpec
     from tasks.fetch import FetchConfig
-    from tasks.tokenizer_recipes import TextRecipe, TokenizerRecipe
+    from tasks.tokenizer_config import TextRecipe, TokenizerRecipe
     from tasks.train_tokenizers import TokenizerInfo
     from tokenizers_vq.sequences.form import TextForm
 
@@ -39,7 +39,7 @@ _UPSTREAM = {
 }
 
 
-_FILTERS = ("min_side", "max_pixels", "max_aspect")  # choices that older datasets lack
+_FILTERS = ("filter", "min_side", "max_pixels", "max_aspect")  # choices that older datasets lack
 
 
 def remember(store: Store, section: str, choices: dict[str, Any]) -> None:
@@ -63,11 +63,17 @@ def remember_tokenizers(store: Store, choices: dict[str, Any]) -> None:
     Raises:
         ValueError: No shard is labelled in every modality.
     """
+    from tasks.tokenizer_recipes import COMMON
+
     chain = Chain(store)
+    usual = COMMON[choices["preset"]]
+    choices = {**choices, **{name: choices[name] or usual[name] for name in usual}}
     known = dict(chain.settings.get("tokenizers", {}))
     labelled = chain.labelled()
     shards = known.pop("shards", [])
-    if known != choices or not set(shards) <= set(labelled):
+    # What an older version did not ask for was as it is by default.
+    same = {**choices, **known} == choices
+    if not (shards and same and set(shards) <= set(labelled)):
         shards = labelled[: choices["max_shards"]]
     if not shards:
         raise ValueError(f"no shard of {store.url} has all of its labels; run `fourm label` first")
@@ -159,7 +165,7 @@ class Chain:
     @cached_property
     def text_recipe(self) -> TextRecipe:
         """Recipe of the text tokenizer."""
-        from tasks.tokenizer_recipes import TextRecipe
+        from tasks.tokenizer_config import TextRecipe
 
         choices = self.section("tokenizers")
         words = {word for form in self.text_forms.values() for word in form.words}
@@ -294,21 +300,23 @@ def labelers(choices: dict[str, Any]) -> dict[str, LabelerSpec]:
 
 def tokenizer_recipes(choices: dict[str, Any]) -> dict[str, TokenizerRecipe]:
     """Recipes out of the choices of the tokenizer flow."""
-    from tasks.tokenizer_recipes import own_size, tokenizer_recipe
+    for field in ("changes", "recipes"):
+        if unknown := choices.get(field, {}).keys() - set(choices["modalities"]):
+            raise ValueError(f"{field} names {min(unknown)!r}, which is not among the modalities")
+    return {name: chosen_recipe(name, choices) for name in choices["modalities"]}
 
-    common = {"max_samples": choices["max_samples"]}
-    if choices["steps"]:
-        common["steps"] = choices["steps"]
-    unknown = choices["changes"].keys() - set(choices["modalities"])
-    if unknown:
-        raise ValueError(f"changes names {min(unknown)!r}, which is not among the modalities")
-    found = {}
-    for name in choices["modalities"]:
-        size = own_size(name) or choices["size"]
-        found[name] = tokenizer_recipe(
-            name, **{**common, "size": size, **choices["changes"].get(name, {})}
-        )
-    return found
+
+def chosen_recipe(name: str, choices: dict[str, Any]) -> TokenizerRecipe:
+    """Recipe of a modality out of the choices of the tokenizer flow."""
+    from tasks.tokenizer_recipes import tokenizer_recipe
+
+    named = choices.get("preset", "scenes"), choices.get("recipes", {}).get(name, "")
+    common = {
+        field: choices[field] for field in ("size", "max_samples", "steps") if choices.get(field)
+    }
+    if tokenizer_recipe(name, *named).kind == "mask":
+        common.pop("size", None)  # masks are patches of their own size
+    return tokenizer_recipe(name, *named, **{**common, **choices["changes"].get(name, {})})
 
 
 def check(flow: str, choices: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from models.fourm.catalogue import (
     sequence_spec,
     t5_spec,
 )
-from models.fourm.loader import base_name
+from models.fourm.loader import stored_name
 from models.fourm.masking import Component, Mixture
 from models.fourm.spec import FourMConfig, ModalitySpec
 
@@ -105,7 +105,7 @@ def chosen_specs(
 
 
 def _is(name: str, spec: ModalitySpec) -> bool:
-    return name in (spec.name, base_name(spec.name))
+    return name in (spec.name, stored_name(spec.name))
 
 
 def resolve(
@@ -145,12 +145,12 @@ def _expand(alphas: Mapping[str, float], specs: Sequence[ModalitySpec]) -> dict[
     unknown = sorted(name for name, alpha in alphas.items() if name != "*" and alpha > 0
                      and not any(_is(name, spec) for spec in specs))
     if unknown:
-        bases = sorted({base_name(spec.name) for spec in specs})
+        bases = sorted({stored_name(spec.name) for spec in specs})
         raise ValueError(f"the mixture names {', '.join(unknown)}; choose from "
                          f"{', '.join(bases)} or *")
     found = {}
     for spec in specs:
-        alpha = alphas.get(spec.name, alphas.get(base_name(spec.name), alphas.get("*", 0.0)))
+        alpha = alphas.get(spec.name, alphas.get(stored_name(spec.name), alphas.get("*", 0.0)))
         if alpha > 0:
             found[spec.name] = alpha
     return found

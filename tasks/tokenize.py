@@ -25,7 +25,7 @@ from infra.shards import MISSING_EXT, TarIndex
 from infra.store import Store
 from models import modalities
 from models.crops import CropPolicy, crop_box
-from tasks.tokenizer_data import Aspects, aspect_of
+from tasks.tokenizer_data import Aspects, aspect_of, read_label
 from tasks.train_tokenizers import TEXT, TokenizerInfo
 from tokenizers_vq.sequences.form import Page, TextForm, seed_of
 
@@ -170,7 +170,7 @@ class TokenizeWork:
         if index.ext(key) == MISSING_EXT:
             return key, None, "missing_label"
         modality, count = modalities.get(self._modality), self._policy.num_crops
-        value = modality.decode(index.read(key))
+        value = read_label(self._modality, key, index.read(key))
         if modality.text is not None and modality.text.whole:
             return key, [self._encoder.prepare(value, key, 0)] * count, OK
         aspect = aspect_of(self._modality, value, key, aspects)

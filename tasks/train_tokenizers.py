@@ -24,8 +24,8 @@ from infra import ui
 from infra.ledger import Ledger, Stage
 from infra.store import Store
 from models import modalities
+from tasks.tokenizer_config import TextRecipe, TokenizerRecipe, identity
 from tasks.tokenizer_data import load_crops, read_values
-from tasks.tokenizer_recipes import TextRecipe, TokenizerRecipe, identity
 from tasks.tokenizer_task import reconstruction_task
 from tasks.trainer import Trainer
 

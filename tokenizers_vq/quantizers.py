@@ -11,6 +11,7 @@ et al., arXiv 2310.05737) takes the signs of the latent: a token is a number of 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,13 @@ from torch import Tensor, nn
 
 DEAD_CODE = 2
 """A VQ code whose moving count falls below this is replaced by a latent of the batch."""
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[None]:
+    """Switches autocast off where the tensor lies; the meta device has none."""
+    if like.device.type == "meta":
+        return nullcontext()
+    return torch.autocast(like.device.type, enabled=False)
 
 
 class Quantized(NamedTuple):
@@ -90,13 +98,14 @@ class FiniteScalar(nn.Module):
         self.down = nn.Linear(dim, len(levels))
         self.whiten = Whitening(len(levels))
         self.up = nn.Linear(len(levels), dim)
-        self.fsq = FSQ(list(levels), preserve_symmetry=True, bound_hard_clamp=True)
+        with torch.device("cpu"):  # it reads its own buffers, which the meta device does not allow
+            self.fsq = FSQ(list(levels), preserve_symmetry=True, bound_hard_clamp=True)
         step = torch.tensor([2.0 / (count - 1) for count in levels])
         self.register_buffer("step", step, persistent=False)
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantises [B, N, D]; gradients pass straight through."""
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             squashed = 2 * torch.sigmoid(1.6 * self.whiten(self.down(z.float()))) - 1
             codes, tokens = self.fsq(squashed)
             if self.training and self.jitter > 0:
@@ -145,7 +154,7 @@ class Codebook(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantises [B, N, D]; the codebook follows by moving averages in training."""
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             latents, tokens, loss = self.vq(self.norm(z.float()))
         return Quantized(latents, tokens.long(), loss.sum())
 
@@ -174,13 +183,20 @@ class LookupFree(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantises [B, N, D]; gradients pass straight through."""
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             latents, tokens, loss = self.lfq(self.norm(z.float()))
         return Quantized(latents, tokens.long(), loss.sum())
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """Latents [B, N, D] of tokens [B, N]."""
         return self.lfq.indices_to_codes(tokens)
+
+
+def perplexity(tokens: Tensor, vocab_size: int) -> Tensor:
+    """exp of the entropy of the code histogram, [] in 1..vocab_size, on the tokens' device."""
+    counts = torch.bincount(tokens.reshape(-1), minlength=vocab_size).float()
+    share = counts / counts.sum().clamp(min=1)
+    return (-(share * share.clamp(min=1e-12).log()).sum()).exp()
 
 
 def code_statistics(tokens: Tensor, vocab_size: int) -> dict[str, float]:
@@ -190,10 +206,8 @@ def code_statistics(tokens: Tensor, vocab_size: int) -> dict[str, float]:
         `usage`: share of codes that occur, in 0..1; `perplexity`: exp of the entropy of the
         code histogram, in 1..vocab_size.
     """
-    counts = torch.bincount(tokens.reshape(-1), minlength=vocab_size).double()
-    share = counts / counts.sum().clamp(min=1)
-    entropy = -(share * share.clamp(min=1e-12).log()).sum()
+    counts = torch.bincount(tokens.reshape(-1), minlength=vocab_size)
     return {
         "usage": float((counts > 0).double().mean()),
-        "perplexity": float(entropy.exp()),
+        "perplexity": float(perplexity(tokens, vocab_size)),
     }

@@ -197,6 +197,24 @@ class Head(nn.Module):
         return F.pixel_shuffle(self.proj(x).permute(0, 3, 1, 2), self.patch)
 
 
+def take_encoder(net: nn.Module, source: nn.Module, decoding: tuple[str, ...]) -> None:
+    """Gives a network all parameters of another but those whose names begin with `decoding`, and
+    lets only these be trained.
+
+    Raises:
+        ValueError: if the two differ in more than `decoding`.
+    """
+    kept = {name: value for name, value in source.state_dict().items()
+            if not name.startswith(decoding)}
+    own = {name: value.shape for name, value in net.state_dict().items()
+           if not name.startswith(decoding)}
+    if own != {name: value.shape for name, value in kept.items()}:
+        raise ValueError("the encoder of another network does not fit this one")
+    net.load_state_dict(kept, strict=False)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name.startswith(decoding) and parameter.requires_grad)
+
+
 class VQVAE(nn.Module):
     """Encoder, bottleneck and decoder of one modality."""
 
@@ -228,22 +246,13 @@ class VQVAE(nn.Module):
         positions = sincos_positions(width, config.grid, config.grid, config.grid)
         self.register_buffer("positions", positions, persistent=False)
 
-    def take_encoder(self, source: VQVAE) -> None:
+    def take_encoder(self, source: nn.Module) -> None:
         """Takes over everything up to the codes from a trained network, and freezes it.
 
         Raises:
             ValueError: if the two differ in more than their decoders.
         """
-        kept = {
-            name: value for name, value in source.state_dict().items()
-            if not name.startswith(_DECODING)
-        }
-        own = {n: v.shape for n, v in self.state_dict().items() if not n.startswith(_DECODING)}
-        if own != {name: value.shape for name, value in kept.items()}:
-            raise ValueError("the encoder of another network does not fit this one")
-        self.load_state_dict(kept, strict=False)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.startswith(_DECODING))
+        take_encoder(self, source, _DECODING)
         self.frozen = True
 
     def train(self, mode: bool = True) -> VQVAE:

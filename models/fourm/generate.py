@@ -274,7 +274,7 @@ class Generator(Translator):
             name: [value for value in _rows(values) for _ in range(copies)]
             for name, values in (conditions or {}).items()
         }
-        able = [name for name in sorted(low, key=_upscale_rank) if self._refines(name)]
+        able = [name for name in sorted(low, key=_upscale_rank) if name in self.refined]
         targets = able if targets is None else list(targets)
         if not targets or set(targets) - set(able):
             raise ValueError(f"cannot refine {', '.join(targets or low)}; "
@@ -292,12 +292,17 @@ class Generator(Translator):
             grouped[name] = replace(found, samples=samples, values=values)
         return grouped
 
-    def _refines(self, name: str) -> bool:
-        """Whether the model reads tokens of a modality and writes them at a higher resolution."""
-        specs = [spec for spec in self.model.config.modalities
-                 if spec.kind == "img" and base_name(spec.name) == name]  # fmt: skip
-        least = min((resolution(spec.name) for spec in specs if spec.is_input), default=0)
-        return any(spec.is_target and 0 < least < resolution(spec.name) for spec in specs)
+    @property
+    def refined(self) -> list[str]:
+        """Modalities whose tokens the model reads, and writes at a higher resolution."""
+        specs = [spec for spec in self.model.config.modalities if spec.kind == "img"]
+        found = []
+        for name in sorted({base_name(spec.name) for spec in specs}):
+            own = [spec for spec in specs if base_name(spec.name) == name]
+            least = min((resolution(spec.name) for spec in own if spec.is_input), default=0)
+            if any(spec.is_target and 0 < least < resolution(spec.name) for spec in own):
+                found.append(name)
+        return found
 
     def _draw(
         self, shown: dict[str, Shown], branches: Sequence[Branch], seeds: list[int], plan: _Plan

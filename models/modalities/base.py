@@ -53,7 +53,7 @@ class Modality:
     text: TextForm | None = None
     """How its values are written as text; None where they are not."""
     tokenizer: Mapping[str, Any] | None = None
-    """Fields of the recipe of its learned tokenizer (`tasks.tokenizer_recipes.TokenizerRecipe`),
+    """Fields of the recipe of its learned tokenizer (`tasks.tokenizer_config.TokenizerRecipe`),
     at least "kind"; None where it has none, or one of the project's own recipes."""
 
 

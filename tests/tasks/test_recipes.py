@@ -54,6 +54,12 @@ def test_released_recipes_state_cost_score_and_command(name):
     assert "Command:" in said
 
 
+def test_a_mean_of_the_weights_is_asked_for_by_its_decay_and_makes_another_run():
+    training = recipe("demo", ema=0.999).training
+    assert (training.ema_decay, training.finish_with_ema) == (0.999, True)
+    assert described(recipe("demo", ema=0.999)) != described(recipe("demo"))
+
+
 def test_a_run_of_the_demo_keeps_the_name_it_had_before_recipes_grew():
     digest = hashlib.sha256(json.dumps(described(recipe("demo")), sort_keys=True).encode())
     assert digest.hexdigest()[:12] == "3470b2401c63"

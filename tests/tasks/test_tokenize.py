@@ -13,7 +13,8 @@ from infra.store import Store
 from models import modalities
 from models.crops import CropPolicy, crop_box
 from tasks.tokenize import build_work, token_jobs, token_stage, tokenizer_infos
-from tasks.tokenizer_recipes import TextRecipe, tokenizer_recipe
+from tasks.tokenizer_config import TextRecipe
+from tasks.tokenizer_recipes import tokenizer_recipe
 from tasks.train_tokenizers import TEXT, train_tokenizers
 from tokenizers_vq.sequences import string_to_det
 from tokenizers_vq.text import FILE, TextTokenizer
@@ -179,3 +180,19 @@ def test_an_exchanged_tokenizer_is_noticed(dataset):
             build_work(store.url, stage, {})
     finally:
         store.write(f"{stage.model}/config.json", original)
+
+
+def test_little_memory_changes_no_token(dataset, monkeypatch):
+    store, _, _, infos = dataset
+    tokenizer = load_tokenizer(store, infos["depth"].path, "fp32")
+    packed = tokenizer.pack(list(np.random.default_rng(0).random((5, SIZE, SIZE), np.float32)))
+    whole, encode = tokenizer.encode_packed(packed), tokenizer.net.encode
+
+    def greedy(batch):
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return encode(batch)
+
+    monkeypatch.setattr(tokenizer.net, "encode", greedy)
+    np.testing.assert_array_equal(tokenizer.encode_packed(packed), whole)
+    assert tokenizer.batches.size == 2
