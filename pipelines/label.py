@@ -26,6 +26,7 @@ def label_pictures(params: LabelParams) -> list[dict[str, Any]]:
     dataset = chain.Chain(store)
     shards = sorted(dataset.ledger.committed(dataset.fetch))
     rows: list[dict[str, Any]] = []
+    pictures = previews.Galleries(dataset).update
     jobs = label_jobs(dataset.labelers.values(), dataset.fetch, shards)
     for turn, group in enumerate(in_turns(jobs), start=1):
         done = {stage: dataset.ledger.committed(stage) for job in group
@@ -37,7 +38,8 @@ def label_pictures(params: LabelParams) -> list[dict[str, Any]]:
             ))
             for job in group
         ]  # fmt: skip
-        rows += run_jobs(store, ready, params, "label" if turn == 1 else f"label-{turn}")
+        title = "label" if turn == 1 else f"label-{turn}"
+        rows += run_jobs(store, ready, params, title, pictures)
     return rows
 
 

@@ -46,9 +46,24 @@ def _known_dense(name: str) -> str:
     return name
 
 
-LabelerName = Annotated[str, AfterValidator(_known_labeler)]
+def _offer_labelers(schema: dict[str, Any]) -> None:
+    """The form's choices: asked for when a form is made, so that packages count."""
+    from models.labelers import kinds
+
+    schema["enum"] = kinds()
+
+
+def _offer_dense(schema: dict[str, Any]) -> None:
+    from tasks.tokenizer_recipes import recipe_names
+
+    schema["enum"] = recipe_names()
+
+
+LabelerName = Annotated[
+    str, AfterValidator(_known_labeler), Field(json_schema_extra=_offer_labelers)
+]
 """A kind of labeler, of this project or of an installed package."""
-DenseName = Annotated[str, AfterValidator(_known_dense)]
+DenseName = Annotated[str, AfterValidator(_known_dense), Field(json_schema_extra=_offer_dense)]
 """A modality with a recipe for its tokenizer, of this project or of an installed package."""
 TokenizerPreset = Literal["scenes", "modern", "released"]
 
@@ -80,6 +95,9 @@ class IngestOptions(Form):
         "keep_ratio", description="keep_ratio: shorter side to the image size, never enlarged."
     )
     image_size: int = Field(256, ge=16, le=8192, description="Side of stored pictures, pixels.")
+    filter: Literal["box", "hamming", "bicubic", "lanczos"] = Field(
+        "hamming", description="How pictures are shrunk: box is fastest, lanczos sharpest."
+    )
     min_side: int = Field(32, ge=1, description="Shortest side that is kept, pixels.")
     max_pixels: int = Field(
         64_000_000, ge=1, le=178_000_000, description="Largest area that is decoded, pixels."
@@ -93,7 +111,7 @@ class IngestOptions(Form):
     )
     timeout: float = Field(15.0, gt=0, description="Seconds for one attempt.")
     attempts: int = Field(3, ge=1, description="Attempts for failures that are worth a retry.")
-    concurrency: int = Field(64, ge=1, description="Downloads under way at once, each worker.")
+    concurrency: int = Field(256, ge=1, description="Downloads under way at once, each worker.")
     per_host: int = Field(8, ge=1, description="Connections to one host at once, each worker.")
     honour_opt_out: bool = Field(
         True, description="Drop pictures whose server forbids indexing or training."

@@ -72,14 +72,21 @@ def _worth_a_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> b
 
 
 def run_jobs(
-    store: Store, jobs: list[StageJob], compute: Compute, title: str
+    store: Store,
+    jobs: list[StageJob],
+    compute: Compute,
+    title: str,
+    pictures: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Run stages and show them: a progress bar meanwhile, a table at the end.
+    """Run stages and show them: a progress bar and a status meanwhile, a table at the end.
+
+    Args:
+        pictures: shows what is new of the stages' results; called now and then, and at the end.
 
     Returns:
         A row for each stage: stage, done, skipped, quarantined, samples, dropped, per second.
     """
-    live = _Live(store, jobs, title)
+    live = _Live(store, jobs, title, pictures)
     reports = run_stages(
         store, jobs, target=compute.ray, resources=resources(compute), on_progress=live.update
     )
@@ -92,10 +99,12 @@ def run_jobs(
 
 
 class _Live:
-    """A progress bar, and now and then the status of the stages, while they run."""
+    """A progress bar, and now and then the status and results of the stages, while they run."""
 
-    def __init__(self, store: Store, jobs: list[StageJob], title: str) -> None:
-        self._store, self._title = store, title
+    def __init__(
+        self, store: Store, jobs: list[StageJob], title: str, pictures: Callable[[], None]
+    ) -> None:
+        self._store, self._title, self._pictures = store, title, pictures
         self._stages = [job.stage.id for job in jobs]
         self._follow = ui.follow(title)
         self._next = time.monotonic() + STATUS_SECONDS
@@ -107,16 +116,16 @@ class _Live:
             self.show()
 
     def show(self) -> None:
-        """The status of the run's stages as a table; trouble with it never ends the run."""
+        """Status of the run's stages, and new pictures; trouble with it never ends the run."""
         if not ui.in_run():
             return
         began = time.monotonic()
         try:
             rows = as_rows(status(self._store, self._stages))
+            ui.table(f"{self._title}-status", rows, f"Status of {self._title}")
+            self._pictures()
         except Exception:
             logger.warning("the status could not be shown; the run goes on", exc_info=True)
-        else:
-            ui.table(f"{self._title}-status", rows, f"Status of {self._title}")
         # Reading many commits takes a while: at most a twentieth of the time is spent on it.
         spent = time.monotonic() - began
         self._next = time.monotonic() + max(STATUS_SECONDS, 20 * spent)

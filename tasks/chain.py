@@ -31,7 +31,7 @@ _NEEDED = {
     "tokenizers": "{url} has no tokenizers; run `fourm train-tokenizers` first",
     "tokenize": "nothing says how {url} is tokenized; run `fourm tokenize` first",
 }
-_FILTERS = ("min_side", "max_pixels", "max_aspect")  # choices that older datasets lack
+_FILTERS = ("filter", "min_side", "max_pixels", "max_aspect")  # choices that older datasets lack
 
 
 def remember(store: Store, section: str, choices: dict[str, Any]) -> None:

@@ -288,6 +288,26 @@ def curve_figure(curve: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def pace_figure(curve: Sequence[Mapping[str, Any]]) -> Figure:
+    """Learning rate, gradient norm, token rates (of all, and of each modality) and utilisation
+    over steps."""
+    from matplotlib.figure import Figure
+
+    panels = {"learning rate": "lr", "gradient norm": "grad_norm",
+              "tokens a second": "tokens_per_second", "share of peak FLOP/s": "mfu"}  # fmt: skip
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    for axes, (title, key) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for name in sorted({k for line in curve for k in line if k.partition("/")[0] == key}):
+            points = [(line["step"], line[name]) for line in curve if name in line]
+            axes.plot(*zip(*points, strict=True), label=name.partition("/")[2] or "all",
+                      linewidth=2.2 if name == key else 1.0)  # fmt: skip
+        axes.set(xlabel="step", title=title)
+        axes.grid(alpha=0.3)
+        if len(axes.lines) > 1:
+            axes.legend(fontsize=6, ncols=2)
+    return figure
+
+
 def _is_loss(key: str) -> bool:
     return key.startswith("loss")
 

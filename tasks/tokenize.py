@@ -28,7 +28,7 @@ from models import modalities
 from models.crops import CropPolicy, crop_box
 from tasks.label import LabelWork
 from tasks.label import build_work as label_work
-from tasks.tokenizer_data import Aspects, aspect_of
+from tasks.tokenizer_data import Aspects, aspect_of, read_label
 from tasks.train_tokenizers import TEXT, TokenizerInfo
 from tokenizers_vq.sequences.form import Page, TextForm, seed_of
 
@@ -211,7 +211,7 @@ class TokenizeWork:
         if data is None:
             return key, None, "missing_label"
         modality, count = modalities.get(self._modality), self._policy.num_crops
-        value = modality.decode(data)
+        value = read_label(self._modality, key, data)
         if modality.text is not None and modality.text.whole:
             return key, [self._encoder.prepare(value, key, 0)] * count, OK
         aspect = aspect_of(self._modality, value, key, aspects)

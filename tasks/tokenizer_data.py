@@ -26,13 +26,27 @@ def read_values(
 
     Raises:
         FileNotFoundError: if the stage has not committed the shard.
+        ValueError: if a label is not in the format of its modality.
     """
     path, _ = ledger.open_output(stage, shard, name)
     index = TarIndex(path)
-    decode = modalities.get(name).decode
     for key in index.keys if keys is None else keys:
         hole = index.ext(key) == MISSING_EXT
-        yield key, None if hole else decode(index.read(key))
+        yield key, None if hole else read_label(name, key, index.read(key))
+
+
+def read_label(name: str, key: str, data: bytes) -> Any:
+    """The value of a sample's member.
+
+    Raises:
+        ValueError: if it is not in the format of the modality, as one of another version.
+    """
+    try:
+        return modalities.get(name).decode(data)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(
+            f"the {name} of sample {key} is not in the format that this version reads: {error}"
+        ) from error
 
 
 def source_of_pictures(stage: Stage) -> Stage | None:

@@ -167,13 +167,11 @@ class Trainer:
     ) -> dict[str, float]:
         if self.mean and self.config.finish_with_ema:
             self.mean.apply()
-        metrics = {**metrics, **self._evaluate(None)}
+        metrics = {**metrics, **self._evaluate(curve if trained else None)}
         if trained:
             self._save()
             self.writer.wait()
         if curve:
-            if trained:
-                curve.add(self.step, metrics)
             curve.close()
         from tasks.parallel import restore_forwards
 
@@ -202,13 +200,15 @@ class Trainer:
         """Builds model and optimisers and restores the newest checkpoint."""
         import torch
 
-        from infra.machine import fast_bf16
+        from infra.machine import fast_bf16, keep_freed_memory
         from tasks.ema import WeightMean
         from tasks.parallel import check_compiler, is_sharded, spread
 
         config = self.config
         torch.manual_seed(config.seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if config.compile:
             check_compiler(self.device)
         self.model = self.task.build_model().to(self.device)
@@ -369,7 +369,7 @@ class Trainer:
         with torch.no_grad(), self._autocast(), stance:
             metrics = self.task.evaluate(self.model)
         reshard(self.model)
-        if curve:
+        if curve and metrics:
             curve.add(self.step, metrics)
         return metrics
 

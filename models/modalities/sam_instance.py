@@ -26,6 +26,8 @@ from tokenizers_vq.sequences.words import most_codes
 Instances = dict[str, Any]
 PATCH = 64
 """Side of a mask that is stretched for its tokenizer, pixels."""
+WORDS = 290
+"""Longest text of a crop, as released: what comes after is not told."""
 POINTS = 7
 """Places of a crop at which a text tells the instances."""
 
@@ -141,7 +143,8 @@ def _write(value: Instances, page: Page) -> str:
     if seen:
         codes = _codes(page).encode_values([patch(each) for each in seen])
         told = [{**each, "codes": row.tolist()} for each, row in zip(seen, codes, strict=True)]
-    return sam_to_string(told, points, bins=page.bins, scale=_scale(value, page))
+    line = sam_to_string(told, points, bins=page.bins, scale=_scale(value, page))
+    return " ".join(line.split()[:WORDS])
 
 
 def _told(text: str, page: Page) -> Instances:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
+import pytest
 
 from infra.ray_jobs import JobsApi
 from infra.ray_session import Job
@@ -26,6 +28,7 @@ ENVIRONMENT = {
 }
 # Ray takes the machine's own address for 127.0.0.1, which anybody can reach; not so for its like.
 _HEAD, _NODE = "127.0.0.2", "127.0.0.3"
+_SIGN = "Ray runtime started."
 _START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
 _START += ["--disable-usage-stats", f"--object-store-memory={128 * 1024**2}"]
 
@@ -40,9 +43,8 @@ def head(cpus: int = 2) -> Iterator[tuple[str, str]]:
     url = f"http://127.0.0.1:{dashboard}"
     # The folder of a test would be too long a name for Ray's sockets.
     with TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
-        with process([*command, f"--temp-dir={folder}"], ENVIRONMENT) as started:
-            until(lambda: _reachable(url) or started.poll() is not None, 600, "the dashboard")
-            assert started.poll() is None, "the head did not start"
+        with _started([*command, f"--temp-dir={folder}"]):
+            until(lambda: _reachable(url), 600, "the dashboard")
             yield f"{_HEAD}:{port}", url
 
 
@@ -51,8 +53,28 @@ def node(address: str, cpus: int = 1) -> Iterator[psutil.Popen]:
     """One more node of a cluster; killing the yielded process's family removes it."""
     command = [*_START, f"--address={address}", f"--node-ip-address={_NODE}"]
     command += [f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={free_port()}"]
-    with process(command, ENVIRONMENT) as started:
+    with _started(command) as started:
         yield started
+
+
+@contextmanager
+def _started(command: list[str]) -> Iterator[psutil.Popen]:
+    """A node that is up. Ray gives its helpers 15 s; on a busy machine that takes some attempts."""
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        for attempt in range(5):
+            said = Path(folder) / f"{attempt}.log"
+            started = stack.enter_context(process(command, ENVIRONMENT, said))
+            if until(partial(_outcome, started, said), 600, "a node") == "up":
+                break
+        else:
+            pytest.fail(f"Ray did not start: {said.read_text()}")
+        yield started
+
+
+def _outcome(started: psutil.Popen, said: Path) -> str:
+    if started.poll() is not None:
+        return "ended"
+    return "up" if _SIGN in said.read_text() else ""
 
 
 def _reachable(url: str) -> bool:

@@ -3,7 +3,6 @@
 import os
 import random
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -37,11 +36,13 @@ def server(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 @contextmanager
-def process(command: list[Any], environment: dict[str, str] | None) -> Iterator[psutil.Popen]:
+def process(
+    command: list[Any], environment: dict[str, str] | None, output: Path = Path(os.devnull)
+) -> Iterator[psutil.Popen]:
     """A program for the length of the block; it and all that it started are killed after it."""
-    started = psutil.Popen(
-        [str(part) for part in command], env=environment, stdout=subprocess.DEVNULL
-    )
+    words = [str(part) for part in command]
+    with output.open("wb") as stdout:
+        started = psutil.Popen(words, env=environment, stdout=stdout)
     try:
         yield started
     finally:

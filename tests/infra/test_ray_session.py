@@ -7,7 +7,8 @@ import psutil
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from infra.ray_session import Embedded, Existing, RayTarget, ray_session
+from infra import ray_session as module
+from infra.ray_session import START_ATTEMPTS, Embedded, Existing, RayTarget, ray_session
 from tests.infra.serving import alive, until
 
 
@@ -49,6 +50,25 @@ def test_session_keeps_handlers_and_environment_nests_and_leaves_no_process(monk
         assert not {name for name in added if name.startswith("RAY_")}
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def test_a_ray_that_does_not_start_in_time_is_tried_again(monkeypatch):
+    outcomes = [RuntimeError("timed out during startup"), RuntimeError("once more"), None]
+
+    def init(target: object) -> None:
+        if error := outcomes.pop(0):
+            raise error
+
+    monkeypatch.setattr(module, "_init", init)
+    with ray_session(Embedded()):
+        assert outcomes == []
+    outcomes += [RuntimeError("too busy")] * START_ATTEMPTS
+    with pytest.raises(RuntimeError, match="too busy"), ray_session(Embedded()):
+        pass
+    outcomes += [ConnectionError("no such cluster"), None]
+    with pytest.raises(ConnectionError), ray_session(Existing(address="127.0.0.1:1")):
+        pass
+    assert outcomes == [None], "a cluster that is not ours is not asked twice"
 
 
 def _listen_on_loopback_only(processes: set[psutil.Process]) -> None:

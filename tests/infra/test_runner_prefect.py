@@ -1,6 +1,7 @@
 """Cancelling in Prefect ends the run as Cancelled, with no Ray process left and resumable."""
 
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -29,11 +30,14 @@ def test_cancelling_through_the_api_ends_cancelled_and_resumes(tmp_path):
         until(lambda: len(Ledger(store).committed(quick.stage)) == 2, 120, "the first commits")
         ray_processes = _ray_of(serving)
         assert ray_processes
+        began = time.monotonic()
         state = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
         post(api, f"/flow_runs/{run['id']}/set_state", state)
-        ended = until(lambda: _terminal(api, run["id"]), 60, "the end of the run")
+        ended = until(lambda: _terminal(api, run["id"]), 120, "the end of the run")
         assert ended == ("CANCELLED", "Cancelled")
+        assert time.monotonic() - began < 60, "30 s are meant; a busy machine may take longer"
         until(lambda: not _ray_of(serving), 60, "the end of Ray")
+        assert until(lambda: store.exists("hook") and store.read("hook"), 60, "the hook")
         artifacts = post(api, "/artifacts/filter", {})
         assert any(artifact["key"] == "labelling" for artifact in artifacts)
     assert Ledger(store).committed(slow.stage) == set()

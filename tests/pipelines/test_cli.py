@@ -147,6 +147,20 @@ def test_the_form_offers_all_formats_layouts_and_reasons() -> None:
     assert get_args(ExportParams.model_fields["layout"].annotation) == LAYOUTS
 
 
+def test_the_forms_offer_every_labeler_and_every_learned_modality_to_choose_from() -> None:
+    from models.labelers import kinds
+    from pipelines.params import LabelParams, TrainTokenizersParams
+    from tasks.tokenizer_recipes import recipe_names
+
+    labels = LabelParams.model_json_schema()["properties"]["labelers"]
+    assert labels["items"]["enum"] == kinds()
+    learned = TrainTokenizersParams.model_json_schema()["properties"]["modalities"]
+    assert learned["items"]["enum"] == recipe_names()
+    every = {"canny_edge", "sam_edge", "dinov2", "dinov2_global", "imagebind", "imagebind_global",
+             "sam_instance", "clip", "rgb", "depth", "normal", "semseg"}  # fmt: skip
+    assert every <= set(recipe_names())
+
+
 def test_a_plan_is_printed_without_data_or_gpu() -> None:
     code, output = _run("plan-train", "--recipe", "fourm_21_b", "--devices", "64")
     assert code == 0

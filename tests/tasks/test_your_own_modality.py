@@ -92,6 +92,7 @@ def test_a_modality_of_one_file_goes_through_labelling_tokenizing_and_publishing
 ) -> None:
     store = ingested(tmp_path)
     assert package in kinds()
+    assert package in LabelOptions.model_json_schema()["properties"]["labelers"]["items"]["enum"]
     for name in ("modern", "scenes", "released"):
         assert preset(name)[package].outputs == (package,)
 
