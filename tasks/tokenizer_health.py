@@ -93,7 +93,7 @@ class HealthCheck:
 
     def sheet(self) -> Image.Image:
         """Samples before and after, their difference, and the histogram of the codes."""
-        from PIL import Image
+        from PIL import Image, ImageDraw
 
         rows = [[self._picture(value) for value in values] for _, values in self._rows]
         difference = [np.abs(a.astype(int) - b) * _STRONGER for a, b in zip(*rows[:2], strict=True)]
@@ -105,6 +105,9 @@ class HealthCheck:
         whole = Image.new("RGB", (sheet.width, sheet.height + chart.height), "white")
         whole.paste(sheet, (0, 0))
         whole.paste(chart, (0, sheet.height))
+        used, codes = int((self.counts > 0).sum()), len(self.counts)
+        text = f"{used:,} of {codes:,} codes are used; the most frequent first, heights in logs"
+        ImageDraw.Draw(whole).text((whole.width // 3, sheet.height + 4), text, fill="black")
         return whole
 
     def _picture(self, value: np.ndarray) -> np.ndarray:

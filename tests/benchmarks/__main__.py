@@ -20,6 +20,8 @@ BENCHMARKS = {
     "loader": ("training", "masked batches from token shards: samples/s on one core"),
     "label": ("networks", "labelling stage against its bare network: images/s"),
     "tokenize": ("networks", "tokenizing stage against its bare encoder: crops/s"),
+    "tokenizer_quality": ("reconstruction", "our tokenizer beside the released recipe: error, "
+                          "code usage; 4 minutes at most"),
     "generate": ("generation", "captions and depth maps from pixels: samples/s"),
 }
 
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments().parse_args(argv)
     if args.list:
         for name, (_, what) in BENCHMARKS.items():
-            print(f"{name:12} {what}")
+            print(f"{name:18} {what}")
         return
     dtype = args.dtype or _fast_dtype()
     if args.name == "all":
