@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from infra.ledger import MAX_ATTEMPTS, Commit, Ledger, ShardData, Stage
+from infra.machine import keep_freed_memory
 from infra.store import Store
 
 log = logging.getLogger("fourm.runner")
@@ -83,6 +84,7 @@ class UnitRunner:
         self._current: int | None = None
         self._work: Work | None = None
         self._halt = ""
+        keep_freed_memory()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Ray Data's side: a batch of one unit in, its status row out."""
