@@ -292,8 +292,9 @@ def _dataset(
     return source.map_batches(
         UnitRunner,
         batch_size=1,
-        # Two: the next unit is there when one ends, and few queue behind a slow one.
-        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+        # One: a second unit would wait behind a slow one while other workers are idle. Handing
+        # over a unit takes milliseconds, and a unit seconds to hours.
+        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
         fn_constructor_kwargs=arguments,
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus or None,
