@@ -40,8 +40,8 @@ class DownloadPolicy:
     """Attempts for failures that are worth a retry."""
     backoff: float = 0.5
     """Seconds before the second attempt; doubles with each further one, with jitter."""
-    concurrency: int = 64
-    """Downloads under way at once."""
+    concurrency: int = 256
+    """Downloads under way at once: most of them wait."""
     per_host: int = 8
     """Connections to one host at once."""
     honour_opt_out: bool = True
@@ -60,52 +60,67 @@ class Download:
     retry_after: float | None = None
 
 
-async def download_all(urls: Sequence[str], policy: DownloadPolicy) -> AsyncIterator[Download]:
-    """Downloads in completion order; ``index`` tells which URL."""
-    connector = aiohttp.TCPConnector(
-        limit=policy.concurrency,
-        resolver=PublicResolver(policy.addresses),
-        ttl_dns_cache=300,
-    )
-    session = aiohttp.ClientSession(
-        connector=connector,
-        trust_env=False,
-        auto_decompress=False,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity", "Accept": "image/*"},
-        # One attempt is timed as a whole, after it got its turn at the host.
-        timeout=aiohttp.ClientTimeout(total=None),
-    )
-    client = _Client(session, policy)
-    waiting = iter(enumerate(urls))
-    async with session:
-        running: set[asyncio.Task[Download]] = set()
-        try:
-            while True:
-                while len(running) < policy.concurrency:
-                    item = next(waiting, None)
-                    if item is None:
-                        break
-                    running.add(asyncio.create_task(client.persist(*item)))
-                if not running:
-                    return
-                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    yield task.result()
-        finally:
-            for task in running:
-                task.cancel()
+class Downloader:
+    """Downloads under one policy, for as many lists at once as there are.
 
+    Connections, turns at a host and the number of downloads under way are shared. Lists are begun
+    in the order they came: while the last rows of one wait for slow servers, the next begins.
 
-class _Client:
-    """One shard's downloads: the session, the policy and a turnstile for each host."""
+    Lives in one event loop; `close` it there.
+    """
 
-    def __init__(self, session: aiohttp.ClientSession, policy: DownloadPolicy) -> None:
-        self._session = session
+    def __init__(self, policy: DownloadPolicy) -> None:
         self._policy = policy
         self._hosts: dict[str, asyncio.Semaphore] = {}
+        self._slots = asyncio.Semaphore(policy.concurrency)
+        self._beginning = asyncio.Lock()
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=policy.concurrency,
+                resolver=PublicResolver(policy.addresses),
+                ttl_dns_cache=300,
+                # Lists name many hosts: connections that are kept long become too many.
+                keepalive_timeout=5,
+            ),
+            trust_env=False,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity", "Accept": "image/*"},
+            # One attempt is timed as a whole, after it got its turn at the host.
+            timeout=aiohttp.ClientTimeout(total=None),
+        )
 
-    async def persist(self, index: int, url: str) -> Download:
+    async def close(self) -> None:
+        """Closes all connections."""
+        await self._session.close()
+
+    async def each(self, urls: Sequence[str]) -> AsyncIterator[Download]:
+        """Downloads in completion order; ``index`` tells which URL."""
+        ended: asyncio.Queue[asyncio.Task[Download]] = asyncio.Queue()
+        running: set[asyncio.Task[Download]] = set()
+
+        def end(task: asyncio.Task[Download]) -> None:
+            self._slots.release()
+            running.discard(task)
+            ended.put_nowait(task)
+
+        async def begin() -> None:
+            async with self._beginning:
+                for index, url in enumerate(urls):
+                    await self._slots.acquire()
+                    task = asyncio.create_task(self._persist(index, url))
+                    running.add(task)
+                    task.add_done_callback(end)
+
+        beginning = asyncio.create_task(begin())
+        try:
+            for _ in urls:
+                yield (await ended.get()).result()
+        finally:
+            for task in (beginning, *running):
+                task.cancel()
+
+    async def _persist(self, index: int, url: str) -> Download:
         """One URL with retries: exponential backoff with jitter, at least Retry-After."""
         policy = self._policy
         for attempt in range(1, policy.attempts + 1):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,9 @@ class StageJob:
     config: dict[str, Any]
     """JSON; what the work needs and the fingerprint does not hold, such as a batch size."""
     shards: tuple[int, ...]
+    at_once: int = 1
+    """Shards that a worker may have under way at once: more where a unit mostly waits. The work's
+    `run` is then called from several threads."""
 
 
 State = Literal["committed", "quarantined", "aborted"]
@@ -69,7 +73,7 @@ class UnitStatus:
 
 
 class UnitRunner:
-    """Runs units one at a time and keeps the work of the current stage.
+    """Runs units and keeps the work of the current stage; units of one stage may overlap.
 
     Args:
         store: where inputs and the ledger lie.
@@ -83,6 +87,7 @@ class UnitRunner:
         self._current: int | None = None
         self._work: Work | None = None
         self._halt = ""
+        self._building = threading.Lock()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Ray Data's side: a batch of one unit in, its status row out."""
@@ -149,16 +154,21 @@ class UnitRunner:
             return _committed(job, commit)
 
     def _upstream(self, stage: Stage, shard: int) -> list[Commit]:
-        """What the shard was made from, as far as upstream stages work on the same shards."""
+        """What the shard was made from, as far as upstream stages work on the same shards; where
+        one of them keeps nothing of it, what that one was made from."""
         found = []
         for upstream in stage.upstream:
             try:
                 found.append(self._ledger.read_commit(upstream, shard))
             except FileNotFoundError:
-                continue
-        return found
+                found += self._upstream(upstream, shard)
+        return list({commit.stage: commit for commit in found}.values())
 
     def _work_of(self, job: int) -> Work:
+        with self._building:
+            return self._built(job)
+
+    def _built(self, job: int) -> Work:
         if self._current != job or self._work is None:
             self.close()
             module, _, function = self._jobs[job].factory.partition(":")

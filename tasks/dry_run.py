@@ -6,6 +6,7 @@ Bytes of a device are
     weights      4 for each parameter (fp32), over all devices when sharded
     gradients    4 for each trained parameter, likewise
     optimizer    8 for each that AdamW updates, 4 for each that Muon updates, likewise
+    mean         4 for each parameter where a mean of the weights is kept, likewise
     gathered     sharded only: the largest block's weights in bf16, twice (one is prefetched), and
                  its gradients
     activations  `models.fourm.cost.activation_bytes` of the widest part of a batch
@@ -77,6 +78,7 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
+    mean: float
     gathered: float
     activations: float
 
@@ -275,6 +277,7 @@ def _memory(
         weights=FP32 * sum(sizes.values()) / split,
         gradients=FP32 * count / split,
         optimizer=FP32 * (2 * (count - muon) + muon) / split,
+        mean=FP32 * sum(sizes.values()) / split if recipe.training.ema_decay else 0.0,
         gathered=gathered,
         activations=activations,
     )

@@ -9,8 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tokenizers_vq.sequences.metadata import FIELDS
+
 if TYPE_CHECKING:
     import torch
+
+EDGE = 64
+"""Strength from which a pixel of an edge map counts as an edge; codes blur thin lines."""
 
 Detections = dict[str, Any]
 """A "det" value: {"instances": [{"box", "class_name", "score"}]}."""
@@ -71,6 +76,74 @@ def miou(counts: NDArray[np.int64]) -> float:
     hit = np.diag(counts[:, :classes])
     union = counts.sum(1) + counts[:, :classes].sum(0) - hit
     return float((hit[union > 0] / union[union > 0]).mean()) if (union > 0).any() else 0.0
+
+
+def edge_f1(predicted: ArrayLike, truth: ArrayLike, *, reach: int = 1) -> float:
+    """Return the F1 of edge pixels; one counts as right within `reach` pixels of one of the other.
+
+    Args:
+        predicted: Strength of edges [N, H, W] in 0..255; those from `EDGE` on are edges.
+        truth: The same.
+        reach: Pixels, also diagonally.
+    """
+    from scipy.ndimage import maximum_filter
+
+    guess, fact = np.asarray(predicted) >= EDGE, np.asarray(truth) >= EDGE
+    window = (1, 2 * reach + 1, 2 * reach + 1)
+    right = int((guess & maximum_filter(fact, window)).sum())
+    found = int((fact & maximum_filter(guess, window)).sum())
+    precision, recall = right / max(int(guess.sum()), 1), found / max(int(fact.sum()), 1)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def mean_cosine(predicted: ArrayLike, truth: ArrayLike) -> float:
+    """Return the mean cosine of vectors [..., C]."""
+    guess, fact = np.asarray(predicted, np.float64), np.asarray(truth, np.float64)
+    lengths = np.linalg.norm(guess, axis=-1) * np.linalg.norm(fact, axis=-1)
+    return float(((guess * fact).sum(-1) / np.maximum(lengths, 1e-9)).mean())
+
+
+def recall(predicted: ArrayLike, gallery: ArrayLike, at: Sequence[int] = (1, 5)) -> list[float]:
+    """Return how often a vector finds its own among all others by the cosine.
+
+    Args:
+        predicted: Queries [N, C]; row i looks for row i of the gallery.
+        gallery: [N, C].
+        at: Ranks up to which it has to be; of equal cosines the worst case counts.
+    """
+    sides = [np.asarray(side, np.float64) for side in (predicted, gallery)]
+    guess, fact = (s / np.maximum(np.linalg.norm(s, axis=1, keepdims=True), 1e-9) for s in sides)
+    likeness = guess @ fact.T
+    rank = (likeness >= np.diag(likeness)[:, None]).sum(1)
+    return [float((rank <= place).mean()) for place in at]
+
+
+def palette_distance(
+    predicted: dict[str, list[list[int]]], truth: dict[str, list[list[int]]]
+) -> float:
+    """Return how far colours of two palettes lie apart, in 0..255 a channel (Euclidean).
+
+    Each predicted palette is held against the true one of as many colours: the mean distance of
+    a colour to the nearest one of the other, both ways. No palette at all counts as black.
+    """
+    apart = []
+    for number, colors in (predicted or {"1": [[0, 0, 0]]}).items():
+        guess, fact = np.array(colors, np.float64), np.array(truth[number], np.float64)
+        distance = np.linalg.norm(guess[:, None] - fact[None], axis=-1)
+        apart.append((distance.min(0).mean() + distance.min(1).mean()) / 2)
+    return float(np.mean(apart))
+
+
+def metadata_right(predicted: dict[str, float], truth: dict[str, float]) -> float:
+    """Return the share of the true fields that are right: counts as they are written, qualities
+    in 50 levels to within one level."""
+    right = 0
+    for name, value in truth.items():
+        if name in predicted:
+            form = FIELDS[name]
+            slack = 1 if form.high > form.low else 0
+            right += abs(form.level(predicted[name]) - form.level(value)) <= slack
+    return right / len(truth) if truth else 1.0
 
 
 def detection_ap50(predicted: Sequence[Detections], truth: Sequence[Detections]) -> float:

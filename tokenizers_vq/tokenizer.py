@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from infra.fitting import FittingBatches
 from infra.machine import fast_bf16
 from tokenizers_vq.codec import ValueCodec, Values
 from tokenizers_vq.ordered import build_network
@@ -57,6 +58,7 @@ class Tokenizer:
         self.modality = modality
         self.net = net.eval()
         self.codec = codec
+        self.batches = FittingBatches(_BATCH, f"tokenizer {modality}")
         self.bf16 = precision == "bf16" or (precision == "auto" and fast_bf16())
 
     @property
@@ -80,6 +82,12 @@ class Tokenizer:
         return bool(getattr(self.net.config, "registers", 0))
 
     @property
+    def scaling_patch(self) -> int:
+        """Pixels per token and side where a larger picture has more tokens, else 0."""
+        fixed = self.ordered or self.codec.kind in ("feature", "vector", "mask")
+        return 0 if fixed else self.net.config.patch
+
+    @property
     def device(self) -> torch.device:
         """Where the network lies."""
         return next(self.net.parameters()).device
@@ -100,13 +108,18 @@ class Tokenizer:
         return np.stack([self.codec.pack(value) for value in values])
 
     def encode_packed(self, packed: NDArray[Any]) -> NDArray[np.uint16]:
-        """Packed values [B, H, W(, C)] to row-major tokens uint16 [B, N]."""
+        """Packed values [B, H, W(, C)] to row-major tokens uint16 [B, N].
+
+        Raises:
+            MemoryError: a single value is too large for the memory.
+        """
+
+        def encode(batch: NDArray[Any]) -> NDArray[np.uint16]:
+            tokens = self.net.encode(self.codec.to_tensor(batch).to(self.device))
+            return tokens.flatten(1).cpu().numpy().astype(np.uint16)
+
         with self._inference():
-            parts = [
-                self.net.encode(self.codec.to_tensor(packed[i : i + _BATCH]).to(self.device))
-                for i in range(0, len(packed), _BATCH)
-            ]
-        return torch.cat(parts).flatten(1).cpu().numpy().astype(np.uint16)
+            return np.concatenate([tokens for _, tokens in self.batches(encode, packed)])
 
     def encode_values(self, values: Values) -> NDArray[np.uint16]:
         """Values of equal size, as the modality's `decode` gives them, to tokens [B, N]."""

@@ -30,7 +30,7 @@ BLOCK_ROWS = 256
 WINDOW_BLOCKS = 64
 
 
-def base_name(name: str) -> str:
+def stored_name(name: str) -> str:
     """Name in the manifest of a model's modality: without the resolution."""
     return name.split("@")[0]
 
@@ -101,7 +101,7 @@ class TokenDataset:
         pictures that are kept."""
         self.store, self.manifest, self.specs = store, manifest, tuple(specs)
         self.shards = manifest.shards(split)
-        missing = sorted({base_name(s.name) for s in specs} - manifest.modalities.keys())
+        missing = sorted({stored_name(s.name) for s in specs} - manifest.modalities.keys())
         if missing:
             raise ValueError(f"{manifest.name} v{manifest.version} lacks {', '.join(missing)}; it "
                              f"has {', '.join(sorted(manifest.modalities))}")
@@ -230,7 +230,7 @@ class TokenDataset:
         key, members = files.keys[row], files.members[spec.name]
         if members.ext(key) == MISSING_EXT:
             return None
-        modality = modalities.get(base_name(spec.name))
+        modality = modalities.get(stored_name(spec.name))
         image = modality.decode(members.read(key))
         box = crop_box(self.policy, key, crop, image.shape[1] / image.shape[0])
         side = spec.grid * spec.patch_size
@@ -249,7 +249,7 @@ class TokenDataset:
             number = self.shards[index]
             tokens, members, keys = dict[str, BlockReader](), dict[str, TarIndex](), list[str]()
             for spec in self.specs:
-                name = base_name(spec.name)
+                name = stored_name(spec.name)
                 path = self.store.local(self.manifest.path(name, number))
                 digest = self.manifest.sha256(name, number)
                 if spec.discrete:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,9 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from infra.fitting import FittingBatches
 from infra.machine import fast_bf16
-
-logger = logging.getLogger("fourm.labelers")
 
 Image = NDArray[np.uint8]
 """An RGB image, uint8 [H, W, 3]."""
@@ -131,7 +129,7 @@ class Labeler(ABC):
         self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[
             precision
         ]
-        self._batch_size = spec.batch_size
+        self._batches = FittingBatches(spec.batch_size, f"labeler {spec.name}")
 
     def pretrained(self) -> dict[str, Any]:
         """Arguments that every `from_pretrained` of a model or processor gets."""
@@ -177,6 +175,7 @@ class Labeler(ABC):
             For each of `spec.outputs` one value an image, in the images' order.
 
         Raises:
+            MemoryError: A single image is too large for the memory.
             ValueError: An image is no uint8 [H, W, 3] array.
         """
         for image in images:
@@ -206,38 +205,27 @@ class Labeler(ABC):
     def _label_group(
         self, items: Sequence[Any], numbers: list[int], results: dict[str, list[Any]]
     ) -> None:
-        start = 0
-        while start < len(numbers):
-            chosen = numbers[start : start + self._batch_size]
-            try:
-                with self.inference():
-                    values = self.predict([items[number] for number in chosen])
-            except RuntimeError as error:
-                if not _out_of_memory(error) or len(chosen) == 1:
-                    raise
-                self._shrink(len(chosen))
-                continue
+        def label(chosen: Sequence[int]) -> dict[str, list[Any]]:
+            with self.inference():
+                return self.predict([items[number] for number in chosen])
+
+        for chosen, values in self._batches(label, numbers):
             for name in self.spec.outputs:
                 for number, value in zip(chosen, values[name], strict=True):
                     results[name][number] = value
-            start += len(chosen)
-
-    def _shrink(self, tried: int) -> None:
-        import torch
-
-        self._batch_size = tried // 2
-        logger.warning(
-            "labeler %s: out of memory with %d images, going on with %d",
-            self.spec.name, tried, self._batch_size,
-        )  # fmt: skip
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    import torch
+def weights_file(spec: LabelerSpec, name: str) -> Path:
+    """A file of a model's folder, or of its repository of the hub.
 
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    Raises:
+        OSError: It is not there.
+    """
+    from huggingface_hub import hf_hub_download
+
+    if Path(spec.source).is_dir():
+        return Path(spec.source) / name
+    return Path(hf_hub_download(spec.source, name, revision=spec.revision or None))
 
 
 def stack(images: Sequence[Image]) -> Any:

@@ -61,6 +61,7 @@ SCENES: dict[str, Network] = {
     "det": _shipped("det", "128 x 128"),
     "caption": _shipped("caption", "144 x 144"),
     "clip": _shipped("clip", "128 x 128"),
+    "dinov2": _shipped("dinov2", "128 x 128"),
     **_ANALYTIC,
     "metadata": replace(
         _ANALYTIC["metadata"], options={"walkable": [1], "things": [2, 3, 4, 5]}
@@ -155,10 +156,12 @@ RELEASED: dict[str, Network] = {
         note="the network of 4M-21, non-commercial; implemented here",
     ),
     "sam": Network(
-        model_id="facebook/sam-vit-huge",
+        model_id="ybelkada/segment-anything",
         licence="Apache-2.0",
         resolution="longer side 1024",
-        note="the network of 4M-21",
+        note="the network and the checkpoint of 4M-21 (SAM ViT-H) by the package "
+        "segment-anything, out of a copy of the published files on the hub",
+        options={"network": "vit_h", "checkpoint": "checkpoints/sam_vit_h_4b8939.pth"},
     ),
     "t5_caption": Network(
         model_id="google/t5-v1_1-xxl",

@@ -15,6 +15,7 @@ from typing import Any
 from tests.benchmarks.measure import Options
 
 BENCHMARKS = {
+    "fetch": ("fetching", "ingestion from a web with failures: images/s, beside img2dataset's"),
     "train_step": ("training", "4M training steps: samples/s, tokens/s, peak memory"),
     "loader": ("training", "masked batches from token shards: samples/s on one core"),
     "label": ("networks", "labelling stage against its bare network: images/s"),
@@ -50,6 +51,12 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0,
                         help="least time measured, training aside (%(default)s)")
+    parser.add_argument("--peer", default="", choices=["img2dataset"],
+                        help="with fetch: measure this program on the same list, too")
+    parser.add_argument("--peer-python", default="", metavar="PATH",
+                        help="interpreter that has the peer installed")
+    parser.add_argument("--rows", type=int, default=40_000,
+                        help="with fetch: length of the list (%(default)s)")
     return parser
 
 
@@ -71,12 +78,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         same = ["--dtype", dtype, "--threads", str(args.threads), "--seconds", str(args.seconds)]
         records = [record for name in BENCHMARKS for record in measure_apart(name, same)]
     else:
-        options = Options(dtype=dtype, threads=args.threads, seconds=args.seconds)
+        options = Options(dtype=dtype, threads=args.threads, seconds=args.seconds, peer=args.peer,
+                          peer_python=args.peer_python, rows=args.rows)
         records = measure(args.name, options)
         for record in records:
-            bare = f"  bare {record['bare']}  ratio {record['ratio']}" if record["bare"] else ""
+            other = next((name for name in ("bare", "peer") if record[name]), "")
+            beside = f"  {other} {record[other]}  ratio {record['ratio']}" if other else ""
             also = "  ".join(f"{key} {value}" for key, value in record["also"].items())
-            print(f"{record['name']:17} {record['ours']} {record['unit']}{bare}  {also}")
+            print(f"{record['name']:17} {record['ours']} {record['unit']}{beside}  {also}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(records, indent=1) + "\n")

@@ -25,6 +25,12 @@ class Options:
     """CPU threads of torch; reading and encoding threads of the engine come on top."""
     seconds: float = 5.0
     """Least time spent measuring, over all sides of a comparison."""
+    peer: str = ""
+    """Program to measure beside ours, where the benchmark knows one."""
+    peer_python: str = ""
+    """Interpreter that has it."""
+    rows: int = 40_000
+    """Length of the list that is downloaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,8 @@ class Record:
     """Of the engine, in `unit`: the median of the rounds."""
     bare: float | None = None
     """The same work by the network alone, where that can be told apart."""
+    peer: float | None = None
+    """The same work by another program, where that was asked for."""
     shape: dict[str, Any]
     dtype: str
     threads: int
@@ -44,8 +52,9 @@ class Record:
     """Further figures of the same run."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, ratio = ours / bare, and machine, load, commit and date as JSON types."""
-        ratio = None if self.bare is None else round(self.ours / self.bare, 3)
+        """The fields, ratio = ours / bare or peer, machine, load, commit and date as JSON types."""
+        other = self.bare or self.peer
+        ratio = None if other is None else round(self.ours / other, 3)
         return {
             **asdict(self),
             "ratio": ratio,

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
+
+import pytest
 
 from tests.benchmarks.__main__ import BENCHMARKS, main
 
 REQUIRED = {
-    "name", "unit", "ours", "bare", "ratio", "shape", "dtype", "threads", "machine", "commit",
-    "date",
+    "name", "unit", "ours", "bare", "peer", "ratio", "shape", "dtype", "threads", "machine",
+    "commit", "date",
 }  # fmt: skip
 
 
 def test_every_benchmark_is_listed_and_exists(capsys):
     main(["--list"])
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == ["train_step", "loader", "label", "tokenize", "generate"]
+    assert listed == ["fetch", "train_step", "loader", "label", "tokenize", "generate"]
     for name, (module, _) in BENCHMARKS.items():
         assert callable(getattr(importlib.import_module(f"tests.benchmarks.{module}"), name))
 
@@ -30,3 +33,14 @@ def test_a_record_holds_figure_shape_machine_commit_and_date(tmp_path):
         assert record.keys() >= REQUIRED
         assert record["ours"] > 0
         assert record["machine"]["cores"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("python", "sentence"),
+    [("", "no interpreter with img2dataset"), ("/nowhere/python", "does not run"),
+     (sys.executable, "cannot import img2dataset")],
+)  # fmt: skip
+def test_a_peer_that_is_not_there_is_an_error_that_says_how_to_install_it(python, sentence):
+    with pytest.raises(SystemExit, match=sentence) as error:
+        main(["fetch", "--dtype", "fp32", "--peer", "img2dataset", "--peer-python", python])
+    assert "pip install img2dataset" in str(error.value)

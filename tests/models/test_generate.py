@@ -243,6 +243,13 @@ def test_samples_combine_as_their_modality_asks() -> None:
     classes = [np.full((1, 1), c, np.uint8) for c in (5, 2, 5)]
     assert combine("semseg", classes).tolist() == [[5]]
     assert combine("caption", ["a b", "a b c", "x"]) in ("a b", "a b c")
+    two, other = [[0, 0, 0], [10, 20, 30]], [[4, 0, 0], [20, 20, 30]]
+    palettes = [{"2": two}, {"1": [[9, 9, 9]]}, {"2": other}]
+    assert combine("color_palette", palettes) == {"2": [[2, 0, 0], [15, 20, 30]]}
+    assert combine("color_palette", [{}, {}]) == {}
+    fields = [{"n_humans": 1}, {"n_humans": 4, "contrast": 2.0}, {"n_humans": 2}, {"n_humans": 9}]
+    assert combine("metadata", fields) == {"n_humans": 2, "contrast": 2.0}
+    assert combine("human_poses", [{"humans": []}, {"humans": [1]}]) == {"humans": []}
 
 
 def test_boxes_are_voted_for() -> None:

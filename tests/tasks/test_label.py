@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image as Pillow
 
 from infra.ledger import Ledger, ShardData, Stage
@@ -32,9 +33,13 @@ SPEC = LabelerSpec("depth", ("depth",), "org/model", revision="1", batch_size=2,
 
 
 class Brightness(Labeler):
-    """Depth is brightness. White pictures cannot be labelled."""
+    """Depth is brightness. White pictures cannot be labelled, nor more than `fits` at once."""
+
+    fits = 100
 
     def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
+        if len(images) > self.fits:
+            raise torch.OutOfMemoryError("no memory")
         if any(image.min() == 255 for image in images):
             raise RuntimeError("too white")
         return {"depth": [image[..., 0].astype(np.float32) / 255 for image in images]}
@@ -93,6 +98,19 @@ def test_a_shard_without_any_label_is_an_error_and_not_a_shard_of_holes(tmp_path
     store = Store(str(tmp_path))
     commit_pictures(store, [("00000000000.jpg", jpeg(255)), ("00000000001.jpg", jpeg(255))])
     with pytest.raises(RuntimeError, match=r"labelled no picture of shard 0.*too white"):
+        run(store)
+
+
+def test_little_memory_changes_no_label_and_none_at_all_fails_the_shard(tmp_path, monkeypatch):
+    store = Store(str(tmp_path))
+    levels = (10, 200, 255, 90, 40)
+    commit_pictures(store, [(f"0000000000{n}.jpg", jpeg(v)) for n, v in enumerate(levels)])
+    whole = run(store)
+    monkeypatch.setattr(Brightness, "fits", 1)
+    again = LabelWork(store, label_stage(SPEC, FETCH), Brightness(SPEC)).run(0)
+    assert (again.outputs, again.statuses) == (whole.outputs, whole.statuses)
+    monkeypatch.setattr(Brightness, "fits", 0)
+    with pytest.raises(MemoryError, match="no memory"):
         run(store)
 
 
