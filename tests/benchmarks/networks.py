@@ -21,7 +21,7 @@ from tasks.tokenize import build_work as token_work
 from tasks.tokenize import token_stage
 from tasks.tokenizer_recipes import tokenizer_recipe
 from tasks.train_tokenizers import TokenizerInfo
-from tests.benchmarks.data import CROPS, FETCH, SIZE, empty_store, pictures_shard
+from tests.benchmarks.data import CROPS, FETCH, PICTURE, empty_store, pictures_shard
 from tests.benchmarks.measure import Options, Record, rates
 from tokenizers_vq.tokenizer import Tokenizer, fingerprint
 from tokenizers_vq.vqvae import VQVAE
@@ -50,7 +50,7 @@ def label(options: Options) -> list[Record]:
                     labeler.model(**batch)
 
         ours, alone = rates([lambda: work.run(0), bare], PICTURES, options.seconds)
-    shape = {"labeler": LABELER, "pictures": PICTURES, "batch": spec.batch_size, "size": SIZE}
+    shape = {"labeler": LABELER, "pictures": PICTURES, "batch": spec.batch_size, "size": PICTURE}
     return [Record(name="label", unit="images/s", ours=ours, bare=alone, shape=shape,
                    dtype=options.dtype, threads=options.threads)]
 
@@ -69,7 +69,7 @@ def tokenize(options: Options) -> list[Record]:
             store.write(f"{FOLDER}/{name}", data)
         info = TokenizerInfo("rgb", FOLDER, fingerprint(files), tokenizer.vocab_size,
                              tokenizer.num_tokens, {}, 0.0)
-        policy = CropPolicy(num_crops=CROPS, size=SIZE)
+        policy = CropPolicy(num_crops=CROPS, size=PICTURE)
         stage = token_stage("rgb", info, policy, FETCH)
         work = token_work(store.url, stage, {"precision": options.dtype, "device": "cpu"})
         parts = tokenizer.codec.to_tensor(packed).split(CROPS_AT_ONCE)
@@ -82,6 +82,6 @@ def tokenize(options: Options) -> list[Record]:
 
         ours, alone = rates([lambda: work.run(0), bare], len(packed), options.seconds)
     shape = {"modality": "rgb", "pictures": PICTURES, "crops": CROPS, "batch": CROPS_AT_ONCE,
-             "size": SIZE, "tokens": tokenizer.num_tokens}
+             "size": PICTURE, "tokens": tokenizer.num_tokens}
     return [Record(name="tokenize", unit="crops/s", ours=ours, bare=alone, shape=shape,
                    dtype=options.dtype, threads=options.threads)]
