@@ -51,8 +51,8 @@ def demo_long() -> TrainRecipe:
 
 
 def speedrun(steps: int = 540) -> TrainRecipe:
-    """The entry of `fourm speedrun`: the demo's network from pixels to everything, seven minutes
-    on two cores with fast bf16.
+    """The entry of `fourm speedrun`: the demo's network from pixels to everything. Two cores with
+    fast bf16 reach the target after 300 steps, in 200 seconds.
 
     Command: fourm speedrun --record --note "what became faster"
     """
