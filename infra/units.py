@@ -154,14 +154,15 @@ class UnitRunner:
             return _committed(job, commit)
 
     def _upstream(self, stage: Stage, shard: int) -> list[Commit]:
-        """What the shard was made from, as far as upstream stages work on the same shards."""
+        """What the shard was made from, as far as upstream stages work on the same shards; where
+        one of them keeps nothing of it, what that one was made from."""
         found = []
         for upstream in stage.upstream:
             try:
                 found.append(self._ledger.read_commit(upstream, shard))
             except FileNotFoundError:
-                continue
-        return found
+                found += self._upstream(upstream, shard)
+        return list({commit.stage: commit for commit in found}.values())
 
     def _work_of(self, job: int) -> Work:
         with self._building:

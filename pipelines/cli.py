@@ -110,7 +110,7 @@ _MODULES = {"import": "importing"}
 def _run_flow(name: str, values: params.Where) -> None:
     """Run a flow in this process, below a local Prefect server unless there is one."""
     from pipelines.server import prefect_server
-    from tasks.chain import check
+    from tasks.checks import check
 
     with _sentences():
         check(name, values.model_dump())
@@ -287,7 +287,7 @@ def _plan(values: params.PlanParams) -> None:
 
 def _generate(values: params.GenerateParams) -> None:
     from infra.store import Store
-    from tasks.chain import check
+    from tasks.checks import check
     from tasks.generate import generate
 
     with _sentences():

@@ -33,7 +33,7 @@ def label_pictures(params: LabelParams) -> list[dict[str, Any]]:
                 for stage in job.stage.upstream}
         ready = [
             replace(job, shards=tuple(
-                shard for shard in job.shards
+                shard for shard in dataset.label_shards(job.stage, job.shards)
                 if all(shard in done[stage] for stage in job.stage.upstream)
             ))
             for job in group
@@ -58,6 +58,7 @@ def label_flow(params: LabelParams) -> list[dict[str, Any]]:
     show_labels(params)
     dataset = chain.Chain(Store(params.root))
     shards = dataset.ledger.committed(dataset.fetch)
-    version = version_of(dataset.ledger, dataset.labels.values(), shards)
+    stored = [stage for stage in dataset.labels.values() if stage not in dataset.one_pass]
+    version = version_of(dataset.ledger, stored or [dataset.fetch], shards)
     hand_on(dataset.store, "label", version)
     return rows

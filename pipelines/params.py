@@ -129,6 +129,11 @@ class LabelOptions(Form):
     labelers: list[LabelerName] = Field(
         FIRST_LABELERS, description="Labels to make; docs/modalities.md names them all."
     )
+    one_pass: list[LabelerName] = Field(
+        [], description="Labels, such as feature maps, that are stored for the first shards alone, "
+        "for tokenizers to learn from; `tokenize` makes and tokenizes the others in one pass."
+    )  # fmt: skip
+    one_pass_shards: int = Field(8, ge=1, description="Those first shards.")
     models: dict[LabelerName, str] = Field(
         {}, description="Other networks: {'depth': 'hub/id@revision'} or a folder."
     )
@@ -184,6 +189,10 @@ class TokenizeOptions(Form):
     crops: int = Field(4, ge=1, le=64, description="Crops of a sample; crop 0 is the centre.")
     min_scale: float = Field(0.8, gt=0, le=1, description="Least area of a random crop, a share.")
     hflip: bool = Field(False, description="Mirror random crops (captions with 'left' forbid it).")
+    tokens: dict[DenseName, int] = Field(
+        {}, description="Tokens to store of modalities with ordered ones: {'depth': 16}; others "
+        "have all of them."
+    )  # fmt: skip
 
 
 class PublishOptions(Form):

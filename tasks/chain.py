@@ -8,6 +8,7 @@ what was made under the old ones stays, and counts again when the choice is take
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,15 +31,6 @@ _NEEDED = {
     "tokenizers": "{url} has no tokenizers; run `fourm train-tokenizers` first",
     "tokenize": "nothing says how {url} is tokenized; run `fourm tokenize` first",
 }
-_UPSTREAM = {
-    "retry": ("ingest",),
-    "label": ("ingest",),
-    "train_tokenizers": ("ingest", "label"),
-    "tokenize": ("ingest", "label", "tokenizers"),
-    "publish": ("ingest", "label", "tokenizers", "tokenize"),
-}
-
-
 _FILTERS = ("filter", "min_side", "max_pixels", "max_aspect")  # choices that older datasets lack
 
 
@@ -69,7 +61,7 @@ def remember_tokenizers(store: Store, choices: dict[str, Any]) -> None:
     usual = COMMON[choices["preset"]]
     choices = {**choices, **{name: choices[name] or usual[name] for name in usual}}
     known = dict(chain.settings.get("tokenizers", {}))
-    labelled = chain.labelled()
+    labelled = chain.labelled(stored=True)
     shards = known.pop("shards", [])
     # What an older version did not ask for was as it is by default.
     same = {**choices, **known} == choices
@@ -196,10 +188,25 @@ class Chain:
         """Shards that the tokenizers learn from."""
         return self.section("tokenizers")["shards"]
 
-    def labelled(self) -> list[int]:
-        """Shards that are committed in every modality."""
-        done = [self.ledger.committed(stage) for stage in set(self.sources.values())]
-        return sorted(set.intersection(*done))
+    def labelled(self, *, stored: bool = False) -> list[int]:
+        """Shards that have all labels; those of one pass count as soon as there are pictures,
+        unless they must be `stored`."""
+        stages = {self.fetch, *self.sources.values()}
+        if not stored:
+            stages -= self.one_pass.keys()
+        return sorted(set.intersection(*(self.ledger.committed(stage) for stage in stages)))
+
+    @cached_property
+    def one_pass(self) -> dict[Stage, LabelerSpec]:
+        """Label stages that store their first shards alone, and their labelers."""
+        chosen = self.settings.get("label", {}).get("one_pass", [])
+        return {self.labels[name]: self.labelers[name] for name in chosen}
+
+    def label_shards(self, stage: Stage, shards: Sequence[int]) -> list[int]:
+        """Which of the shards with pictures a label stage works on."""
+        if stage not in self.one_pass:
+            return list(shards)
+        return sorted(shards)[: self.section("label")["one_pass_shards"]]
 
     @cached_property
     def crops(self) -> CropPolicy:
@@ -249,9 +256,15 @@ class Chain:
             name: token_stage(
                 name, info, self.crops, self.sources[name],
                 codes=learned.get(name) if name in self.text_forms else None,
+                kept=self.kept.get(name, 0),
             )
             for name, info in chosen.items()
         }  # fmt: skip
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Tokens that are stored of modalities with ordered ones, where not all are."""
+        return self.section("tokenize").get("tokens", {})
 
 
 def fetch_config(choices: dict[str, Any]) -> FetchConfig:
@@ -317,96 +330,3 @@ def chosen_recipe(name: str, choices: dict[str, Any]) -> TokenizerRecipe:
     if tokenizer_recipe(name, *named).kind == "mask":
         common.pop("size", None)  # masks are patches of their own size
     return tokenizer_recipe(name, *named, **{**common, **choices["changes"].get(name, {})})
-
-
-def check(flow: str, choices: dict[str, Any]) -> None:
-    """Refuse what cannot work, before any work starts.
-
-    Args:
-        flow: name of the flow, such as "train_tokenizers".
-        choices: its parameters.
-
-    Raises:
-        ValueError: An earlier flow is missing, or a name does not exist; says which there are.
-    """
-    store = Store(choices["root"])
-    chain = Chain(store)
-    for section in _UPSTREAM.get(flow, ()):
-        chain.section(section)
-    if flow == "ingest":
-        _check_source(choices)
-    if flow == "retry":
-        from tasks.plans import check_retry
-
-        check_retry(store)
-    if flow == "import":
-        from tasks.interchange import read_about
-
-        read_about(Store(choices["source"]))
-    if flow == "label":
-        from tasks.label import label_stages
-
-        label_stages(labelers(choices).values(), chain.fetch)
-    if flow == "train_tokenizers":
-        _check_tokenizers(chain, choices)
-    if flow == "train":
-        _check_training(store, choices)
-    if flow in ("evaluate", "generate"):
-        from tasks.generate import only_run, runs
-
-        run = choices["run"] or only_run(store)
-        _one_of("trained run", run, runs(store), "train")
-
-
-def _check_source(choices: dict[str, Any]) -> None:
-    """Read the first row of the list: its columns are there, or the error names them."""
-    from infra.sources import Source, detect, read_rows
-
-    source = Source(
-        path=choices["source"],
-        format=choices["format"],
-        url=choices["url_column"],
-        caption=choices["caption_column"],
-        extra=tuple(choices["extra_columns"]),
-    )
-    try:
-        next(read_rows(detect(source), 1), None)
-    except FileNotFoundError:
-        raise ValueError(f"there is nothing at {source.path}") from None
-
-
-def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:
-    from models.modalities import text_form
-
-    recipes = tokenizer_recipes(choices)
-    for name in choices["modalities"]:
-        _one_of("labels for", name, list(chain.sources), "label")
-    bins = choices["coordinate_bins"]
-    for name in chain.sources:
-        form = text_form(name)
-        if form is None or (form.parts is not None and name not in recipes):
-            continue
-        form.check_bins(name, bins)
-        if form.parts is not None:
-            recipes[name].check_codes(name, form.parts.count, form.parts.most(bins))
-
-
-def _check_training(store: Store, choices: dict[str, Any]) -> None:
-    from infra.manifest import manifest_names
-    from tasks.mixture import open_sets
-    from tasks.recipes import recipe
-    from tasks.train import FourMTask, begins
-
-    if not choices["data"]:
-        _one_of("manifest", choices["manifest"], manifest_names(store), "publish")
-    names = ("steps", "batch_size", "seed", "start", "freeze", "lora")
-    chosen = recipe(choices["recipe"], **{name: choices[name] for name in names})
-    sets = open_sets(store, chosen, choices["data"] or choices["manifest"])
-    begins(chosen)
-    FourMTask(store, sets, chosen)
-
-
-def _one_of(what: str, name: str, choices: list[str], flow: str) -> None:
-    if name not in choices:
-        have = f"there are {', '.join(choices)}" if choices else f"`fourm {flow}` makes one"
-        raise ValueError(f"no {what} {name!r}; {have}")

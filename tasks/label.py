@@ -36,7 +36,9 @@ BATCHES_AT_ONCE = 2
 
 
 @dataclass
-class _Sample:
+class Sample:
+    """A picture on its way through a labeler; in the end `members` holds its labels as files."""
+
     key: str
     data: bytes
     others: dict[str, bytes] = field(default_factory=dict)
@@ -183,12 +185,7 @@ class LabelWork:
             RuntimeError: No picture of the shard could be labelled: the fault is not theirs.
         """
         started = time.monotonic()
-        group = self._labeler.spec.batch_size * BATCHES_AT_ONCE
-        steps = (self._decode, self._label, self._encode)
-        samples: list[_Sample] = []
-        for done in pipelined(_groups(self._pictures(shard), group), *steps):
-            samples += done
-        _refuse_if_hopeless(self._stage, shard, samples)
+        samples = [sample for batch in self.samples(shard) for sample in batch]
         return ShardData(
             keys=[sample.key for sample in samples],
             outputs={output: _tar(samples, output) for output in self._stage.outputs},
@@ -196,12 +193,30 @@ class LabelWork:
             seconds=time.monotonic() - started,
         )
 
-    def _pictures(self, shard: int) -> Iterator[_Sample]:
+    def samples(self, shard: int) -> Iterator[list[Sample]]:
+        """The labelled pictures of a shard in order, a few batches at a time.
+
+        Raises:
+            RuntimeError: No picture of the shard could be labelled: the fault is not theirs.
+        """
+        group = self._labeler.spec.batch_size * BATCHES_AT_ONCE
+        steps = (self._decode, self._label, self._encode)
+        reasons, detail = Counter[str](), ""
+        for done in pipelined(_groups(self._pictures(shard), group), *steps):
+            reasons.update(sample.reason for sample in done)
+            detail = detail or next((sample.detail for sample in done if sample.detail), "")
+            yield done
+        if reasons["unlabelled"] == reasons.total() > 0:
+            raise RuntimeError(
+                f"{self._stage.id} labelled no picture of shard {shard}; the first: {detail}"
+            )
+
+    def _pictures(self, shard: int) -> Iterator[Sample]:
         path, sha256 = self._ledger.open_output(self._fetch, shard, "rgb")
         others = {name: self._index(stage, shard, name) for name, stage in self._sources.items()}
         for name, data in read_tar(path, sha256=sha256):
             key, extension = split_name(name)
-            sample = _Sample(key, data)
+            sample = Sample(key, data)
             if extension == MISSING_EXT:
                 sample.fail("no_picture", "the fetch stage left a hole")
             else:
@@ -212,14 +227,14 @@ class LabelWork:
         path, sha256 = self._ledger.open_output(stage, shard, name)
         return TarIndex(path, sha256=sha256)
 
-    def _read_others(self, sample: _Sample, others: dict[str, TarIndex]) -> None:
+    def _read_others(self, sample: Sample, others: dict[str, TarIndex]) -> None:
         for name, index in others.items():
             if index.ext(sample.key) != MISSING_EXT:
                 sample.others[name] = index.read(sample.key)
             elif name in self._labeler.reads:
                 sample.fail("no_label", f"{self._sources[name].id} left a hole")
 
-    def _decode(self, samples: list[_Sample]) -> list[_Sample]:
+    def _decode(self, samples: list[Sample]) -> list[Sample]:
         needs_picture = "rgb" in self._labeler.reads
         for sample in samples:
             if sample.reason == "ok":
@@ -234,7 +249,7 @@ class LabelWork:
             sample.data, sample.others = b"", {}
         return samples
 
-    def _label(self, samples: list[_Sample]) -> list[_Sample]:
+    def _label(self, samples: list[Sample]) -> list[Sample]:
         ready = [sample for sample in samples if sample.reason == "ok"]
         if not ready:
             return samples
@@ -246,18 +261,18 @@ class LabelWork:
                 self._label_alone(sample)
         return samples
 
-    def _label_together(self, samples: list[_Sample]) -> None:
+    def _label_together(self, samples: list[Sample]) -> None:
         labels = self._labeler.label_samples([sample.inputs for sample in samples])
         for number, sample in enumerate(samples):
             sample.values = {name: values[number] for name, values in labels.items()}
 
-    def _label_alone(self, sample: _Sample) -> None:
+    def _label_alone(self, sample: Sample) -> None:
         try:
             self._label_together([sample])
         except (RuntimeError, ValueError) as error:
             sample.fail("unlabelled", error)
 
-    def _encode(self, samples: list[_Sample]) -> list[_Sample]:
+    def _encode(self, samples: list[Sample]) -> list[Sample]:
         for sample in samples:
             try:
                 sample.members = {
@@ -270,20 +285,12 @@ class LabelWork:
         return samples
 
 
-def _groups(samples: Iterator[_Sample], size: int) -> Iterator[list[_Sample]]:
+def _groups(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
     while group := list(islice(samples, size)):
         yield group
 
 
-def _refuse_if_hopeless(stage: Stage, shard: int, samples: list[_Sample]) -> None:
-    reasons = Counter(sample.reason for sample in samples)
-    if samples and reasons["unlabelled"] == len(samples):
-        raise RuntimeError(
-            f"{stage.id} labelled no picture of shard {shard}; the first: {samples[0].detail}"
-        )
-
-
-def _tar(samples: list[_Sample], output: str) -> bytes:
+def _tar(samples: list[Sample], output: str) -> bytes:
     extension = modalities.get(output).ext
     return write_tar(
         (f"{sample.key}.{extension}", sample.members[output])

@@ -42,7 +42,7 @@ def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
         shards,
         splits={"train": [shard for shard in shards if shard not in val], "val": val},
         tokenizers={
-            **{key: _tokenizer(info) for key, info in chain.tokenizers.items()},
+            **{key: _tokenizer(chain, key) for key in chain.tokenizers},
             **{name: _vectors(chain, name, shards) for name in chain.embedded},
         },
         meta={"crops": asdict(chain.crops)},
@@ -81,6 +81,9 @@ def _vectors(chain: Chain, name: str, shards: Sequence[int]) -> dict[str, Any]:
     raise ValueError(f"no sample of shards {list(shards)} has a {name}")
 
 
-def _tokenizer(info: Any) -> dict[str, Any]:
-    names = ("path", "fingerprint", "vocab_size", "num_tokens")
-    return {name: getattr(info, name) for name in names}
+def _tokenizer(chain: Chain, key: str) -> dict[str, Any]:
+    info = chain.tokenizers[key]
+    names = ("path", "fingerprint", "vocab_size")
+    entry = {name: getattr(info, name) for name in names}
+    entry["num_tokens"] = info.length(chain.crops.size, chain.kept.get(key, 0))
+    return entry | {"ordered": True} if info.ordered else entry

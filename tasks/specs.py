@@ -55,7 +55,9 @@ def _spec(manifest: Manifest, name: str, max_text: int) -> ModalitySpec:
     vocab = int(manifest.tokenizers[key]["vocab_size"])
     if _is_text(name):
         return sequence_spec(name, vocab, max_text if name in _OWN_LENGTH else None)
-    return grid_spec(name, _size(manifest), vocab, int(manifest.tokenizers[key]["num_tokens"]))
+    made = manifest.tokenizers[key]
+    return grid_spec(name, _size(manifest), vocab, int(made["num_tokens"]),
+                     ordered=bool(made.get("ordered", False)))
 
 
 def tokenizer_key(name: str) -> str:

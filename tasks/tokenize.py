@@ -2,7 +2,8 @@
 
 One unit reads one label shard. A thread decodes and crops ahead while the network encodes; the
 windows are a pure function of (key, crop index), so modalities agree without a crop file. A
-missing label stays a hole: a null in every column, under the same key.
+missing label stays a hole: a null in every column, under the same key. Labels that are not worth
+storing, such as feature maps, can be made and tokenized in one pass (`token_jobs`, `labelers`).
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from infra.shards import MISSING_EXT, TarIndex
 from infra.store import Store
 from models import modalities
 from models.crops import CropPolicy, crop_box
+from tasks.label import LabelWork
+from tasks.label import build_work as label_work
 from tasks.tokenizer_data import Aspects, aspect_of, read_label
 from tasks.train_tokenizers import TEXT, TokenizerInfo
 from tokenizers_vq.sequences.form import Page, TextForm, seed_of
 
 if TYPE_CHECKING:
+    from models.labelers import LabelerSpec
     from tokenizers_vq.text import TextTokenizer
     from tokenizers_vq.tokenizer import Tokenizer
 
@@ -52,6 +56,7 @@ def token_stage(
     *,
     codes: TokenizerInfo | None = None,
     min_score: float | None = None,
+    kept: int = 0,
 ) -> Stage:
     """The stage that tokenizes one modality.
 
@@ -63,10 +68,11 @@ def token_stage(
         codes: The modality's learned tokenizer, where its text holds codes.
         min_score: Least confidence of what is written, where the text leaves out what is unsure;
             None is the form's own.
+        kept: Number of ordered tokens that are stored; 0 stores all.
 
     Raises:
         ValueError: if the stage upstream does not write the modality, the tokenizer is another's,
-            or codes are missing.
+            codes are missing, or so few tokens do not decode.
     """
     if modality not in upstream.outputs:
         raise ValueError(f"{upstream.id} writes {', '.join(upstream.outputs)}, not {modality!r}")
@@ -81,6 +87,8 @@ def token_stage(
         if codes is None:
             raise ValueError(f"the text of {modality!r} holds codes: it needs its own tokenizer")
         params |= {"codes": codes.path, "codes_fingerprint": codes.fingerprint}
+    if kept:
+        params["tokens"] = tokenizer.length(policy.size, kept)
     return Stage(
         name=f"tokens:{modality}",
         version=VERSION,
@@ -98,11 +106,19 @@ def token_jobs(
     *,
     precision: str = "auto",
     device: str = "auto",
+    labelers: Mapping[Stage, LabelerSpec] | None = None,
 ) -> list[StageJob]:
-    """The stages of `token_stage` as work for the stage runner."""
+    """The stages of `token_stage` as work for the stage runner.
+
+    `labelers` are those of label stages that keep nothing of most shards: what such a stage has
+    not committed is labelled and tokenized in one pass, to the same tokens, and not stored.
+    """
     config = {"precision": precision, "device": device}
+    made = {stage: {"labeler": spec.to_dict()} for stage, spec in (labelers or {}).items()}
     return [
-        StageJob(stage, "tasks.tokenize:build_work", config, tuple(shards)) for stage in stages
+        StageJob(stage, "tasks.tokenize:build_work", config | made.get(stage.upstream[0], {}),
+                 tuple(shards))
+        for stage in stages
     ]
 
 
@@ -115,13 +131,27 @@ def build_work(store_url: str, stage: Stage, config: dict[str, Any]) -> Tokenize
     store = Store(store_url)
     form = modalities.text_form(stage.name.partition(":")[2])
     encoder = _Learned(store, stage, config) if form is None else _Text(store, stage, config, form)
-    return TokenizeWork(store, stage, encoder)
+    labels = None
+    if "labeler" in config:
+        labels = label_work(store_url, stage.upstream[0], config["labeler"])
+    return TokenizeWork(store, stage, encoder, labels)
 
 
 class TokenizeWork:
-    """Tokenizes one shard of one modality at a time."""
+    """Tokenizes one shard of one modality at a time.
 
-    def __init__(self, store: Store, stage: Stage, encoder: _Learned | _Text) -> None:
+    Args:
+        store: The dataset.
+        stage: Of `token_stage`.
+        encoder: Its tokenizer.
+        labels: Labels the pictures of shards whose labels are not stored.
+    """
+
+    def __init__(
+        self, store: Store, stage: Stage, encoder: _Learned | _Text,
+        labels: LabelWork | None = None,
+    ) -> None:
+        self._labels = labels
         self._ledger = Ledger(store)
         self._stage, self._encoder = stage, encoder
         self._modality = stage.name.partition(":")[2]
@@ -156,21 +186,32 @@ class TokenizeWork:
 
     def _groups(self, shard: int) -> Iterator[list[tuple[str, list[Any] | None, str]]]:
         """Groups of (key, one prepared value per crop or None for a hole, status)."""
+        aspects = Aspects(self._ledger, self._stage.upstream[0], shard)
+        for group in self._members(shard):
+            yield [self._sample(key, data, aspects) for key, data in group]
+
+    def _members(self, shard: int) -> Iterator[list[tuple[str, bytes | None]]]:
+        """Groups of (key, label file or None for a hole): stored ones, or made for this."""
         upstream = self._stage.upstream[0]
+        if self._labels is not None and shard not in self._ledger.committed(upstream):
+            for batch in self._labels.samples(shard):
+                yield [(sample.key, sample.members.get(self._modality)) for sample in batch]
+            return
         path, sha256 = self._ledger.open_output(upstream, shard, self._modality)
         index = TarIndex(path, sha256=sha256)
-        aspects = Aspects(self._ledger, upstream, shard)
         keys = iter(index.keys)
         while group := list(islice(keys, _GROUP)):
-            yield [self._sample(index, key, aspects) for key in group]
+            yield [
+                (key, None if index.ext(key) == MISSING_EXT else index.read(key)) for key in group
+            ]
 
     def _sample(
-        self, index: TarIndex, key: str, aspects: Aspects
+        self, key: str, data: bytes | None, aspects: Aspects
     ) -> tuple[str, list[Any] | None, str]:
-        if index.ext(key) == MISSING_EXT:
+        if data is None:
             return key, None, "missing_label"
         modality, count = modalities.get(self._modality), self._policy.num_crops
-        value = read_label(self._modality, key, index.read(key))
+        value = read_label(self._modality, key, data)
         if modality.text is not None and modality.text.whole:
             return key, [self._encoder.prepare(value, key, 0)] * count, OK
         aspect = aspect_of(self._modality, value, key, aspects)
@@ -185,7 +226,9 @@ class _Learned:
     def __init__(self, store: Store, stage: Stage, config: dict[str, Any]) -> None:
         self._tokenizer = _learned(store, stage.model, stage.revision, stage, config)
         self.vocab_size = self._tokenizer.vocab_size
-        self.length: int | None = self._tokenizer.num_tokens
+        patch, size = self._tokenizer.scaling_patch, stage.params["crops"]["size"]
+        whole = (size // patch) ** 2 if patch else self._tokenizer.num_tokens
+        self.length: int | None = stage.params.get("tokens", whole)
 
     def prepare(self, value: np.ndarray, key: str, crop: int) -> np.ndarray:
         """Packs a crop, in the reading thread."""
@@ -197,7 +240,8 @@ class _Learned:
         """(key, tokens by column, status) of every sample in order."""
         for group in groups:
             packed = [crop for _, crops, _ in group for crop in crops or ()]
-            tokens = iter(self._tokenizer.encode_packed(np.stack(packed)) if packed else ())
+            encoded = self._tokenizer.encode_packed(np.stack(packed)) if packed else ()
+            tokens = iter(row[: self.length] for row in encoded)
             for key, crops, reason in group:
                 row: _Tokens = {
                     name: None if crops is None else next(tokens) for name in columns

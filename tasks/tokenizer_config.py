@@ -25,7 +25,7 @@ _ADDED = frozenset({
     "loss", "perceptual", "perceptual_model", "sizes", "registers", "encoder", "start",
     "architecture", "heads", "codes", "latent", "groups", "decoder_width", "out_blocks",
     "prediction", "schedule", "dead_code", "guidance_dropout", "muon", "betas", "warmup", "ema",
-    "eval_every", "words",
+    "eval_every", "spread", "words",
 })  # fmt: skip
 _CHANNELS = {"rgb": 3, "depth": 1, "normal": 3, "semseg": 8, "edge": 1, "mask": 1}
 _PICTURES: tuple[Kind, ...] = ("rgb", "depth", "normal", "edge", "mask")
@@ -33,6 +33,7 @@ _TAKES: dict[str, tuple[Kind, ...]] = {
     "vit": (*_PICTURES, "semseg", "feature"), "unet": _PICTURES, "uvit": _PICTURES,
     "mlp": ("vector",),
 }  # fmt: skip
+_PICTURE = 224  # px of the crops that masks are cut from
 _CLASS_WIDTH = 64  # of the released network of class maps
 
 
@@ -79,7 +80,7 @@ class TokenizerRecipe:
     perceptual: float = 0.0
     """Weight of the distance between what a frozen network sees in pictures; rgb only."""
     perceptual_model: str = "vit_base_patch16_clip_224.openai"
-    """That network, a timm model."""
+    """That network: a timm model, or `lpips:vgg`."""
     sizes: tuple[int, ...] = ()
     """Sides in pixels of which each step draws one; empty trains at `size` alone."""
     registers: int = 0
@@ -116,6 +117,8 @@ class TokenizerRecipe:
     replaced by a latent of the batch; 0 keeps all."""
     guidance_dropout: float = 0.0
     """Share of samples whose codes a diffusion decoder is not shown, for guidance."""
+    spread: float = 0.0
+    """Weight of a loss that keeps all FSQ codes in use."""
     muon: bool = True
     """Muon for the hidden matrices of `light`; released networks take AdamW alone."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -188,8 +191,9 @@ class TokenizerRecipe:
 
     @property
     def crops(self) -> CropPolicy:
-        """Crops drawn for training."""
-        return CropPolicy(num_crops=4, min_scale=self.min_scale, size=self.size)
+        """Crops drawn for training; of pictures, where what is tokenized are masks in them."""
+        size = _PICTURE if self.kind == "mask" else self.size
+        return CropPolicy(num_crops=4, min_scale=self.min_scale, size=size)
 
     def network(self, packed: np.ndarray) -> VQConfig | ReleasedDesign:
         """The network for these values; packed [N, H, W(, C)]."""
@@ -211,6 +215,7 @@ class TokenizerRecipe:
             jitter=self.jitter,
             registers=self.registers,
             groups=self.groups,
+            spread=self.spread,
         )
 
     def _design(self, packed: np.ndarray) -> ReleasedDesign:

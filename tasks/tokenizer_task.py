@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -53,7 +54,6 @@ class ReconstructionTask(Task):
         self.recipe, self.network, self.codec, self.train = recipe, network, codec, train
         self.start, self.measure = start, measure
         self.reconstruction = reconstruction_loss(codec.kind, recipe.loss)
-        self._perceptual: nn.Module | None = None
 
     def build_model(self) -> nn.Module:
         """A fresh network, behind the encoder of `start` where there is one; or `start` itself."""
@@ -87,7 +87,7 @@ class ReconstructionTask(Task):
         total = fit + quantized.loss
         if not self.recipe.perceptual:
             return total, seen
-        distance = self.perceptual(batch.device)(pred, target)
+        distance = self.perceptual.to(batch.device)(pred, target)
         return total + self.recipe.perceptual * distance, {
             **seen, "perceptual": distance.detach()
         }  # fmt: skip
@@ -120,13 +120,12 @@ class ReconstructionTask(Task):
         dropped = torch.rand(len(batch), 1, 1, device=batch.device) < self.recipe.guidance_dropout
         return dropped.expand(cells)
 
-    def perceptual(self, device: torch.device) -> nn.Module:
-        """The network that pictures are compared with, loaded once."""
-        if self._perceptual is None:
-            from tokenizers_vq.losses import Perceptual
+    @cached_property
+    def perceptual(self) -> nn.Module:
+        """The frozen network that pictures are compared with."""
+        from tokenizers_vq.losses import perceptual_network
 
-            self._perceptual = Perceptual(self.recipe.perceptual_model).to(device)
-        return self._perceptual
+        return perceptual_network(self.recipe.perceptual_model)
 
     def is_hidden(self, name: str) -> bool:
         """Muon updates patch projections too: halves the error that AdamW leaves there."""

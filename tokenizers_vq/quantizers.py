@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+_SPREAD_SIZE = 1 << 22  # latents x codes that the loss of unequal use looks at
 DEAD_CODE = 2
 """A VQ code whose moving count falls below this is replaced by a latent of the batch."""
 
@@ -85,16 +86,19 @@ class FiniteScalar(nn.Module):
         levels: Number of values per latent dimension; the vocabulary is their product.
         jitter: Probability with which a dimension moves by one level in training, so that
             the decoder forgives predictions that are nearly right.
+        spread: Weight of a loss that grows as codes are used unequally.
     """
 
     step: Tensor
 
-    def __init__(self, dim: int, levels: tuple[int, ...], jitter: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, levels: tuple[int, ...], jitter: float = 0.0, spread: float = 0.0
+    ) -> None:
         super().__init__()
         from vector_quantize_pytorch import FSQ
 
         self.vocab_size = math.prod(levels)
-        self.jitter = jitter
+        self.jitter, self.spread = jitter, spread
         self.down = nn.Linear(dim, len(levels))
         self.whiten = Whitening(len(levels))
         self.up = nn.Linear(len(levels), dim)
@@ -110,7 +114,29 @@ class FiniteScalar(nn.Module):
             codes, tokens = self.fsq(squashed)
             if self.training and self.jitter > 0:
                 codes = self._jittered(codes)
-            return Quantized(self.up(codes), tokens.long(), z.new_zeros((), dtype=torch.float32))
+            loss = z.new_zeros((), dtype=torch.float32)
+            if self.training and self.spread > 0:
+                loss = self.spread * self._unevenness(squashed.flatten(0, -2))
+            return Quantized(self.up(codes), tokens.long(), loss)
+
+    def _unevenness(self, squashed: Tensor) -> Tensor:
+        """One minus the entropy of the code histogram of [M, dims] over its greatest value.
+
+        A latent counts for the levels around it, by a Gaussian of a third of their spacing, so
+        that the histogram has a gradient. Whitening makes dimensions uncorrelated, this also
+        moves what they leave empty together: flat backgrounds, whose latents are all alike.
+        """
+        most = max(1, _SPREAD_SIZE // self.vocab_size)
+        if len(squashed) > most:
+            squashed = squashed[torch.randperm(len(squashed), device=squashed.device)[:most]]
+        joint = squashed.new_ones(len(squashed), 1)
+        for column, step in zip(squashed.unbind(1), self.step.tolist(), strict=True):
+            places = torch.arange(-1, 1 + step / 2, step, device=squashed.device)
+            near = (-4.5 * ((column[:, None] - places) / step).square()).softmax(1)
+            joint = (joint[:, :, None] * near[:, None]).flatten(1)
+        share = joint.mean(0)
+        entropy = -(share * share.clamp(min=1e-9).log()).sum()
+        return 1 - entropy / math.log(self.vocab_size)
 
     def _jittered(self, codes: Tensor) -> Tensor:
         chance = torch.rand_like(codes)

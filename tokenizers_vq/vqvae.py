@@ -58,6 +58,8 @@ class VQConfig:
     """Above 0 a sample has so many ordered tokens instead of a grid (`tokenizers_vq.ordered`)."""
     groups: int = 0
     """Above 0 a vector (a map of one cell) becomes so many tokens (`tokenizers_vq.product`)."""
+    spread: float = 0.0
+    """Weight of the loss that keeps all codes of `fsq` in use."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
@@ -111,7 +113,7 @@ class VQConfig:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values."""
         fields = {**asdict(self), "levels": list(self.levels)}
-        for name in ("registers", "groups"):
+        for name in ("registers", "groups", "spread"):
             if not fields[name]:  # younger than stored tokenizers, whose bytes must not change
                 del fields[name]
         return fields
@@ -233,7 +235,7 @@ class VQVAE(nn.Module):
             Block(width, config.heads) for _ in range(config.encoder_depth)
         )
         if config.quantizer == "fsq":
-            self.quantizer = FiniteScalar(width, config.levels, config.jitter)
+            self.quantizer = FiniteScalar(width, config.levels, config.jitter, config.spread)
         elif config.quantizer == "vq":
             self.quantizer = Codebook(width, config.codebook_size)
         else:

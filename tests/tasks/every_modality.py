@@ -12,7 +12,8 @@ from infra.store import Store
 from models import modalities
 from models.modalities import sam_instance
 from pipelines.params import IngestOptions, LabelOptions
-from tasks.chain import Chain, check, remember
+from tasks.chain import Chain, remember
+from tasks.checks import check
 from tasks.fetch import make_plan
 
 LABELERS = (

@@ -11,7 +11,8 @@ from infra.ledger import ShardData
 from infra.shards import sample_key, write_tar
 from infra.store import Store
 from pipelines.params import IngestOptions, LabelOptions, TokenizeOptions, TokenizerOptions
-from tasks.chain import Chain, check, labelers, remember, remember_tokenizers
+from tasks.chain import Chain, labelers, remember, remember_tokenizers
+from tasks.checks import check
 from tasks.fetch import make_plan
 
 ROWS, SHARD = 6, 2

@@ -18,7 +18,8 @@ from infra.store import Store
 from models import modalities
 from models.fourm.masking import Component, Mixture
 from pipelines.params import TokenizeOptions, TokenizerOptions
-from tasks.chain import Chain, check, remember, remember_tokenizers
+from tasks.chain import Chain, remember, remember_tokenizers
+from tasks.checks import check
 from tasks.generate import generate, load_generator
 from tasks.publish import publish_tokens
 from tasks.recipes import TrainRecipe

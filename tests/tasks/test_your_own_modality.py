@@ -22,7 +22,8 @@ from infra.store import Store
 from models import modalities
 from models.labelers import kinds, preset
 from pipelines.params import IngestOptions, LabelOptions, TokenizeOptions, TokenizerOptions
-from tasks.chain import Chain, check, remember, remember_tokenizers
+from tasks.chain import Chain, remember, remember_tokenizers
+from tasks.checks import check
 from tasks.fetch import make_plan
 from tasks.label import label_jobs
 from tasks.publish import publish_tokens
