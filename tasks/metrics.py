@@ -14,7 +14,7 @@ from tokenizers_vq.sequences.metadata import FIELDS
 if TYPE_CHECKING:
     import torch
 
-EDGE = 96
+EDGE = 64
 """Strength from which a pixel of an edge map counts as an edge; codes blur thin lines."""
 
 Detections = dict[str, Any]

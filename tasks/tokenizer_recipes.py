@@ -107,13 +107,6 @@ SCENES: dict[str, TokenizerRecipe] = {
     "normal": TokenizerRecipe(kind="normal"),
     "semseg": TokenizerRecipe(kind="semseg"),
     "clip": TokenizerRecipe(kind="feature"),
-    "canny_edge": TokenizerRecipe(kind="edge"),
-    "sam_edge": TokenizerRecipe(kind="edge"),
-    "dinov2": TokenizerRecipe(kind="feature"),
-    "imagebind": TokenizerRecipe(kind="feature"),
-    "dinov2_global": TokenizerRecipe(kind="vector", registers=16),
-    "imagebind_global": TokenizerRecipe(kind="vector", registers=16),
-    "sam_instance": TokenizerRecipe(kind="mask", size=64),
 }
 
 

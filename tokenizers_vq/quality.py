@@ -102,7 +102,7 @@ def picture_quality(
         given = slice(start, start + _BATCH)
         pred, true = (_pictures(values[given]) for values in (preds, trues))
         with torch.inference_mode():
-            found = {"ssim": ssim(pred, true, data_range=2.0)}
+            found: dict[str, Any] = {"ssim": ssim(pred, true, data_range=2.0)}
             if lpips is not None and min(true.shape[-2:]) >= _LPIPS_LEAST:
                 found["lpips"] = lpips(pred, true)
             if perceptual is not None:

@@ -115,7 +115,7 @@ class TokenTable(nn.Module):
         row by row instead of filling a matrix of its own."""
         if torch.compiler.is_compiling():
             return self(modality, ids)
-        return _Shared.apply(self.weight, self.start[modality] + ids)  # type: ignore
+        return _Shared.apply(self.weight, self.start[modality] + ids)
 
     def rows(self, spec: ModalitySpec) -> Tensor:
         """The matrix [V, D] of one modality, a view."""

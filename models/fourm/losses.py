@@ -44,7 +44,7 @@ def summed_losses(
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     asked = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _SummedLosses.apply(  # type: ignore[no-untyped-call]
+    return _SummedLosses.apply(
         hidden, weight, tuple(targets), tuple(sizes), asked
     )
 

@@ -61,6 +61,7 @@ SCENES: dict[str, Network] = {
     "det": _shipped("det", "128 x 128"),
     "caption": _shipped("caption", "144 x 144"),
     "clip": _shipped("clip", "128 x 128"),
+    "dinov2": _shipped("dinov2", "128 x 128"),
     **_ANALYTIC,
     "metadata": replace(
         _ANALYTIC["metadata"], options={"walkable": [1], "things": [2, 3, 4, 5]}

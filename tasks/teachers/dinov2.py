@@ -5,6 +5,11 @@ from millions of pictures; at this size it would tell scenes apart by their ligh
 the class token tells here, through a head that is thrown away, which shapes, colours, sizes and
 materials there are in the whole picture and in each cell of a 4 x 4 grid, and the patches what
 stands at their centres: pictures with like things in like places have like vectors.
+
+The shipped one saw 154,000 scenes, each of 11,500 a dozen times, in 20 minutes on a share of a busy
+core. A linear map reads from its patches, on held-out scenes, the colour of the solid at 0.99, its
+size at 0.95, its material at 0.90 and its shape at 0.66; the vector of an 88 % crop is nearest to
+that of its whole picture among 128, always.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def network(text: TextTokenizer, vector: int = 0) -> FourM:
     vectors = [
         ModalitySpec(name="tok_dinov2_global", kind="img", max_tokens=vector, vocab_size=16,
                      learned_positions=True)
-    ][: bool(vector)]  # fmt: skip
+    ] if vector else []  # fmt: skip
     config = FourMConfig(
         modalities=(pixels, *grids, *words, *vectors), dim=32, encoder_depth=1,
         decoder_depth=1, num_heads=2,
