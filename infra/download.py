@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from weakref import WeakValueDictionary
 
 import aiohttp
 from yarl import URL
@@ -71,7 +73,7 @@ class Downloader:
 
     def __init__(self, policy: DownloadPolicy) -> None:
         self._policy = policy
-        self._hosts: dict[str, asyncio.Semaphore] = {}
+        self._hosts = WeakValueDictionary[str, asyncio.Semaphore]()
         self._slots = asyncio.Semaphore(policy.concurrency)
         self._beginning = asyncio.Lock()
         self._session = aiohttp.ClientSession(
@@ -128,17 +130,15 @@ class Downloader:
             if result.reason not in RETRYABLE or attempt == policy.attempts:
                 break
             pause = policy.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
-            await asyncio.sleep(max(pause, min(result.retry_after or 0.0, policy.timeout)))
+            asked_for = result.retry_after or 0.0
+            if asked_for > policy.timeout:
+                break  # longer than a slot is held for one row: a later pass takes it up
+            await asyncio.sleep(max(pause, asked_for))
         return result
 
     async def _attempt(self, index: int, url: str) -> Download:
         try:
-            target = URL(url)
-            host = self._hosts.setdefault(
-                target.host or "", asyncio.Semaphore(self._policy.per_host)
-            )
-            async with host, asyncio.timeout(self._policy.timeout):
-                return await self._follow(index, target)
+            return await self._follow(index, URL(url))
         except BlockedAddress as error:
             return Download(index, "blocked_address", str(error))
         except TimeoutError:
@@ -158,19 +158,37 @@ class Downloader:
             return Download(index, "bad_url", str(error))
 
     async def _follow(self, index: int, url: URL) -> Download:
+        left = self._policy.timeout
+        for _ in range(self._policy.max_redirects + 1):
+            self._policy.addresses.check(url)
+            async with self._turn(url.host or ""):  # waiting for it does not count as slowness
+                began = time.monotonic()
+                async with asyncio.timeout(left):
+                    found = await self._get(index, url)
+                left -= time.monotonic() - began
+            if isinstance(found, Download):
+                return found
+            url = found
+        return Download(index, "too_many_redirects", f"more than {self._policy.max_redirects}")
+
+    def _turn(self, host: str) -> asyncio.Semaphore:
+        """The turnstile of a host; it lasts as long as somebody waits there or has passed."""
+        turn = self._hosts.get(host)
+        if turn is None:
+            turn = self._hosts[host] = asyncio.Semaphore(self._policy.per_host)
+        return turn
+
+    async def _get(self, index: int, url: URL) -> Download | URL:
+        """What a URL holds, or where it leads."""
         policy = self._policy
-        for _ in range(policy.max_redirects + 1):
-            policy.addresses.check(url)
-            async with self._session.get(url, allow_redirects=False) as answer:
-                if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
-                    url = url.join(URL(answer.headers["Location"]))
-                    continue
-                if answer.status != 200:
-                    return _refused(index, answer)
-                if policy.honour_opt_out and _opted_out(answer):
-                    return Download(index, "opt_out", answer.headers.get("X-Robots-Tag", ""))
-                return await _body(index, answer, policy.max_bytes)
-        return Download(index, "too_many_redirects", f"more than {policy.max_redirects}")
+        async with self._session.get(url, allow_redirects=False) as answer:
+            if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
+                return url.join(URL(answer.headers["Location"]))
+            if answer.status != 200:
+                return _refused(index, answer)
+            if policy.honour_opt_out and _opted_out(answer):
+                return Download(index, "opt_out", answer.headers.get("X-Robots-Tag", ""))
+            return await _body(index, answer, policy.max_bytes)
 
 
 def _connection_failure(index: int, error: BaseException, reason: str) -> Download:

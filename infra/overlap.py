@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def prefetch(source: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
@@ -52,14 +55,37 @@ def prefetch(source: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
         stop.set()
 
 
-def pipelined(source: Iterable[Any], *stages: Callable[[Any], Any], depth: int = 2) -> Iterator:
-    """Apply stages to each item in order, every stage in a thread of its own.
+def trailing(
+    call: Callable[[T], R], source: Iterable[T], depth: int = 2
+) -> Generator[R, None, None]:
+    """Apply a call to items in a background thread, while this one makes the next items.
+
+    Results come in order, an exception of the call in the place of its result; at most `depth`
+    items wait.
+    """
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="trailing") as pool:
+        for item in source:
+            waiting.append(pool.submit(call, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def pipelined(
+    source: Iterable[Any],
+    before: Callable[[Any], Any],
+    work: Callable[[Any], Any],
+    after: Callable[[Any], Any],
+    depth: int = 2,
+) -> Generator[Any, None, None]:
+    """Apply three stages to each item in order, all three at the same time.
 
         pipelined(batches, decode, network, encode)   # the network never waits for decoding
 
-    The order of items is kept. At most `depth` items wait between two stages.
+    `work` runs in the calling thread, the others in threads of their own: what a network
+    allocates is then reused by the next unit, where the memory of a thread that ends is given
+    back, to be cleared page by page when the next one asks for it.
     """
-    stream: Iterator[Any] = prefetch(source, depth)
-    for stage in stages:
-        stream = prefetch(map(stage, stream), depth)
-    return stream
+    return trailing(after, map(work, prefetch(map(before, source), depth)), depth)

@@ -297,8 +297,9 @@ def _dataset(
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
             size=workers,
-            # Two: the next unit is there when one ends, and few queue behind a slow one.
-            max_tasks_in_flight_per_actor=max(2, at_once),
+            # None waits behind a slow one while other workers are idle. Handing over a unit takes
+            # milliseconds, and a unit seconds to hours.
+            max_tasks_in_flight_per_actor=at_once,
             max_concurrent_calls_per_actor=at_once,
             enable_true_multi_threading=at_once > 1,
         ),

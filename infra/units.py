@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from infra.ledger import MAX_ATTEMPTS, Commit, Ledger, ShardData, Stage
+from infra.machine import keep_freed_memory
 from infra.store import Store
 
 log = logging.getLogger("fourm.runner")
@@ -88,6 +89,7 @@ class UnitRunner:
         self._work: Work | None = None
         self._halt = ""
         self._building = threading.Lock()
+        keep_freed_memory()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Ray Data's side: a batch of one unit in, its status row out."""

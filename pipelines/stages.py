@@ -27,6 +27,9 @@ from pipelines.params import Compute, Where
 from pipelines.workers import resources
 
 logger = logging.getLogger("fourm.flows")
+# Prefect sends our log to its server, from the level on that ours has: WARNING if nobody sets it.
+if logging.getLogger("fourm").level == logging.NOTSET:
+    logging.getLogger("fourm").setLevel(logging.INFO)
 W = TypeVar("W", bound=Where)
 R = TypeVar("R")
 

@@ -141,7 +141,8 @@ def plan_training(
         recipe: The recipe.
         machines: What it would run on.
         bound: The manifests of its sources; without them modalities are those of the released
-            models, and a recipe that takes whatever the data holds is given the ones of 4M-7.
+            models, and a recipe that takes whatever the data holds is given the ones of 4M-7 and
+            those that its masks name.
 
     Raises:
         ValueError: a set lacks a modality, no batch can fill a budget, or the batch cannot be
@@ -192,13 +193,21 @@ def _resolved(
         config = FourMConfig(modalities=shared_specs(bound), **recipe.network)
         names = [part.names for part in bound]
     else:
-        offered = released_specs(recipe.modalities or SEVEN)
+        offered = released_specs(
+            recipe.modalities or list(dict.fromkeys([*SEVEN, *_named(recipe)]))
+        )
         specs = chosen_specs(offered, (), recipe.predicts, "the catalogue")
         config = FourMConfig(modalities=specs, **recipe.network)
         names = [frozenset(s.name for s in _taken(specs, source.modalities))
                  for source in recipe.all_sources]
     return config, [(source.weight, resolve(source.mixture, config, held))
                     for source, held in zip(recipe.all_sources, names, strict=True)]
+
+
+def _named(recipe: TrainRecipe) -> list[str]:
+    """Modalities that its masks name."""
+    return [name for source in recipe.all_sources for part in source.mixture.components
+            for name in (*part.inputs, *part.targets) if name != "*"]  # fmt: skip
 
 
 def _taken(specs: Sequence[ModalitySpec], wanted: Sequence[str]) -> Sequence[ModalitySpec]:

@@ -30,7 +30,7 @@ from models.labelers import (
 
 logger = logging.getLogger("fourm.label")
 
-VERSION = 1
+VERSION = 2
 BATCHES_AT_ONCE = 2
 """Batches handed to a labeler together: pictures of one size find each other in them."""
 

@@ -84,7 +84,7 @@ class ValueCodec:
         tensor = torch.from_numpy(np.ascontiguousarray(packed))
         match self.kind:
             case "rgb":
-                return tensor.permute(0, 3, 1, 2).float() / 127.5 - 1
+                return tensor.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
             case "normal":
                 return F.normalize(tensor.permute(0, 3, 1, 2).float(), dim=1)
             case "depth":
@@ -92,7 +92,7 @@ class ValueCodec:
             case "semseg":
                 return tensor + self.class_offset  # 255 + 1 wraps to 0
             case "edge":
-                return tensor[:, None].float() / 127.5 - 1
+                return tensor[:, None].float().div_(127.5).sub_(1)
             case "mask":
                 return tensor[:, None].float() / 255
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)

@@ -57,7 +57,7 @@ class SemsegLabeler(Labeler):
         if self.universal:
             maps = self._universal(inputs, images)
         else:
-            maps = list(resize(self.model(**inputs).logits.float(), images).argmax(1))
+            maps = list(resize(self.model(**inputs).logits.float(), images).max(1).indices)
         return {"semseg": [each.cpu().numpy().astype(np.uint8) for each in maps]}
 
     def _universal(self, inputs: Any, images: Sequence[Image]) -> list[Any]:

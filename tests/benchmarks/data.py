@@ -7,16 +7,20 @@ from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from PIL import Image
 
 from infra.blocks import BlockWriter, Column
 from infra.ledger import Ledger, ShardData, Stage
 from infra.manifest import Manifest, publish
+from infra.scenes import render, sample_scene
 from infra.shards import sample_key, write_tar
 from infra.store import Store
 from models import modalities
 
 SIZE, TOKENS, CROPS, TEXT_VOCAB, FIRST_WORD = 128, 64, 4, 640, 204
 VOCABULARIES = {"rgb": 4375, "depth": 1000, "normal": 1000, "semseg": 1000, "clip": 1000}
+DISTINCT = 32
+"""Scenes that are rendered for a shard of pictures."""
 FETCH = Stage("fetch", 1, {}, ("rgb",))
 
 
@@ -33,13 +37,20 @@ def picture(rng: np.random.Generator) -> np.ndarray:
     return (blocks + rng.integers(-4, 5, blocks.shape)).astype(np.uint8)
 
 
-def pictures_shard(store: Store, rows: int, stage: Stage = FETCH) -> list[np.ndarray]:
-    """Commits one shard of pictures as `stage` and returns them."""
-    rng = np.random.default_rng(0)
-    images = [picture(rng) for _ in range(rows)]
+def scenes_shard(store: Store, rows: int, size: int, stage: Stage = FETCH) -> list[np.ndarray]:
+    """Commits one shard of rendered scenes as `stage` and returns them as they are read again.
+
+    A few scenes are repeated, and enlarged from 128 px: rendering is not what is measured.
+    """
+    codec = modalities.get("rgb")
+    drawn = [render(sample_scene(seed)).rgb for seed in range(min(rows, DISTINCT))]
+    sized = [np.asarray(Image.fromarray(each).resize((size, size), Image.Resampling.BICUBIC))
+             for each in drawn]
+    stored = [codec.encode(each) for each in sized]
     keys = [sample_key(0, row) for row in range(rows)]
-    _commit(store, stage, 0, keys, _tar(keys, images))
-    return images
+    tar = write_tar((f"{key}.jpg", stored[row % len(stored)]) for row, key in enumerate(keys))
+    _commit(store, stage, 0, keys, tar)
+    return [codec.decode(stored[row % len(stored)]) for row in range(rows)]
 
 
 def token_set(store: Store, rows: int = 256) -> Manifest:

@@ -1,87 +1,214 @@
 """What the engine adds to bare networks, when it labels and when it tokenizes.
 
-The engine's side is the work of one shard as a worker runs it: reading the tar, decoding,
-cropping, the network, encoding and packing. The bare side is the network alone on tensors that are
-ready, in the same batches. Both run in turn.
+The engine's side is one unit as a worker runs it: reading and checking the tar, decoding, cropping,
+the network with what goes before and after it, encoding, hashing, writing and committing. The bare
+side is the network alone, on the very tensors that the engine hands to it, in the same batches.
+Both run in turn on as many cores as torch has threads, so that whatever the engine does is paid
+with time of the network, as on a machine whose cores all run networks.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 
+from infra.ledger import Ledger, commit_path
+from infra.store import Store
+from infra.units import StageJob, UnitRunner
 from models.crops import CropPolicy
-from models.labelers import load_labeler, preset
-from models.labelers.base import stack
-from tasks.label import build_work as label_work
-from tasks.label import label_stage
-from tasks.tokenize import build_work as token_work
-from tasks.tokenize import token_stage
+from models.labelers import LabelerSpec, load_labeler, preset
+from tasks.label import label_jobs
+from tasks.tokenize import token_jobs, token_stage
 from tasks.tokenizer_recipes import tokenizer_recipe
 from tasks.train_tokenizers import TokenizerInfo
-from tests.benchmarks.data import CROPS, FETCH, SIZE, empty_store, pictures_shard
+from tests.benchmarks.data import CROPS, FETCH, empty_store, scenes_shard
 from tests.benchmarks.measure import Options, Record, rates
 from tokenizers_vq.tokenizer import Tokenizer, fingerprint
 from tokenizers_vq.vqvae import VQVAE
 
-LABELER, PICTURES, CROPS_AT_ONCE = "det", 64, 64
 FOLDER = "tokenizers/bench"
 
 
+@dataclass(frozen=True)
+class Case:
+    """A network and the pictures it is measured on."""
+
+    name: str
+    subject: str
+    """Kind of the labeler, or whose tokenizer."""
+    pictures: int
+    size: int
+    """Side of the stored pictures in pixels."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Of the tokenizer's recipe."""
+
+
+LABEL = (
+    Case("label.20", "clip", 96, 256),
+    Case("label.200", "semseg", 512, 128),
+    Case("label.det", "det", 512, 128),
+    Case("label.normal", "normal", 256, 128),
+)
+"""A ViT with random weights between S/16 and B/16 on pictures of the size that photographs are
+stored in; the shipped networks for class maps, boxes and normals on scenes."""
+
+TOKENIZE = (
+    Case("tokenize.20", "rgb", 24, 256, {"size": 224, "width": 640, "encoder_depth": 12}),
+    Case("tokenize.200", "rgb", 128, 128, {"width": 512, "encoder_depth": 4}),
+    Case("tokenize.demo", "rgb", 256, 128),
+)
+"""An encoder nearly of the released tokenizers' size, a smaller one, and the demo's; weights are
+random."""
+
+
 def label(options: Options) -> list[Record]:
-    """Pictures/s of the labelling stage over those of the shipped detector alone."""
-    spec = replace(preset("scenes")[LABELER], precision=options.dtype, device="cpu")
-    with empty_store() as store:
-        images = pictures_shard(store, PICTURES)
-        stage = label_stage(spec, FETCH)
-        work = label_work(store.url, stage, spec.to_dict())
-        labeler = load_labeler(spec)
-        batches = [
-            labeler.processor(images=list(stack(images[i : i + spec.batch_size])),
-                              return_tensors="pt")
-            for i in range(0, PICTURES, spec.batch_size)
-        ]
-
-        def bare() -> None:
-            with labeler.inference():
-                for batch in batches:
-                    labeler.model(**batch)
-
-        ours, alone = rates([lambda: work.run(0), bare], PICTURES, options.seconds)
-    shape = {"labeler": LABELER, "pictures": PICTURES, "batch": spec.batch_size, "size": SIZE}
-    return [Record(name="label", unit="images/s", ours=ours, bare=alone, shape=shape,
-                   dtype=options.dtype, threads=options.threads)]
+    """Pictures/s of the labelling stage over those of its network alone."""
+    return [_label(case, options) for case in LABEL]
 
 
 def tokenize(options: Options) -> list[Record]:
-    """Crops/s of the tokenizing stage over those of the encoder alone; weights are random."""
-    with empty_store() as store:
-        images = pictures_shard(store, PICTURES)
-        recipe = tokenizer_recipe("rgb")
-        packed = np.stack(images * CROPS)
+    """Crops/s of the tokenizing stage over those of its encoder alone."""
+    return [_tokenize(case, options) for case in TOKENIZE]
+
+
+def _label(case: Case, options: Options) -> Record:
+    with empty_store() as store, TemporaryDirectory() as folder, _on_cores(options.threads):
+        spec = _spec(case, Path(folder), options.dtype)
+        images = scenes_shard(store, case.pictures, case.size)
+        (job,) = label_jobs([spec], FETCH, [0])
+        labeler = load_labeler(spec)
+        bare = _replayed(lambda: labeler.label(images), _network(labeler), labeler.inference)
+        ours, alone, also = _compare(_unit(store, job), bare, case.pictures, options)
+    shape = {"labeler": case.subject, "pictures": case.pictures, "batch": spec.batch_size,
+             "size": case.size}
+    return Record(name=case.name, unit="images/s", ours=ours, bare=alone, shape=shape,
+                  dtype=options.dtype, threads=options.threads, also=also)
+
+
+def _spec(case: Case, folder: Path, dtype: str) -> LabelerSpec:
+    if case.subject == "clip":
+        from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
         torch.manual_seed(0)
-        net = VQVAE(recipe.resolved(packed))
-        tokenizer = Tokenizer("rgb", net, recipe.codec(packed), options.dtype)
+        network = CLIPVisionConfig(
+            hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+            image_size=224, patch_size=16,
+        )  # fmt: skip
+        CLIPVisionModel(network).save_pretrained(folder)
+        CLIPImageProcessor().save_pretrained(folder)
+        spec = replace(preset("modern")["clip"], model_id=str(folder))
+    else:
+        spec = preset("scenes")[case.subject]
+    return replace(spec, batch_size=32, precision=dtype, device="cpu")
+
+
+def _network(labeler: Any) -> torch.nn.Module:
+    return getattr(labeler, "tower", labeler).model
+
+
+def _tokenize(case: Case, options: Options) -> Record:
+    with empty_store() as store, _on_cores(options.threads):
+        images = scenes_shard(store, case.pictures, case.size)
+        recipe = tokenizer_recipe(case.subject, **case.changes)
+        packed = np.stack([image[: recipe.size, : recipe.size] for image in images] * CROPS)
+        torch.manual_seed(0)
+        network = VQVAE(recipe.resolved(packed))
+        tokenizer = Tokenizer(case.subject, network, recipe.codec(packed), options.dtype)
         files = tokenizer.files()
         for name, data in files.items():
             store.write(f"{FOLDER}/{name}", data)
-        info = TokenizerInfo("rgb", FOLDER, fingerprint(files), tokenizer.vocab_size,
+        info = TokenizerInfo(case.subject, FOLDER, fingerprint(files), tokenizer.vocab_size,
                              tokenizer.num_tokens, {}, 0.0)
-        policy = CropPolicy(num_crops=CROPS, size=SIZE)
-        stage = token_stage("rgb", info, policy, FETCH)
-        work = token_work(store.url, stage, {"precision": options.dtype, "device": "cpu"})
-        parts = tokenizer.codec.to_tensor(packed).split(CROPS_AT_ONCE)
+        policy = CropPolicy(num_crops=CROPS, size=recipe.size)
+        stage = token_stage(case.subject, info, policy, FETCH)
+        (job,) = token_jobs([stage], [0], precision=options.dtype, device="cpu")
+        parts = tokenizer.codec.to_tensor(packed).split(tokenizer.batches.size)
 
         def bare() -> None:
             enabled = options.dtype == "bf16"
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 for part in parts:
-                    net.encode(part)
+                    network.encode(part)
 
-        ours, alone = rates([lambda: work.run(0), bare], len(packed), options.seconds)
-    shape = {"modality": "rgb", "pictures": PICTURES, "crops": CROPS, "batch": CROPS_AT_ONCE,
-             "size": SIZE, "tokens": tokenizer.num_tokens}
-    return [Record(name="tokenize", unit="crops/s", ours=ours, bare=alone, shape=shape,
-                   dtype=options.dtype, threads=options.threads)]
+        ours, alone, also = _compare(_unit(store, job), bare, len(packed), options)
+    shape = {"modality": case.subject, "pictures": case.pictures, "crops": CROPS,
+             "batch": tokenizer.batches.size, "size": recipe.size, "width": recipe.width,
+             "depth": recipe.encoder_depth, "tokens": tokenizer.num_tokens}
+    return Record(name=case.name, unit="crops/s", ours=ours, bare=alone, shape=shape,
+                  dtype=options.dtype, threads=options.threads, also=also)
+
+
+def _unit(store: Store, job: StageJob) -> Callable[[], None]:
+    """Runs the first shard of a job to its commit, each time as if it had never been."""
+    runner, ledger = UnitRunner(store, [job], torch.get_num_threads()), Ledger(store)
+
+    def run() -> None:
+        store.delete(commit_path(job.stage.id, 0))
+        ledger.release(job.stage, 0)
+        status = runner.run(0, 0, 0)
+        assert status.state == "committed", status.reason
+
+    return run
+
+
+def _compare(
+    ours: Callable[[], None], bare: Callable[[], None], units: int, options: Options
+) -> tuple[float, float, dict[str, float]]:
+    """Units/s of both, and the CPU time that each takes for a unit, in ms."""
+    spent: dict[str, list[float]] = {"cpu_ms": [], "cpu_ms_bare": []}
+
+    def timed(call: Callable[[], None], name: str) -> Callable[[], None]:
+        def run() -> None:
+            began = time.process_time()
+            call()
+            spent[name].append((time.process_time() - began) / units * 1e3)
+
+        return run
+
+    calls = [timed(ours, "cpu_ms"), timed(bare, "cpu_ms_bare")]
+    fast, alone = rates(calls, units, options.seconds)
+    also = {name: round(statistics.median(each[1:]), 3) for name, each in spent.items()}
+    return fast, alone, also
+
+
+def _replayed(
+    run: Callable[[], Any], network: torch.nn.Module, inference: Callable[[], Any]
+) -> Callable[[], None]:
+    """Calls the network once more with everything that a run gives to it."""
+    calls: list[tuple[Any, Any]] = []
+    hook = network.register_forward_pre_hook(
+        lambda _, args, keywords: calls.append((args, keywords)), with_kwargs=True
+    )
+    run()
+    hook.remove()
+
+    def bare() -> None:
+        with inference():
+            for args, keywords in calls:
+                network(*args, **keywords)
+
+    return bare
+
+
+@contextmanager
+def _on_cores(number: int) -> Iterator[None]:
+    """This thread, and those it starts, on the first few cores only; where the system can."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[:number])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)

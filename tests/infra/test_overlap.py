@@ -9,9 +9,8 @@ from infra.runner import pipelined, prefetch
 
 
 def test_items_arrive_in_order_through_all_stages():
-    assert list(pipelined(range(50), lambda x: x + 1, lambda x: x * 2)) == [
-        2 * (i + 1) for i in range(50)
-    ]
+    steps = (lambda x: x + 1, lambda x: x * 2, str)
+    assert list(pipelined(range(50), *steps)) == [str(2 * (i + 1)) for i in range(50)]
 
 
 def test_an_error_of_the_source_reaches_the_consumer_in_its_place():
@@ -25,9 +24,32 @@ def test_an_error_of_the_source_reaches_the_consumer_in_its_place():
         next(stream)
 
 
-def test_an_error_of_a_stage_reaches_the_consumer():
+@pytest.mark.parametrize("failing", range(3))
+def test_an_error_of_a_stage_reaches_the_consumer_behind_what_was_done(failing):
+    steps = [lambda x: x] * 3
+    steps[failing] = lambda x: 12 // x
+    stream = pipelined([1, 1, 1, 1, 0], *steps)
+    assert next(stream) in (1, 12)
     with pytest.raises(ZeroDivisionError):
-        list(pipelined([1, 0], lambda x: 1 / x, str))
+        list(stream)
+
+
+def test_the_middle_stage_runs_in_the_callers_thread():
+    threads = [set(), set(), set()]
+    steps = [lambda x, seen=seen: seen.add(threading.get_ident()) or x for seen in threads]
+    list(pipelined(range(9), *steps))
+    assert threads[1] == {threading.get_ident()}
+    assert threads[0].isdisjoint(threads[1] | threads[2])
+
+
+def test_letting_go_of_a_pipeline_ends_its_threads():
+    stream = pipelined(iter(int, 1), abs, abs, abs)
+    next(stream)
+    stream.close()
+    deadline = time.monotonic() + 60
+    while any(t.name.startswith(("prefetch", "trailing")) for t in threading.enumerate()):
+        assert time.monotonic() < deadline, "a thread outlives its consumer"
+        time.sleep(0.02)
 
 
 def test_the_source_runs_ahead_by_the_depth_alone_and_stops_with_the_consumer():

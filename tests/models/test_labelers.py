@@ -276,7 +276,7 @@ def test_the_scenes_preset_is_the_one_that_stored_labels_were_made_with():
     fetch = Stage("fetch", 1, {}, ("rgb", "caption"))
     spec = preset("scenes")["semseg"]
     assert label_stage(spec, fetch).fingerprint == Stage(
-        "label:semseg", 1, {"options": {}, "precision": "auto"}, ("semseg",), (fetch,),
+        "label:semseg", 2, {"options": {}, "precision": "auto"}, ("semseg",), (fetch,),
         "shipped:semseg", weights_revision(spec),
     ).fingerprint  # fmt: skip
 

@@ -40,11 +40,15 @@ def test_a_job_commits_on_the_clusters_own_ray_and_returns(head: str, tmp_path: 
     assert Ledger(Store(str(tmp_path))).committed(job.stage) == {0, 1}
 
 
-def test_a_failure_on_the_cluster_is_told_here(head: str, tmp_path: Path) -> None:
+def test_a_failure_on_the_cluster_is_told_here(
+    head: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(SystemicFailure, match="nine crops are too many"):
         remote.run(STAGE, _params(head, tmp_path, crops=9))
     with pytest.raises(JobFailed, match="OSError: a hiccup"):
         remote.run(STAGE, _params(head, tmp_path, crops=10))
+    told = [r.message for r in caplog.records if (r.name, r.levelname) == ("fourm.job", "ERROR")]
+    assert any("fourm.job: job fourm-toy-" in line for line in told), "with its own level"
 
 
 def test_a_second_follower_finds_the_job_and_stopping_ends_it(
