@@ -64,8 +64,8 @@ class HealthCheck:
         from tokenizers_vq.quantizers import code_statistics
         from tokenizers_vq.tokenizer import Tokenizer
 
-        tokenizer, kind, given = Tokenizer(self.name, net, self.codec), self.codec.kind, \
-            self.held_out
+        tokenizer = Tokenizer(self.name, net, self.codec)
+        kind, given = self.codec.kind, self.held_out
         tokens = tokenizer.encode_values(given)
         decoded = tokenizer.decode_tokens(tokens)
         metrics = reconstruction_quality(kind, decoded, given)

@@ -114,7 +114,8 @@ def _modern(**fields: Any) -> TokenizerRecipe:
     return TokenizerRecipe(**{
         "size": 224, "width": 768, "heads": 12, "encoder_depth": 6, "decoder_depth": 12,
         "levels": (7, 5, 5, 5, 5), "steps": 200_000, "batch_size": 256, "lr": 2e-3,
-        "warmup": 2000, "ema": 0.999, "max_samples": 100_000, "eval_every": 5000, **fields,
+        "warmup": 2000, "ema": 0.999, "max_samples": 100_000, "eval_every": 5000, "spread": 0.1,
+        **fields,
     })  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-_SPREAD_SIZE = 1 << 22  # latents x codes that the loss of unequal use looks at
+_SPREAD_SIZE = 1 << 24  # latents x codes that the loss of unequal use looks at
 DEAD_CODE = 2
 """A VQ code whose moving count falls below this is replaced by a latent of the batch."""
 
