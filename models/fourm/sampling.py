@@ -60,8 +60,8 @@ def filtered(logits: Tensor, top_k: float = 0, top_p: float = 0.0) -> Tensor:
         ordered = _descending(logits)
         share = ordered.softmax(-1)
         # The token that crosses the threshold is kept, so at least one always is.
-        kept = (share.cumsum(-1) - share <= top_p).sum(-1, keepdim=True)
-        logits = logits.masked_fill(logits < ordered.gather(-1, kept - 1), -torch.inf)
+        least_kept = (share.cumsum(-1) - share <= top_p).sum(-1, keepdim=True) - 1
+        logits = logits.masked_fill(logits < ordered.gather(-1, least_kept), -torch.inf)
     return logits
 
 
