@@ -99,28 +99,28 @@ class Downloader:
     async def each(self, urls: Sequence[str]) -> AsyncIterator[Download]:
         """Downloads in completion order; ``index`` tells which URL."""
         ended: asyncio.Queue[asyncio.Task[Download]] = asyncio.Queue()
-        running: set[asyncio.Task[Download]] = set()
-
-        def end(task: asyncio.Task[Download]) -> None:
-            self._slots.release()
-            running.discard(task)
-            ended.put_nowait(task)
+        begun: set[asyncio.Task[Download]] = set()
 
         async def begin() -> None:
             async with self._beginning:
                 for index, url in enumerate(urls):
                     await self._slots.acquire()
                     task = asyncio.create_task(self._persist(index, url))
-                    running.add(task)
-                    task.add_done_callback(end)
+                    begun.add(task)
+                    task.add_done_callback(ended.put_nowait)
 
         beginning = asyncio.create_task(begin())
         try:
             for _ in urls:
-                yield (await ended.get()).result()
+                task = await ended.get()
+                begun.discard(task)
+                self._slots.release()  # not before: what is not taken yet occupies memory
+                yield task.result()
         finally:
-            for task in (beginning, *running):
+            beginning.cancel()
+            for task in begun:
                 task.cancel()
+                self._slots.release()
 
     async def _persist(self, index: int, url: str) -> Download:
         """One URL with retries: exponential backoff with jitter, at least Retry-After."""

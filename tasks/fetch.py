@@ -42,6 +42,8 @@ SYSTEMIC_MIN_ROWS = 20
 
 UNITS_AT_ONCE = 4
 """Shards of a worker that overlap: the slowest servers take as long as a few shards."""
+WAITING = 32
+"""Pictures of a worker that wait for being cleaned."""
 RESOLVERS = 64
 """Threads that ask the name server: dead names take seconds each, and are many."""
 
@@ -117,6 +119,8 @@ class FetchWork:
         self._pictures = pictures
         self._downloads = downloads
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="clean")
+        # Bodies that wait for a thread occupy memory: when they are many, no more are taken.
+        self._room = asyncio.Semaphore(WAITING)
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(ThreadPoolExecutor(RESOLVERS, thread_name_prefix="resolve"))
         self._thread = threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True)
@@ -167,15 +171,13 @@ class FetchWork:
     async def _fetch(self, state: _Shard) -> None:
         arrivals = self._arrivals(state)
         wanted = [row for row in range(len(state.rows)) if row not in state.fates]
-        # Bodies that wait for a thread occupy memory: when they are many, no more are taken.
-        room = asyncio.Semaphore(self._downloads.concurrency)
         settling = []
         async for download in arrivals:
             row = wanted[download.index]
             if download.reason == OK:
-                await room.acquire()
+                await self._room.acquire()
                 task = asyncio.create_task(self._settle(state, row, download.body))
-                task.add_done_callback(lambda _: room.release())
+                task.add_done_callback(lambda _: self._room.release())
                 settling.append(task)
             else:
                 state.fates[row] = (download.reason, download.detail)

@@ -172,7 +172,9 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     if not isinstance(profile, bytes) or not 0 < len(profile) <= MAX_PROFILE:
         return image
     transform = _transform(profile, image.mode)
-    return (transform and ImageCms.applyTransform(image, transform)) or image
+    if transform is None:
+        return image
+    return ImageCms.applyTransform(image, transform) or image
 
 
 @functools.lru_cache(maxsize=16)  # most pictures with a profile have one of a few

@@ -206,6 +206,30 @@ def test_pauses_double_and_last_as_long_as_the_server_asks_or_leave_it_to_a_late
     assert all(a >= b for a, b in zip(pauses, least, strict=True))
 
 
+def test_no_more_bodies_are_fetched_than_are_taken_and_leaving_early_frees_the_slots(monkeypatch):
+    begun: list[int] = []
+
+    async def persist(self, index, url):
+        begun.append(index)
+        return Download(index, "ok", body=b"x")
+
+    async def take():
+        downloader = Downloader(DownloadPolicy(concurrency=3))
+        urls = ["http://example.org/"] * 9
+        slow = downloader.each(urls)
+        await anext(slow)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert len(begun) <= 4
+        await slow.aclose()
+        found = [download.index async for download in downloader.each(urls)]
+        await downloader.close()
+        return found
+
+    monkeypatch.setattr(Downloader, "_persist", persist)
+    assert sorted(asyncio.run(take())) == list(range(9))
+
+
 def test_proxies_of_the_environment_are_never_asked(hostile, tmp_path, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
