@@ -100,7 +100,21 @@ def _healthy(api: str) -> bool:
 
 def post(api: str, path: str, body: Any) -> Any:
     """The answer of Prefect's API, parsed."""
-    answer = httpx.post(f"{api}{path}", json=body, timeout=30)
+    return _ask("POST", f"{api}{path}", json=body)
+
+
+def get(api: str, path: str) -> Any:
+    """The answer of Prefect's API, parsed."""
+    return _ask("GET", f"{api}{path}")
+
+
+def _ask(method: str, url: str, **content: Any) -> Any:
+    def answered() -> httpx.Response | None:
+        # 503 is a database that another request has locked; nothing has been done then.
+        found = httpx.request(method, url, timeout=120, **content)
+        return None if found.status_code == httpx.codes.SERVICE_UNAVAILABLE else found
+
+    answer = until(lambda: (found := answered()) is not None and [found], 120, url)[0]
     answer.raise_for_status()
     return answer.json() if answer.content else None
 

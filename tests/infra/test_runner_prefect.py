@@ -5,7 +5,6 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
@@ -13,7 +12,7 @@ from infra.ledger import Ledger
 from infra.ray_session import Embedded
 from infra.runner import Resources, run_stages
 from infra.store import Store
-from tests.infra.serving import command_of, descendants, post, process, server, until
+from tests.infra.serving import command_of, descendants, get, post, process, server, until
 from tests.infra.test_runner_cancel import toy_job
 
 
@@ -52,6 +51,6 @@ def _ray_of(process: psutil.Process) -> list[str]:
 
 
 def _terminal(api: str, run_id: str) -> tuple[str, str] | None:
-    state = httpx.get(f"{api}/flow_runs/{run_id}", timeout=30).json()["state"]
+    state = get(api, f"/flow_runs/{run_id}")["state"]
     ended = state["type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
     return (state["type"], state["name"]) if ended else None

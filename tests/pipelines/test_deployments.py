@@ -13,7 +13,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
 import psutil
 import pytest
 from PIL import Image
@@ -25,7 +24,7 @@ from infra.ray_session import Job
 from infra.store import Store
 from infra.verify import verify
 from tests.infra.ray_cluster import ENVIRONMENT, head, node
-from tests.infra.serving import ROOT, descendants, end, post, process, server, until
+from tests.infra.serving import ROOT, descendants, end, get, post, process, server, until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(1800)]
 ROWS, SHARD_ROWS = 8, 4
@@ -116,13 +115,13 @@ def start(place: Place, root: Path, pictures: Pictures) -> str:
         "timeout": 1200, "allow_hosts": [pictures.host],
         "ray": {"kind": "job", "address": place.dashboard},
     }  # fmt: skip
-    answer = httpx.get(f"{place.api}/deployments/name/ingest/cc12m", timeout=60).json()
+    deployment = get(place.api, "/deployments/name/ingest/cc12m")["id"]
     created = {"parameters": {"params": params}}
-    return post(place.api, f"/deployments/{answer['id']}/create_flow_run", created)["id"]
+    return post(place.api, f"/deployments/{deployment}/create_flow_run", created)["id"]
 
 
 def state(place: Place, run: str) -> str:
-    return httpx.get(f"{place.api}/flow_runs/{run}", timeout=60).json()["state"]["type"]
+    return get(place.api, f"/flow_runs/{run}")["state"]["type"]
 
 
 def ended(place: Place, run: str) -> str:
