@@ -94,8 +94,8 @@ def keep_freed_memory() -> None:
     """Tells glibc to keep what is freed: by default it gives every large block back to the kernel,
     which fills it with zeros when the next batch asks for it again. That is a sixth of a training
     step of 4M-Tiny on two cores. Does nothing where there is no glibc."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if sys.platform == "linux" and mallopt is not None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
 

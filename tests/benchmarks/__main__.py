@@ -70,7 +70,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", metavar="TEXT",
                         help="only records whose name holds this (loader, generate, encode)")
     parser.add_argument("--compile", action="store_true",
-                        help="train with compiled blocks (train_step)")
+                        help="train with compiled blocks (train_step); slower on CPUs so far")
     return parser
 
 

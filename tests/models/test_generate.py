@@ -79,6 +79,8 @@ def test_filters_keep_the_likely_tokens_of_untempered_logits() -> None:
     assert torch.isfinite(filtered(logits, top_k=2)).tolist() == [[True, True, False, False]]
     assert torch.isfinite(filtered(logits, top_k=0.25)).tolist() == [[True, False, False, False]]
     assert torch.isfinite(filtered(logits, top_p=0.7)).tolist() == [[True, True, False, False]]
+    even = torch.zeros(1, 4)
+    assert torch.isfinite(filtered(even, top_p=0.3)).all()  # none is likelier than the others
 
 
 def test_samples_follow_their_probabilities_and_greedy_takes_the_best() -> None:
