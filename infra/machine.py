@@ -14,8 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
-
 BF16_GAIN = 1.5
 """bf16 matrix products must beat fp32 by this factor before they are worth their rounding."""
 
@@ -94,8 +92,8 @@ def _matmul_seconds(dtype: Any, size: int = 512, repeats: int = 4) -> float:
 
 def keep_freed_memory() -> None:
     """Tells glibc to keep what is freed: by default it gives every large block back to the kernel,
-    which fills it with zeros when the next step of a training asks for it again. That is a sixth
-    of a step of 4M-Tiny on two cores. Does nothing where there is no glibc."""
+    which fills it with zeros when the next batch asks for it again. That is a sixth of a training
+    step of 4M-Tiny on two cores. Does nothing where there is no glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if sys.platform == "linux" and mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
@@ -135,15 +133,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what this process frees, up to half a gigabyte, for its next batch.
-
-    By default arrays of a batch are mapped afresh each time, and the kernel clears them page by
-    page: an eighth of the time of a small network. Elsewhere nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
-        mallopt(_TRIM_THRESHOLD, 512 << 20)
