@@ -238,7 +238,8 @@ def _add_lora(model: FourM, lora: Lora) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
+    alpha: Any = lora.alpha  # declared int by peft, which only divides it by the rank
+    settings = LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout,
                           target_modules=lora.modules)
     inject_adapter_in_model(settings, model)
     # peft leaves nothing but its own matrices to train; embeddings of new modalities are too.

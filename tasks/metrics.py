@@ -146,6 +146,61 @@ def metadata_right(predicted: dict[str, float], truth: dict[str, float]) -> floa
     return right / len(truth) if truth else 1.0
 
 
+def keypoints_right(
+    predicted: Sequence[dict[str, Any]], truth: Sequence[dict[str, Any]], *, reach: float = 0.1
+) -> float:
+    """F1 of the keypoints of one picture, of those that were seen: one is right within `reach` of
+    the diagonal of the person's box. People are paired by the overlap of their boxes.
+
+    Args:
+        predicted: `{"box": [xmin, ymin, xmax, ymax], "keypoints": 17 x [x, y, score]}` each.
+        truth: The same; keypoints of a score below 0.3 do not count.
+        reach: Greatest distance, a share of the diagonal.
+    """
+    from models.fourm.ensemble import box_iou
+
+    seen = [[np.array(each["keypoints"])[:, 2] >= 0.3 for each in people]
+            for people in (predicted, truth)]  # fmt: skip
+    total = sum(int(mask.sum()) for masks in seen for mask in masks)
+    if not total:
+        return 1.0
+    hits = 0
+    if predicted and truth:
+        overlap = box_iou(*(np.array([p["box"] for p in people]) for people in (predicted, truth)))
+        while overlap.max() > 0:
+            guess, fact = (int(i) for i in np.unravel_index(overlap.argmax(), overlap.shape))
+            overlap[guess], overlap[:, fact] = 0, 0
+            places = [np.array(people[i]["keypoints"])[:, :2]
+                      for people, i in ((predicted, guess), (truth, fact))]  # fmt: skip
+            x0, y0, x1, y1 = truth[fact]["box"]
+            near = np.hypot(*(places[0] - places[1]).T) <= reach * np.hypot(x1 - x0, y1 - y0)
+            hits += int((near & seen[0][guess] & seen[1][fact]).sum())
+    return 2 * hits / total
+
+
+def mask_overlap(predicted: dict[str, Any], truth: dict[str, Any]) -> float:
+    """Mean over the true instances of a picture of the best IoU that any predicted mask has with
+    it; 1 where there is none and none is predicted. Both values are of one size in pixels."""
+    if not truth["instances"]:
+        return float(not predicted["instances"])
+    guesses, facts = (_whole_masks(value) for value in (predicted, truth))
+    if not len(guesses):
+        return 0.0
+    shared = facts @ guesses.T
+    union = facts.sum(1)[:, None] + guesses.sum(1)[None] - shared
+    return float((shared / np.maximum(union, 1)).max(1).mean())
+
+
+def _whole_masks(value: dict[str, Any]) -> NDArray[np.float32]:
+    """Masks [N, H * W] of all instances at the size of the picture."""
+    height, width = value["size"]
+    masks = np.zeros((len(value["instances"]), height, width), np.float32)
+    for mask, each in zip(masks, value["instances"], strict=True):
+        left, top, right, bottom = each["box"]
+        mask[top:bottom, left:right] = each["mask"]
+    return masks.reshape(len(masks), height * width)
+
+
 def detection_ap50(predicted: Sequence[Detections], truth: Sequence[Detections]) -> float:
     """Return the mean over classes of average precision at IoU 0.5, by COCO's rules.
 

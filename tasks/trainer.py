@@ -121,7 +121,8 @@ class Trainer:
         """Steps to the end; returns the last metrics, or None if it was asked to stop before."""
         config, metrics, saved = self.config, dict[str, float](), time.monotonic()
         meter = Meter(self.world, self._peak)
-        with closing(prefetch(map(self._parts, range(self.step, config.steps)))) as batches:
+        steps = range(self.step, config.steps)
+        with closing(prefetch(map(self._parts, steps), wait=True)) as batches:
             while not self._ended():
                 parts = next(batches)
                 rate = self._rate(parts)

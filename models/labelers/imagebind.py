@@ -2,7 +2,7 @@
 
 A ViT with pre-norm blocks, a norm before the first one and learned positions. The published network
 sees a still image as a film of two equal frames, so its 3-D patch kernel is summed over time.
-Published checkpoints are CC-BY-NC: what is labelled with them inherits their terms.
+Published checkpoints are CC-BY-NC-SA: what is labelled with them inherits their terms.
 """
 
 from __future__ import annotations

@@ -25,11 +25,16 @@ def constant(modality: str, labels: Sequence[Any], similarity: Similarity) -> An
 
     Returns:
         The median depth, mean normal or feature, most frequent class and mean colour of each
-        pixel; edges where they are frequent; no boxes; the mean of each colour of a palette and
-        the median of each metadata field; and the caption that is right about most others.
+        pixel; edges where they are frequent; no boxes, people or instances; the mean of each
+        colour of a palette and the median of each metadata field; and the caption that is right
+        about most others.
     """
     if modality == "det":
         return {"instances": []}
+    if modality == "human_poses":
+        return {"humans": []}
+    if modality == "sam_instance":
+        return {"size": list(labels[0]["size"]), "instances": []}
     if modality == "caption":
         return medoid([text for text, _ in Counter(labels).most_common(_CAPTIONS)], similarity)
     if modality == "color_palette":

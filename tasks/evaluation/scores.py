@@ -106,6 +106,19 @@ def metadata_scores(predicted: Sequence[dict[str, Any]], truth: Truth) -> Scores
     return {"fields": float(np.mean([metrics.metadata_right(p, t) for p, t in pairs]))}
 
 
+def pose_scores(predicted: Sequence[dict[str, Any]], truth: Truth) -> Scores:
+    """F1 of keypoints, the mean over pictures."""
+    pairs = zip(predicted, truth.values["human_poses"], strict=True)
+    found = [metrics.keypoints_right(p["humans"], t["humans"]) for p, t in pairs]
+    return {"keypoint_f1": float(np.mean(found))}
+
+
+def instance_scores(predicted: Sequence[dict[str, Any]], truth: Truth) -> Scores:
+    """Mean IoU of the true masks with the predicted ones that fit them best."""
+    pairs = zip(predicted, truth.values["sam_instance"], strict=True)
+    return {"mask_iou": float(np.mean([metrics.mask_overlap(p, t) for p, t in pairs]))}
+
+
 def box_f1(predicted: Sequence[dict[str, Any]], facts: Sequence[dict[str, Any]]) -> float:
     """F1 of boxes of the right class that overlap by IoU 0.5 or more, paired greedily."""
     from models.fourm.ensemble import box_iou
@@ -158,6 +171,10 @@ FROM_RGB = (
               lower_is_better=True, score=palette_scores),
     TaskScore(condition="rgb", target="metadata", metric="fields", lower_is_better=False,
               score=metadata_scores),
+    TaskScore(condition="rgb", target="human_poses", metric="keypoint_f1", lower_is_better=False,
+              score=pose_scores),
+    TaskScore(condition="rgb", target="sam_instance", metric="mask_iou", lower_is_better=False,
+              score=instance_scores),
 )  # fmt: skip
 MEASURED = tuple(task.target for task in FROM_RGB)
 """Modalities that there is a score for."""

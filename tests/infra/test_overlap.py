@@ -64,6 +64,25 @@ def test_the_source_runs_ahead_by_the_depth_alone_and_stops_with_the_consumer():
         assert not thread.is_alive(), "the thread outlives its consumer"
 
 
+def test_closing_returns_after_the_item_under_way_where_asked():
+    made, go, begun = [], threading.Event(), threading.Event()
+
+    def source():
+        yield 1
+        begun.set()
+        assert go.wait(60)
+        made.append(2)
+        yield 2
+
+    stream = prefetch(source(), wait=True)
+    next(stream)
+    assert begun.wait(60)
+    threading.Timer(0.2, go.set).start()
+    stream.close()
+    assert made == [2]
+    assert not any(t.name == "prefetch" for t in threading.enumerate())
+
+
 def test_stages_overlap():
     """Three stages meet while each has an item in hand: one after another they never would."""
     meeting = threading.Barrier(3, timeout=60)

@@ -19,8 +19,8 @@ from models.crops import CropPolicy
 from models.modalities.sam_instance import instance
 from tasks.pictures import BadPicture, PicturePolicy, cleaned
 from tasks.tokenize import build_work, token_jobs, token_stage
+from tasks.tokenizer_config import TextRecipe
 from tasks.tokenizer_data import read_values
-from tasks.tokenizer_recipes import TextRecipe
 from tasks.train_tokenizers import TEXT, TokenizerInfo, train_tokenizers
 from tests.tasks.test_pictures import encoded
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from infra.ray_session import Embedded, ray_session
 from infra.store import Store
+from tasks.distributed import RESULT, STOP, _told, _worker
 from tasks.flops import Load, peak_flops
 from tasks.optim import learning_rate_scale
 from tasks.preemption import Stopped
@@ -242,6 +243,34 @@ def test_sigterm_ends_after_a_checkpoint_and_reaches_the_handler_before(tmp_path
     whole = Trainer(store, "whole", Regression(), config).fit().model
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_sigterm_of_the_driver_ends_its_workers_after_a_checkpoint(tmp_path):
+    store, config = Store(str(tmp_path)), dataclasses.replace(CONFIG, checkpoint_seconds=1e6)
+    heard = types.SimpleNamespace(requested=True)
+    with _told(store, "run", heard):
+        deadline = time.monotonic() + 60
+        while not store.exists(f"run/{STOP}"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    with pytest.raises(Stopped):
+        Trainer(store, "run", Regression(), config,
+                asked=lambda: (False, store.exists(f"run/{STOP}"))).fit()
+    assert Checkpoints(store, "run").steps() == [2]
+
+
+def test_a_worker_whose_node_is_about_to_go_keeps_one_checkpoint_at_once(tmp_path, monkeypatch):
+    import ray.train
+
+    context = types.SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    told = iter([None, "soon"])
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: next(told, "soon"),
+                        raising=False)
+    store, config = Store(str(tmp_path)), dataclasses.replace(CONFIG, checkpoint_seconds=1e6)
+    _worker({"store": store, "path": "run", "task": Regression(), "config": config})
+    assert Checkpoints(store, "run").steps() == [4, 12]
+    assert store.read_json(f"run/{RESULT}")["steps"] == 12
 
 
 def test_a_checkpoint_is_written_while_training_goes_on(tmp_path):

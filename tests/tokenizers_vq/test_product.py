@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.tokenizer_recipes import TokenizerRecipe, tokenizer_recipe
+from tasks.tokenizer_config import TokenizerRecipe
+from tasks.tokenizer_recipes import tokenizer_recipe
 from tokenizers_vq.codec import ValueCodec
 from tokenizers_vq.ordered import build_network
 from tokenizers_vq.tokenizer import Tokenizer, from_files
