@@ -33,7 +33,7 @@ UNITS = {"rgb": "mean squared error of 0..1", "depth": "absolute relative error,
 _SAME = {"size": SIZE, "width": WIDTH, "batch_size": BATCH, "decoder_depth": 2}
 _OURS: dict[str, dict[str, Any]] = {
     "rgb": {"spread": 0.3},
-    "depth": {"spread": 0.3, "depth_mode": "standardise"},
+    "depth": {"spread": 1.0, "depth_mode": "standardise"},
 }
 
 

@@ -90,12 +90,12 @@ def test_what_is_wrong_is_said_in_one_sentence_before_any_work(
 
 
 def test_generate_takes_the_words_of_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tasks.chain
+    import tasks.checks
     import tasks.generate
     from tasks.generate import How
 
     asked: list[tuple[object, ...]] = []
-    monkeypatch.setattr(tasks.chain, "check", lambda *_: None)
+    monkeypatch.setattr(tasks.checks, "check", lambda *_: None)
     monkeypatch.setattr(
         tasks.generate, "generate", lambda store, *rest: asked.append(rest) or [Path("x.png")]
     )

@@ -79,6 +79,36 @@ def test_adaptation_goes_on_at_sides_up_to_448():
     assert recipe.ema == 0.9999
 
 
+@pytest.mark.parametrize("preset", ["scenes", "modern", "released"])
+def test_networks_for_224_px_take_448_px_at_four_times_the_tokens(preset):
+    import torch
+
+    from tasks.tokenizer_task import build_network
+
+    small = {"size": 224, "width": 64, "heads": 1, "encoder_depth": 1, "decoder_depth": 1}
+    recipe = tokenizer_recipe("semseg", preset, **small, num_classes=5)
+    net = build_network(recipe.network(np.zeros((1, 224, 224), np.uint8))).eval()
+    classes = torch.zeros(1, 448, 448, dtype=torch.uint8)
+    with torch.inference_mode():
+        tokens = net.encode(classes)
+        assert tokens.shape == (1, 28, 28)
+        assert net.decode(tokens).shape == (1, 5, 448, 448)
+        assert net.encode(classes[:, :224, :224]).shape == (1, 14, 14)
+
+
+def test_the_plan_of_the_command_line_follows_its_form():
+    from pipelines.params import PlanTokenizersParams
+    from pipelines.plan_tokenizers import run
+
+    form = PlanTokenizersParams(
+        preset="modern", modalities=["rgb"], recipes={"rgb": "rgb_adaptive"},
+        changes={"rgb": {"registers": 32}},
+    )
+    head, line, _ = run(form)
+    row = dict(zip(head.split(), line.split(), strict=True))
+    assert (row["recipe"], row["tokens"], row["codes"]) == ("rgb", "32", "15360")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
