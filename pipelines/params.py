@@ -186,6 +186,9 @@ class TokenizerOptions(Form):
 class TokenizeOptions(Form):
     """What the token set holds."""
 
+    modalities: list[str] = Field(
+        [], description="Modalities to tokenize, of those with a tokenizer; none: all of them."
+    )
     crops: int = Field(4, ge=1, le=64, description="Crops of a sample; crop 0 is the centre.")
     min_scale: float = Field(0.8, gt=0, le=1, description="Least area of a random crop, a share.")
     hflip: bool = Field(False, description="Mirror random crops (captions with 'left' forbid it).")

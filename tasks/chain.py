@@ -246,12 +246,16 @@ class Chain:
 
     @cached_property
     def tokens(self) -> dict[str, Stage]:
-        """Token stage of each modality that has a tokenizer."""
+        """Token stage of each modality that has a tokenizer, or of those that were chosen."""
         from tasks.tokenize import token_stage
         from tasks.train_tokenizers import TEXT
 
         learned = {name: info for name, info in self.tokenizers.items() if name != TEXT}
-        chosen = learned | dict.fromkeys(self.text_forms, self.tokenizers[TEXT])
+        known = learned | dict.fromkeys(self.text_forms, self.tokenizers[TEXT])
+        wanted = self.section("tokenize").get("modalities") or list(known)
+        if missing := [name for name in wanted if name not in known]:
+            raise ValueError(f"{missing[0]!r} has no tokenizer; there are {', '.join(known)}")
+        chosen = {name: info for name, info in known.items() if name in wanted}
         return {
             name: token_stage(
                 name, info, self.crops, self.sources[name],

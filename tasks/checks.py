@@ -44,6 +44,10 @@ def check(flow: str, choices: dict[str, Any]) -> None:
         _check_labels(chain, choices)
     if flow == "train_tokenizers":
         _check_tokenizers(chain, choices)
+    if flow == "tokenize":
+        for name in choices["modalities"]:
+            known = [*chain.recipes, *chain.text_forms]
+            _one_of("tokenizer of", name, known, "train-tokenizers")
     if flow == "train":
         _check_training(store, choices)
     if flow in ("evaluate", "generate"):

@@ -136,6 +136,18 @@ def test_every_modality_can_be_a_condition(trained: Store, tmp_path: Path) -> No
     assert isinstance(palette, dict)
 
 
+def test_tokenizing_takes_a_list_of_modalities(trained: Store) -> None:
+    wanted = ["depth", "caption", "sam_instance"]
+    few = TokenizeOptions(crops=2, modalities=wanted).model_dump()
+    check("tokenize", {**few, "root": trained.url})
+    every, chain = Chain(trained).tokens, Chain(trained)
+    chain.settings["tokenize"] = few
+    assert chain.tokens == {name: every[name] for name in every if name in wanted}
+    odd = {**few, "root": trained.url, "modalities": ["smell"]}
+    with pytest.raises(ValueError, match="no tokenizer of 'smell'; there are rgb"):
+        check("tokenize", odd)
+
+
 def test_a_text_that_its_vocabulary_cannot_hold_is_refused_before_work(trained: Store) -> None:
     few = {**choices(), "root": trained.url, "coordinate_bins": 16, "changes": {},
            "modalities": ["rgb", "depth"]}  # fmt: skip
