@@ -63,7 +63,7 @@ class TrainOptions(Training):
     train_workers: int = Field(
         0, ge=0, description="Ray Train workers, a GPU each; 0: in this process."
     )
-    compile: bool = Field(False, description="Compile the blocks; needs a C++ compiler on CPUs.")
+    compile: bool = Field(False, description="Compile the blocks, on GPUs: CPUs get slower by it.")
     wandb: str = Field("", description="Project of Weights & Biases that gets the curve too.")
 
 
