@@ -176,7 +176,7 @@ class Ledger:
         Written before the work, so that it also counts attempts that kill their worker.
         """
         prefix = f"attempts/{stage.id}/{shard_name(shard)}."
-        number = len(self.store.list(prefix)) + 1
+        number = self.attempts(stage, shard) + 1
         record = {"created": _now(), "writer": uuid.uuid4().hex}
         while not self.store.create_json(f"{prefix}{number}", record):
             # A lost answer is asked for again, and then says that the object, ours, exists.
@@ -184,6 +184,10 @@ class Ledger:
                 break
             number += 1
         return number
+
+    def attempts(self, stage: Stage, shard: int) -> int:
+        """How often work on a shard has begun."""
+        return len(self.store.list(f"attempts/{stage.id}/{shard_name(shard)}."))
 
     def quarantine(self, stage: Stage, shard: int, reason: str) -> None:
         """Sets a shard aside with the reason; `todo` leaves it out until `release`."""

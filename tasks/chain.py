@@ -266,6 +266,11 @@ def labelers(choices: dict[str, Any]) -> dict[str, LabelerSpec]:
             raise ValueError(f"models names {name!r}; the labelers are {', '.join(chosen)}")
         model_id, _, revision = (model, "", "") if Path(model).is_dir() else model.partition("@")
         chosen[name] = dataclasses.replace(chosen[name], model_id=model_id, revision=revision)
+    for name, own in choices.get("resources", {}).items():
+        if name not in chosen:
+            raise ValueError(f"resources names {name!r}; the labelers are {', '.join(chosen)}")
+        if own["batch_size"]:
+            chosen[name] = dataclasses.replace(chosen[name], batch_size=own["batch_size"])
     return chosen
 
 
@@ -310,9 +315,7 @@ def check(flow: str, choices: dict[str, Any]) -> None:
 
         read_about(Store(choices["source"]))
     if flow == "label":
-        from tasks.label import label_stages
-
-        label_stages(labelers(choices).values(), chain.fetch)
+        _check_labels(chain, choices)
     if flow == "train_tokenizers":
         _check_tokenizers(chain, choices)
     if flow == "train":
@@ -339,6 +342,27 @@ def _check_source(choices: dict[str, Any]) -> None:
         next(read_rows(detect(source), 1), None)
     except FileNotFoundError:
         raise ValueError(f"there is nothing at {source.path}") from None
+
+
+def _check_labels(chain: Chain, choices: dict[str, Any]) -> None:
+    from tasks.label import label_jobs
+
+    groups = [group.split("+") for group in choices["share"]]
+    label_jobs(labelers(choices).values(), chain.fetch, (), groups)
+    alone = {"gpus": None, "workers": None, "accelerator": ""}
+    needs = {
+        name: {each: own[each] for each in alone} for name, own in choices["resources"].items()
+    }
+    for names in groups:
+        first = needs.get(names[0], alone)
+        if other := [name for name in names if needs.get(name, alone) != first]:
+            raise ValueError(
+                f"share={'+'.join(names)!r}: {other[0]!r} has other resources than {names[0]!r}; "
+                "what shares a pass runs in the same workers"
+            )
+    for name, own in needs.items():
+        if own["accelerator"] and not (choices["gpus"] if own["gpus"] is None else own["gpus"]):
+            raise ValueError(f"resources of {name!r}: an accelerator, but no gpus")
 
 
 def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ BENCHMARKS = {
     "loader": ("training", "masked batches from token shards: samples/s on one core"),
     "label": ("networks", "labelling stage against its bare network: images/s"),
     "tokenize": ("networks", "tokenizing stage against its bare encoder: crops/s"),
+    "scale": ("scale", "the engine beside any network: cost of a sample at 1k, 10k, 50k samples"),
     "generate": ("generation", "captions and depth maps from pixels: samples/s"),
 }
 

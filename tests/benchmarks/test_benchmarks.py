@@ -16,7 +16,7 @@ REQUIRED = {
 def test_every_benchmark_is_listed_and_exists(capsys):
     main(["--list"])
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == ["train_step", "loader", "label", "tokenize", "generate"]
+    assert listed == ["train_step", "loader", "label", "tokenize", "scale", "generate"]
     for name, (module, _) in BENCHMARKS.items():
         assert callable(getattr(importlib.import_module(f"tests.benchmarks.{module}"), name))
 
