@@ -94,7 +94,10 @@ class LocalBackend:
                     if path.startswith(prefix) or prefix.startswith(f"{path}/"):
                         folders.append(path)
                 elif path.startswith(prefix):
-                    about = entry.stat()
+                    try:
+                        about = entry.stat()
+                    except FileNotFoundError:  # removed since the folder was read
+                        continue
                     found[path] = Entry(about.st_size, about.st_mtime)
         return found
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from weakref import WeakValueDictionary
 
 import aiohttp
 from yarl import URL
@@ -40,8 +42,8 @@ class DownloadPolicy:
     """Attempts for failures that are worth a retry."""
     backoff: float = 0.5
     """Seconds before the second attempt; doubles with each further one, with jitter."""
-    concurrency: int = 64
-    """Downloads under way at once."""
+    concurrency: int = 256
+    """Downloads under way at once: most of them wait."""
     per_host: int = 8
     """Connections to one host at once."""
     honour_opt_out: bool = True
@@ -60,52 +62,67 @@ class Download:
     retry_after: float | None = None
 
 
-async def download_all(urls: Sequence[str], policy: DownloadPolicy) -> AsyncIterator[Download]:
-    """Downloads in completion order; ``index`` tells which URL."""
-    connector = aiohttp.TCPConnector(
-        limit=policy.concurrency,
-        resolver=PublicResolver(policy.addresses),
-        ttl_dns_cache=300,
-    )
-    session = aiohttp.ClientSession(
-        connector=connector,
-        trust_env=False,
-        auto_decompress=False,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity", "Accept": "image/*"},
-        # One attempt is timed as a whole, after it got its turn at the host.
-        timeout=aiohttp.ClientTimeout(total=None),
-    )
-    client = _Client(session, policy)
-    waiting = iter(enumerate(urls))
-    async with session:
-        running: set[asyncio.Task[Download]] = set()
-        try:
-            while True:
-                while len(running) < policy.concurrency:
-                    item = next(waiting, None)
-                    if item is None:
-                        break
-                    running.add(asyncio.create_task(client.persist(*item)))
-                if not running:
-                    return
-                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    yield task.result()
-        finally:
-            for task in running:
-                task.cancel()
+class Downloader:
+    """Downloads under one policy, for as many lists at once as there are.
 
+    Connections, turns at a host and the number of downloads under way are shared. Lists are begun
+    in the order they came: while the last rows of one wait for slow servers, the next begins.
 
-class _Client:
-    """One shard's downloads: the session, the policy and a turnstile for each host."""
+    Lives in one event loop; `close` it there.
+    """
 
-    def __init__(self, session: aiohttp.ClientSession, policy: DownloadPolicy) -> None:
-        self._session = session
+    def __init__(self, policy: DownloadPolicy) -> None:
         self._policy = policy
-        self._hosts: dict[str, asyncio.Semaphore] = {}
+        self._hosts = WeakValueDictionary[str, asyncio.Semaphore]()
+        self._slots = asyncio.Semaphore(policy.concurrency)
+        self._beginning = asyncio.Lock()
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=policy.concurrency,
+                resolver=PublicResolver(policy.addresses),
+                ttl_dns_cache=300,
+                # Lists name many hosts: connections that are kept long become too many.
+                keepalive_timeout=5,
+            ),
+            trust_env=False,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity", "Accept": "image/*"},
+            # One attempt is timed as a whole, after it got its turn at the host.
+            timeout=aiohttp.ClientTimeout(total=None),
+        )
 
-    async def persist(self, index: int, url: str) -> Download:
+    async def close(self) -> None:
+        """Closes all connections."""
+        await self._session.close()
+
+    async def each(self, urls: Sequence[str]) -> AsyncIterator[Download]:
+        """Downloads in completion order; ``index`` tells which URL."""
+        ended: asyncio.Queue[asyncio.Task[Download]] = asyncio.Queue()
+        begun: set[asyncio.Task[Download]] = set()
+
+        async def begin() -> None:
+            async with self._beginning:
+                for index, url in enumerate(urls):
+                    await self._slots.acquire()
+                    task = asyncio.create_task(self._persist(index, url))
+                    begun.add(task)
+                    task.add_done_callback(ended.put_nowait)
+
+        beginning = asyncio.create_task(begin())
+        try:
+            for _ in urls:
+                task = await ended.get()
+                begun.discard(task)
+                self._slots.release()  # not before: what is not taken yet occupies memory
+                yield task.result()
+        finally:
+            beginning.cancel()
+            for task in begun:
+                task.cancel()
+                self._slots.release()
+
+    async def _persist(self, index: int, url: str) -> Download:
         """One URL with retries: exponential backoff with jitter, at least Retry-After."""
         policy = self._policy
         for attempt in range(1, policy.attempts + 1):
@@ -113,17 +130,15 @@ class _Client:
             if result.reason not in RETRYABLE or attempt == policy.attempts:
                 break
             pause = policy.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
-            await asyncio.sleep(max(pause, min(result.retry_after or 0.0, policy.timeout)))
+            asked_for = result.retry_after or 0.0
+            if asked_for > policy.timeout:
+                break  # longer than a slot is held for one row: a later pass takes it up
+            await asyncio.sleep(max(pause, asked_for))
         return result
 
     async def _attempt(self, index: int, url: str) -> Download:
         try:
-            target = URL(url)
-            host = self._hosts.setdefault(
-                target.host or "", asyncio.Semaphore(self._policy.per_host)
-            )
-            async with host, asyncio.timeout(self._policy.timeout):
-                return await self._follow(index, target)
+            return await self._follow(index, URL(url))
         except BlockedAddress as error:
             return Download(index, "blocked_address", str(error))
         except TimeoutError:
@@ -143,19 +158,37 @@ class _Client:
             return Download(index, "bad_url", str(error))
 
     async def _follow(self, index: int, url: URL) -> Download:
+        left = self._policy.timeout
+        for _ in range(self._policy.max_redirects + 1):
+            self._policy.addresses.check(url)
+            async with self._turn(url.host or ""):  # waiting for it does not count as slowness
+                began = time.monotonic()
+                async with asyncio.timeout(left):
+                    found = await self._get(index, url)
+                left -= time.monotonic() - began
+            if isinstance(found, Download):
+                return found
+            url = found
+        return Download(index, "too_many_redirects", f"more than {self._policy.max_redirects}")
+
+    def _turn(self, host: str) -> asyncio.Semaphore:
+        """The turnstile of a host; it lasts as long as somebody waits there or has passed."""
+        turn = self._hosts.get(host)
+        if turn is None:
+            turn = self._hosts[host] = asyncio.Semaphore(self._policy.per_host)
+        return turn
+
+    async def _get(self, index: int, url: URL) -> Download | URL:
+        """What a URL holds, or where it leads."""
         policy = self._policy
-        for _ in range(policy.max_redirects + 1):
-            policy.addresses.check(url)
-            async with self._session.get(url, allow_redirects=False) as answer:
-                if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
-                    url = url.join(URL(answer.headers["Location"]))
-                    continue
-                if answer.status != 200:
-                    return _refused(index, answer)
-                if policy.honour_opt_out and _opted_out(answer):
-                    return Download(index, "opt_out", answer.headers.get("X-Robots-Tag", ""))
-                return await _body(index, answer, policy.max_bytes)
-        return Download(index, "too_many_redirects", f"more than {policy.max_redirects}")
+        async with self._session.get(url, allow_redirects=False) as answer:
+            if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
+                return url.join(URL(answer.headers["Location"]))
+            if answer.status != 200:
+                return _refused(index, answer)
+            if policy.honour_opt_out and _opted_out(answer):
+                return Download(index, "opt_out", answer.headers.get("X-Robots-Tag", ""))
+            return await _body(index, answer, policy.max_bytes)
 
 
 def _connection_failure(index: int, error: BaseException, reason: str) -> Download:

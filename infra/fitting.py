@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 log = logging.getLogger("fourm.runner")
 R = TypeVar("R")
+Items = Any
+"""A sequence, or an array whose first axis counts items: whatever has a length and slices."""
 
 _SIGNS = ("can't allocate memory", "ALLOC_FAILED")
 """What torch says on a CPU, and what cuBLAS and cuDNN say, in errors of no kind of their own."""
@@ -31,8 +33,8 @@ class FittingBatches:
         self.size, self._what = size, what
 
     def __call__(
-        self, call: Callable[[Any], R], items: Sequence[Any]
-    ) -> Iterator[tuple[Sequence[Any], R]]:
+        self, call: Callable[[Any], R], items: Items
+    ) -> Iterator[tuple[Items, R]]:
         """Each batch of the items, in order, with what the call returned for it.
 
         Raises:
@@ -49,7 +51,7 @@ class FittingBatches:
             start += len(batch)
             yield batch, found[0]
 
-    def _attempt(self, call: Callable[[Any], R], batch: Sequence[Any]) -> tuple[R] | None:
+    def _attempt(self, call: Callable[[Any], R], batch: Items) -> tuple[R] | None:
         try:
             return (call(batch),)
         except (RuntimeError, MemoryError) as error:

@@ -14,10 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
-
 BF16_GAIN = 1.5
 """bf16 matrix products must beat fp32 by this factor before they are worth their rounding."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def describe() -> dict[str, Any]:
@@ -90,6 +90,16 @@ def _matmul_seconds(dtype: Any, size: int = 512, repeats: int = 4) -> float:
     return best
 
 
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what is freed: by default it gives every large block back to the kernel,
+    which fills it with zeros when the next batch asks for it again. That is a sixth of a training
+    step of 4M-Tiny on two cores. Does nothing where there is no glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
 def peak_rss() -> int:
     """Largest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -123,15 +133,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what this process frees, up to half a gigabyte, for its next batch.
-
-    By default arrays of a batch are mapped afresh each time, and the kernel clears them page by
-    page: an eighth of the time of a small network. Elsewhere nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
-        mallopt(_TRIM_THRESHOLD, 512 << 20)

@@ -13,11 +13,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def prefetch(source: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
+def prefetch(
+    source: Iterable[T], depth: int = 2, *, wait: bool = False
+) -> Generator[T, None, None]:
     """Run an iterable in a background thread, at most `depth` items ahead.
 
     An exception of the source is raised here in its place. Closing the iterator, or letting go
-    of it, ends the thread after the item it is making.
+    of it, ends the thread after the item it is making; with `wait` closing returns after that, for
+    a process that ends while the thread is inside native code is aborted.
     """
     items: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
     stop = threading.Event()
@@ -53,6 +56,8 @@ def prefetch(source: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
                 return
     finally:
         stop.set()
+        if wait:
+            thread.join()
 
 
 def trailing(

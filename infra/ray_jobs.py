@@ -30,6 +30,8 @@ log = logging.getLogger("fourm.jobs")
 POLL_SECONDS = 2.0
 PATIENCE_SECONDS = 300.0
 """How long a cluster may be out of reach before following its job is given up."""
+LAST_WORDS_SECONDS = 10.0
+"""How long the log of a job that has ended is waited for."""
 TAIL_LINES = 20
 """Lines of a failed job's log that its error repeats."""
 
@@ -182,7 +184,7 @@ class _Tail:
     def finish(self, on_line: Callable[[str], None]) -> None:
         """Hand over what is left of the log of a job that has ended."""
         self._over.set()
-        self._thread.join(timeout=5 * POLL_SECONDS)
+        self._thread.join(timeout=LAST_WORDS_SECONDS)
         self.drain(on_line)
         if self._rest:
             on_line(self._rest)

@@ -28,6 +28,7 @@ log = logging.getLogger("fourm.ray")
 
 OBJECT_STORE_BYTES = 512 * 1024**2
 """Only small status rows travel through Ray's object store: the data goes through the store."""
+START_ATTEMPTS = 3
 STOP_SECONDS = 15.0
 """Most seconds for Ray to stop by itself. Prefect kills a cancelled run after 30 s."""
 
@@ -118,10 +119,25 @@ def ray_session(target: RayTarget) -> Iterator[None]:
     with _environment(target), _signal_handlers() as keep_handlers:
         before = _children()
         try:
-            _init(target)
+            _start(target, before)
             keep_handlers()
             yield
         finally:
+            _shutdown([p for p in _children() if p not in before])
+
+
+def _start(target: Embedded | Existing, before: list[psutil.Process]) -> None:
+    """Begin the session. Ray gives its helpers 15 s to start and ends where they take longer, as
+    they do on a busy machine: an embedded Ray is tried again."""
+    for left in reversed(range(START_ATTEMPTS if isinstance(target, Embedded) else 1)):
+        try:
+            return _init(target)
+        except ValueError:
+            raise
+        except Exception as error:
+            if not left:
+                raise
+            log.warning("Ray did not start and is tried again: %s", error)
             _shutdown([p for p in _children() if p not in before])
 
 

@@ -306,6 +306,9 @@ def _dataset(
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # It warns that progress bars are off, as asked for below.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    # Units of different stages never overlap: a worker holds the work of one.
+    jobs = arguments["jobs"]
+    at_once = min(jobs[0].at_once, -(-len(units) // workers)) if len(jobs) == 1 else 1
     source = ray.data.from_items(units, override_num_blocks=min(len(units), MAX_BLOCKS))
     context = source.context
     context.enable_progress_bars = False
@@ -314,8 +317,14 @@ def _dataset(
     return source.map_batches(
         UnitRunner,
         batch_size=1,
-        # Two: the next unit is there when one ends, and few queue behind a slow one.
-        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+        compute=ray.data.ActorPoolStrategy(
+            size=workers,
+            # None waits behind a slow one while other workers are idle. Handing over a unit takes
+            # milliseconds, and a unit seconds to hours.
+            max_tasks_in_flight_per_actor=at_once,
+            max_concurrent_calls_per_actor=at_once,
+            enable_true_multi_threading=at_once > 1,
+        ),
         fn_constructor_kwargs=arguments,
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus or None,

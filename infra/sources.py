@@ -19,46 +19,20 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-Format = Literal["auto", "tsv", "csv", "jsonl", "parquet", "folder", "webdataset"]
+from infra.listing import COMPRESSED, PICTURES, Format, Source, detect, files_of, filesystem
+
+__all__ = ["MAX_LINE", "NONE", "PICTURES", "Format", "Row", "Source", "detect", "read_rows"]
+
 NONE = "-"
 """Name of a caption column that says: there is none."""
 MAX_LINE = 1 << 20
 """Longest line of a list, in characters; longer ones are bad rows."""
-PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic"})
-"""Extensions of pictures in folders and tars, also those whose format will be refused by name."""
-
-_COMPRESSED = {"gz": "gzip", "bz2": "bz2", "zst": "zstd"}
-_FORMATS: dict[str, Format] = {
-    "tsv": "tsv", "txt": "tsv", "csv": "csv", "jsonl": "jsonl", "ndjson": "jsonl",
-    "parquet": "parquet", "pq": "parquet", "tar": "webdataset",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A list of pictures, and which of its columns mean what."""
-
-    path: str
-    format: Format = "auto"
-    """auto: from the file's extension, or from what a folder holds."""
-    url: str = ""
-    """Column of the URLs; "": "url", or the first column of a TSV."""
-    caption: str = ""
-    """Column of the captions; "": "caption", or the second column of a TSV; "-": none."""
-    extra: tuple[str, ...] = ()
-    """Further columns that are kept."""
-
-    @property
-    def plain(self) -> bool:
-        """Whether this is the list that needs no words: a TSV of url<TAB>caption."""
-        return self.format == "tsv" and not (self.url or self.caption or self.extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +52,6 @@ class Row:
     """What identifies the row: equal lists have equal texts in equal order."""
 
 
-def detect(source: Source) -> Source:
-    """The source with its format filled in.
-
-    Raises:
-        ValueError: the path tells no format, or the columns do not suit it.
-        FileNotFoundError: there is nothing at the path.
-    """
-    if source.format == "auto":
-        source = replace(source, format=_format_of(source.path))
-    if source.format in ("folder", "webdataset") and (source.url or source.caption or source.extra):
-        raise ValueError(f"a source of format {source.format!r} has no columns to choose")
-    return source
-
-
 def read_rows(source: Source, limit: int | None = None) -> Iterator[Row]:
     """The first `limit` rows of a source whose format is known (see `detect`).
 
@@ -109,79 +69,13 @@ def read_rows(source: Source, limit: int | None = None) -> Iterator[Row]:
         yield row
 
 
-def _format_of(path: str) -> Format:
-    fs, root = fsspec.core.url_to_fs(path)
-    if not _is_folder(fs, root):
-        return _by_extension(path)
-    for file in _walk(fs, root):
-        extension = file["name"].rpartition(".")[2].lower()
-        if extension in PICTURES:
-            return "folder"
-        if extension in _FORMATS and _FORMATS[extension] != "tsv":
-            return _FORMATS[extension]
-    raise ValueError(f"{path} holds neither pictures nor lists nor tars")
-
-
-def _by_extension(path: str) -> Format:
-    parts = path.lower().rstrip("*").split(".")
-    if parts[-1] in _COMPRESSED:
-        parts.pop()
-    if "." not in path.rpartition("/")[2]:
-        return "tsv"  # a bare name has always been one
-    if parts[-1] not in _FORMATS:
-        raise ValueError(
-            f"the name of {path} tells no format; choose tsv, csv, jsonl, parquet, folder or "
-            "webdataset"
-        )
-    return _FORMATS[parts[-1]]
-
-
-def _walk(fs: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """Files below a folder in the order of their names, one listing in memory at a time."""
-    for entry in sorted(fs.ls(folder, detail=True), key=lambda e: str(e["name"])):
-        name = entry["name"].rstrip("/")
-        if name.rpartition("/")[2].startswith(".") or entry.get("islink") or name == folder:
-            continue
-        if entry["type"] == "directory":
-            yield from _walk(fs, name)
-        else:
-            yield entry
-
-
-def _files(source: Source) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The files that make up a source: one, those of a pattern, or those of a folder."""
-    fs, root = fsspec.core.url_to_fs(source.path)
-    if "*" in root:
-        found = [fs.info(name) for name in sorted(fs.glob(root))]
-    elif _is_folder(fs, root):
-        found = [f for f in _walk(fs, root) if _is_of(f["name"], source.format)]
-    else:
-        found = [{"name": root}]
-    if not found:
-        raise FileNotFoundError(f"nothing of format {source.format} at {source.path}")
-    for file in found:
-        yield fs, file
-
-
-def _is_folder(fs: Any, path: str) -> bool:
-    """Whether a path is a folder; asking that of a web server would fetch the whole list."""
-    return "http" not in fs.protocol and bool(fs.isdir(path))
-
-
-def _is_of(name: str, wanted: Format) -> bool:
-    try:
-        return _by_extension(name) == wanted
-    except ValueError:
-        return False
-
-
 # --- text -------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _text(fs: Any, name: str) -> Iterator[io.TextIOWrapper]:
     """A text file, decompressed as it is read; trouble is a ValueError that names the file."""
-    codec = _COMPRESSED.get(name.rpartition(".")[2].lower())
+    codec = COMPRESSED.get(name.rpartition(".")[2].lower())
     with fs.open(name, "rb") as raw:
         stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), codec) if codec else raw
         try:
@@ -211,7 +105,7 @@ def _tsv(source: Source) -> Iterator[Row]:
     if not source.plain:
         yield from _table(source, _tsv_fields, ("1", "2"))
         return
-    for fs, file in _files(source):
+    for fs, file in files_of(source):
         for line in _lines(fs, file["name"]):
             url, _, caption = line.partition("\t")
             yield _row(url, caption, "", problem=_too_long(line), text=line)
@@ -251,7 +145,7 @@ def _table(
     """Rows of a text with columns; without a header where columns are numbers."""
     wanted = _wanted(source, defaults)
     numbers = all(name.isdigit() for name in wanted if name != NONE)
-    for fs, file in _files(source):
+    for fs, file in files_of(source):
         lines = fields_of(fs, file["name"])
         header = None if numbers else next(lines, ([], ""))[0]
         places = [_place(name, header, file["name"]) for name in wanted]
@@ -310,7 +204,7 @@ def _json(value: Any) -> str:
 
 def _jsonl(source: Source) -> Iterator[Row]:
     wanted = _wanted(source, ("url", "caption"))
-    for fs, file in _files(source):
+    for fs, file in files_of(source):
         checked = False
         for line in _lines(fs, file["name"]):
             try:
@@ -336,7 +230,7 @@ def _jsonl(source: Source) -> Iterator[Row]:
 def _parquet(source: Source) -> Iterator[Row]:
     wanted = _wanted(source, ("url", "caption"))
     columns = list(dict.fromkeys(name for name in wanted if name != NONE))
-    for fs, file in _files(source):
+    for fs, file in files_of(source):
         with fs.open(file["name"], "rb") as raw:
             try:
                 table = pq.ParquetFile(raw, pre_buffer=False)
@@ -366,7 +260,7 @@ def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
 
 def _folder(source: Source) -> Iterator[Row]:
     """Pictures in the order of their paths; those of a folder before those of its subfolders."""
-    fs, root = fsspec.core.url_to_fs(source.path)
+    fs, root = filesystem(source.path)
     if not fs.isdir(root):
         raise FileNotFoundError(f"{source.path} is no folder")
     yield from _pictures(fs, root.rstrip("/"), "")
@@ -393,7 +287,7 @@ def _pictures(fs: Any, root: str, folder: str) -> Iterator[Row]:
 
 
 def _tars(source: Source) -> Iterator[Row]:
-    for fs, file in _files(source):
+    for fs, file in files_of(source):
         name = file["name"]
         short = name.rpartition("/")[2]
         size = file["size"] if "size" in file else fs.info(name).get("size")

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,6 +55,9 @@ class StageJob:
     config: dict[str, Any]
     """JSON; what the work needs and the fingerprint does not hold, such as a batch size."""
     shards: tuple[int, ...]
+    at_once: int = 1
+    """Shards that a worker may have under way at once: more where a unit mostly waits. The work's
+    `run` is then called from several threads."""
     share: str = ""
     """Jobs of one name here do each shard in one pass, as far as it is to do for several of them;
     their works are held at once. Empty: alone."""
@@ -76,7 +80,7 @@ class UnitStatus:
 
 
 class UnitRunner:
-    """Runs units one at a time and keeps the work of the current stage.
+    """Runs units and keeps the work of the current stage; units of one stage may overlap.
 
     Args:
         store: where inputs and the ledger lie.
@@ -89,6 +93,7 @@ class UnitRunner:
         self._ledger = Ledger(store)
         self._works: dict[int, Work] = {}
         self._halt = ""
+        self._building = threading.Lock()
         keep_freed_memory()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -196,17 +201,22 @@ class UnitRunner:
                 reason = f"{type(error).__name__}: {error}"
 
     def _upstream(self, stage: Stage, shard: int) -> list[Commit]:
-        """What the shard was made from, as far as upstream stages work on the same shards."""
+        """What the shard was made from, as far as upstream stages work on the same shards; where
+        one of them keeps nothing of it, what that one was made from."""
         found = []
         for upstream in stage.upstream:
             try:
                 found.append(self._ledger.read_commit(upstream, shard))
             except FileNotFoundError:
-                continue
-        return found
+                found += self._upstream(upstream, shard)
+        return list({commit.stage: commit for commit in found}.values())
 
     def _works_of(self, jobs: list[int]) -> list[Work]:
         """Works of jobs that share a pass; others are let go of before the first is built."""
+        with self._building:
+            return self._held(jobs)
+
+    def _held(self, jobs: list[int]) -> list[Work]:
         share = self._jobs[jobs[0]].share
         kept = all(share and self._jobs[job].share == share for job in self._works)
         if not kept and set(self._works) != set(jobs):

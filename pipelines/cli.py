@@ -98,7 +98,9 @@ def _form_command(
 
     command.__signature__ = options.signature(form)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in options.parameters(form)}
-    app.command(name, help=form.__doc__, epilog=f"Example:  {example}")(command)
+    head = "Examples" if "\n" in example else "Example"
+    lines = "\n\n".join(f"  {line}" for line in example.splitlines())
+    app.command(name, help=form.__doc__, epilog=f"{head}:\n\n{lines}")(command)
 
 
 _MODULES = {"import": "importing"}
@@ -108,7 +110,7 @@ _MODULES = {"import": "importing"}
 def _run_flow(name: str, values: params.Where) -> None:
     """Run a flow in this process, below a local Prefect server unless there is one."""
     from pipelines.server import prefect_server
-    from tasks.chain import check
+    from tasks.checks import check
 
     with _sentences():
         check(name, values.model_dump())
@@ -254,48 +256,6 @@ def automations(
         typer.echo("nothing was changed; --apply does it")
 
 
-@app.command(epilog="Example:  fourm generate --from rgb=photo.jpg --to depth,caption --out out")
-def generate(
-    source: Annotated[
-        list[str],
-        typer.Option("--from", help="modality=file or modality=text; repeat it for several."),
-    ],
-    to: Annotated[str, typer.Option(help="Modalities to predict, in this order: depth,caption.")],
-    root: Root = "data/demo",
-    out: Annotated[str, typer.Option(help="Folder for the pictures and texts.")] = "generated",
-    run: Annotated[str, typer.Option(help="Training run; empty: the only one.")] = "",
-    samples: Annotated[int, typer.Option(min=1, help="Different results of each.")] = 1,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale; each target has its usual one.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    redraw: Annotated[
-        str,
-        typer.Option(help="Part of rgb to draw anew: xmin,ymin,xmax,ymax in 0..1, a mask picture "
-                          "(white), or the boxes (JSON) before an edit of det."),
-    ] = "",
-) -> None:
-    """Predict any modalities from any others with a trained model; writes pictures and text."""
-    from infra.store import Store
-    from tasks.chain import check
-    from tasks.generate import generate as predict
-
-    with _sentences():
-        values = _validated(
-            params.GenerateParams,
-            {
-                "root": root, "run": run, "samples": samples, "guidance": guidance, "seed": seed,
-                "redraw": redraw,
-                "inputs": dict(_pair(item) for item in source), "out_dir": out,
-                "targets": [name.strip() for name in to.split(",") if name.strip()],
-            },
-        )  # fmt: skip
-        check("generate", values.model_dump())
-        files = predict(Store(root), **values.model_dump(exclude={"root"}))
-    for file in files:
-        typer.echo(file)
-
-
 @app.command(epilog="Train one again:  python -m tasks.teachers depth")
 def teachers() -> None:
     """List the networks that label scenes and ship with the package."""
@@ -325,6 +285,21 @@ def _plan(values: params.PlanParams) -> None:
         )
 
 
+def _generate(values: params.GenerateParams) -> None:
+    from infra.store import Store
+    from tasks.checks import check
+    from tasks.generate import generate
+
+    with _sentences():
+        how = values.how()
+        check("generate", values.model_dump())
+        files = generate(
+            Store(values.root), values.run, values.inputs, values.targets, values.out_dir, how
+        )
+    for file in files:
+        typer.echo(file)
+
+
 def _export(values: params.ExportParams) -> None:
     from infra.store import Store
     from tasks.interchange import export_set
@@ -343,13 +318,6 @@ def _export(values: params.ExportParams) -> None:
     )
 
 
-def _pair(item: str) -> tuple[str, str]:
-    name, equals, value = item.partition("=")
-    if not equals:
-        raise ValueError(f"--from {item!r} is not of the form modality=file-or-text")
-    return name.strip(), value
-
-
 def main() -> None:
     """Entry point of the console script."""
     app()
@@ -363,6 +331,7 @@ _form_command(
 _form_command(
     "export", params.ExportParams, "fourm export --root data/mine --out exports/set", _export
 )
+_form_command("generate", params.GenerateParams, params.GENERATE, _generate)
 for _tool, (_options, _example) in params.TOOLS.items():
     _tool_command(_tool, _options, _example)
 

@@ -18,7 +18,9 @@ from tasks.generate import generate
 @stage_task("generate", counted=False)
 def predict(params: GenerateParams) -> list[str]:
     """Decode the targets one after another; each is a condition of the next."""
-    files = generate(Store(params.root), **params.model_dump(exclude={"root"}))
+    files = generate(
+        Store(params.root), params.run, params.inputs, params.targets, params.out_dir, params.how()
+    )
     _show(files)
     return [str(path) for path in files]
 

@@ -27,6 +27,7 @@ def label_pictures(params: LabelParams) -> list[dict[str, Any]]:
     dataset = chain.Chain(store)
     shards = sorted(dataset.ledger.committed(dataset.fetch))
     rows: list[dict[str, Any]] = []
+    pictures = previews.Galleries(dataset).update
     share = [group.split("+") for group in params.share]
     jobs = label_jobs(dataset.labelers.values(), dataset.fetch, shards, share)
     alike = [pair for turn in in_turns(jobs) for pair in _alike(turn, params)]
@@ -35,13 +36,13 @@ def label_pictures(params: LabelParams) -> list[dict[str, Any]]:
                 for stage in job.stage.upstream}
         ready = [
             replace(job, shards=tuple(
-                shard for shard in job.shards
+                shard for shard in dataset.label_shards(job.stage, job.shards)
                 if all(shard in done[stage] for stage in job.stage.upstream)
             ))
             for job in group
         ]  # fmt: skip
         title = "label" if number == 1 else f"label-{number}"
-        rows += run_jobs(store, ready, params, title, own)
+        rows += run_jobs(store, ready, params, title, pictures, own)
     return rows
 
 
@@ -78,6 +79,7 @@ def label_flow(params: LabelParams) -> list[dict[str, Any]]:
     show_labels(params)
     dataset = chain.Chain(Store(params.root))
     shards = dataset.ledger.committed(dataset.fetch)
-    version = version_of(dataset.ledger, dataset.labels.values(), shards)
+    stored = [stage for stage in dataset.labels.values() if stage not in dataset.one_pass]
+    version = version_of(dataset.ledger, stored or [dataset.fetch], shards)
     hand_on(dataset.store, "label", version)
     return rows

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import types
 import typing
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
@@ -16,8 +19,20 @@ from pydantic_core import PydanticUndefined
 _SCALARS = (str, int, float, bool)
 
 
+@dataclass(frozen=True)
+class Spelled:
+    """Put beside the type of a field whose option is called or written in a way of its own."""
+
+    flag: str
+    """Such as "--from"."""
+    read: Callable[[str, str], Any] | None = None
+    """(flag, text) -> an item of the field's list, or a pair of its dict, where the option is
+    repeated for each of them."""
+
+
 def parameters(form: type[BaseModel]) -> list[inspect.Parameter]:
-    """One keyword for each field: scalars as they are, lists comma separated, others as JSON.
+    """One keyword for each field: scalars as they are, lists comma separated, others as JSON, or
+    as they are `Spelled`.
 
     An option that is not given is None, so that the form's own default counts.
     """
@@ -39,8 +54,11 @@ def collect(form: type[BaseModel], given: dict[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if value is None:
             continue
-        kind = _bare(form.model_fields[name])
-        if get_origin(kind) is list:
+        kind, spelled = _bare(form.model_fields[name]), _spelled(form.model_fields[name])
+        if spelled and spelled.read:
+            items = [spelled.read(spelled.flag, item) for item in value]
+            value = items if get_origin(kind) is list else dict(items)
+        elif get_origin(kind) is list:
             value = [part.strip() for part in value.split(",") if part.strip()]
         elif isinstance(value, str) and _is_json(kind) and value.startswith(("{", "[")):
             try:
@@ -61,11 +79,39 @@ def sentence(error: Any) -> str:
     return text[:1].lower() + text[1:]
 
 
+def pair(flag: str, item: str) -> tuple[str, str]:
+    """"depth=near.png" as its two sides. Raises ValueError for anything else."""
+    name, equals, value = item.partition("=")
+    if not equals or not name.strip():
+        raise ValueError(f"{flag} {item!r} is not of the form modality=file-or-text")
+    return name.strip(), value
+
+
+def weighted(flag: str, item: str) -> dict[str, Any]:
+    """"-2*caption=at night" as a weight and a condition. Raises ValueError for anything else."""
+    found = re.match(r"\s*([-+]?\d*\.?\d+)\s*\*(.+)", item, re.DOTALL)
+    if not found:
+        raise ValueError(f"{flag} {item!r} is not of the form weight*modality=file-or-text")
+    return {"weight": float(found[1]), "conditions": dict([pair(flag, found[2])])}
+
+
+def fields(flag: str, item: str) -> tuple[str, dict[str, str]]:
+    """"rgb:steps=16,top-p=0.9" as a name and its settings. Raises ValueError for anything else."""
+    name, colon, rest = item.partition(":")
+    parts = [part.partition("=") for part in rest.split(",")]
+    if not colon or not name.strip() or not all(equals for _, equals, _ in parts):
+        raise ValueError(f"{flag} {item!r} is not of the form target:setting=value,setting=value")
+    return name.strip(), {key.strip().replace("-", "_"): value.strip() for key, _, value in parts}
+
+
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    kind = _bare(field)
+    kind, spelled = _bare(field), _spelled(field)
     shown: Any = kind
     note = field.description or ""
-    if get_origin(kind) is list:
+    if spelled and spelled.read:
+        note += " Repeat it for several."
+        shown = list[str]
+    elif get_origin(kind) is list:
         choices = get_args(get_args(kind)[0]) if get_origin(get_args(kind)[0]) is Literal else ()
         note += f" Comma separated{': ' + ', '.join(choices) if choices else ''}."
         shown = str
@@ -74,11 +120,11 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     required = field.is_required()
     if not required:
         note += f" [dim]\\[default: {_text(field.default)}][/dim]"
-    flags = [f"--{_dashed(name)}"]
+    flags = [spelled.flag if spelled else f"--{_dashed(name)}"]
     if kind is bool:
         flags = [f"--{_dashed(name)}/--no-{_dashed(name)}"]
     option = typer.Option(*flags, help=note, show_default=False)
-    annotation = shown if required else shown | None if isinstance(shown, type) else _maybe(shown)
+    annotation = shown if required else _maybe(shown)
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -89,6 +135,10 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
 
 def _maybe(kind: Any) -> Any:
     return typing.Optional[kind]  # noqa: UP045 - `Literal | None` is no type for typer
+
+
+def _spelled(field: FieldInfo) -> Spelled | None:
+    return next((mark for mark in field.metadata if isinstance(mark, Spelled)), None)
 
 
 def _bare(field: FieldInfo) -> Any:
@@ -111,6 +161,8 @@ def _text(default: Any) -> str:
         return str(getattr(default, "kind", default))
     if isinstance(default, list | tuple):
         return ",".join(str(item) for item in default) or "none"
+    if default == {}:
+        return "none"
     return str(default)
 
 

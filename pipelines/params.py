@@ -9,9 +9,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, Field
 
 from infra.ray_session import Embedded, Existing, Job, RayJob, RayTarget
+from pipelines.forms import Compute, Form, Where
+from pipelines.model_params import (
+    GENERATE,
+    GenerateParams,
+    PlanTrainParams,
+    RecipeName,
+    SpeedrunParams,
+    TrainOptions,
+)
 
 SourceFormat = Literal["auto", "tsv", "csv", "jsonl", "parquet", "folder", "webdataset"]
 RetryReason = Literal["timeout", "connect", "dns", "rate_limited", "server_error", "truncated"]
@@ -37,57 +46,30 @@ def _known_dense(name: str) -> str:
     return name
 
 
-LabelerName = Annotated[str, AfterValidator(_known_labeler)]
-"""A kind of labeler, of this project or of an installed package."""
-DenseName = Annotated[str, AfterValidator(_known_dense)]
-"""A modality with a recipe for its tokenizer, of this project or of an installed package."""
-RecipeName = Literal[
-    "demo", "demo_long", "speedrun", "fourm_b", "fourm_l", "fourm_xl", "fourm_21_b", "fourm_21_l",
-    "fourm_21_xl", "t2i_b", "t2i_l", "t2i_xl", "sr_l",
+def _offer_labelers(schema: dict[str, Any]) -> None:
+    """The form's choices: asked for when a form is made, so that packages count."""
+    from models.labelers import kinds
+
+    schema["enum"] = kinds()
+
+
+def _offer_dense(schema: dict[str, Any]) -> None:
+    from tasks.tokenizer_recipes import recipe_names
+
+    schema["enum"] = recipe_names()
+
+
+LabelerName = Annotated[
+    str, AfterValidator(_known_labeler), Field(json_schema_extra=_offer_labelers)
 ]
+"""A kind of labeler, of this project or of an installed package."""
+DenseName = Annotated[str, AfterValidator(_known_dense), Field(json_schema_extra=_offer_dense)]
+"""A modality with a recipe for its tokenizer, of this project or of an installed package."""
+TokenizerPreset = Literal["scenes", "modern", "released"]
 
 FIRST_LABELERS: list[LabelerName] = ["depth", "normal", "semseg", "det", "caption", "clip"]
 """The labels of 4M-7; `docs/modalities.md` lists all that there are."""
 ALL_DENSE: list[DenseName] = ["rgb", "depth", "normal", "semseg", "clip"]
-
-
-class Form(BaseModel):
-    """What all forms share: unknown fields are errors."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-class Where(Form):
-    """Which dataset."""
-
-    root: str = Field(
-        "data/dataset", min_length=1, description="Dataset: a folder, or s3://bucket/prefix."
-    )
-
-
-class Compute(Form):
-    """Where the work of a stage runs."""
-
-    ray: RayTarget = Field(
-        Embedded(),
-        description="'embedded' (on this machine), a cluster's address, 'auto', the http:// "
-        "address of a dashboard to run as a job there, or 'rayjob' for a cluster on Kubernetes.",
-    )
-    workers: int | None = Field(
-        None, ge=0, description="Worker processes; none: one for each core or GPU. 0: without Ray."
-    )
-    gpus: float = Field(0, ge=0, description="GPUs that each worker occupies, may be a fraction.")
-
-    @field_validator("ray", mode="before")
-    @classmethod
-    def _words(cls, value: object) -> object:
-        """On the command line an address, or a word, stands for the whole."""
-        if not isinstance(value, str):
-            return value
-        if value.startswith(("http://", "https://")):
-            return Job(address=value)
-        words = {"embedded": Embedded(), "rayjob": RayJob()}
-        return words.get(value) or Existing(address=value)
 
 
 class IngestOptions(Form):
@@ -113,6 +95,9 @@ class IngestOptions(Form):
         "keep_ratio", description="keep_ratio: shorter side to the image size, never enlarged."
     )
     image_size: int = Field(256, ge=16, le=8192, description="Side of stored pictures, pixels.")
+    filter: Literal["box", "hamming", "bicubic", "lanczos"] = Field(
+        "hamming", description="How pictures are shrunk: box is fastest, lanczos sharpest."
+    )
     min_side: int = Field(32, ge=1, description="Shortest side that is kept, pixels.")
     max_pixels: int = Field(
         64_000_000, ge=1, le=178_000_000, description="Largest area that is decoded, pixels."
@@ -126,7 +111,7 @@ class IngestOptions(Form):
     )
     timeout: float = Field(15.0, gt=0, description="Seconds for one attempt.")
     attempts: int = Field(3, ge=1, description="Attempts for failures that are worth a retry.")
-    concurrency: int = Field(64, ge=1, description="Downloads under way at once, each worker.")
+    concurrency: int = Field(256, ge=1, description="Downloads under way at once, each worker.")
     per_host: int = Field(8, ge=1, description="Connections to one host at once, each worker.")
     honour_opt_out: bool = Field(
         True, description="Drop pictures whose server forbids indexing or training."
@@ -165,6 +150,11 @@ class LabelOptions(Form):
     labelers: list[LabelerName] = Field(
         FIRST_LABELERS, description="Labels to make; docs/modalities.md names them all."
     )
+    one_pass: list[LabelerName] = Field(
+        [], description="Labels, such as feature maps, that are stored for the first shards alone, "
+        "for tokenizers to learn from; `tokenize` makes and tokenizes the others in one pass."
+    )  # fmt: skip
+    one_pass_shards: int = Field(8, ge=1, description="Those first shards.")
     models: dict[LabelerName, str] = Field(
         {}, description="Other networks: {'depth': 'hub/id@revision'} or a folder."
     )
@@ -190,15 +180,33 @@ class TokenizerOptions(Form):
     """How tokenizers are trained."""
 
     modalities: list[DenseName] = Field(ALL_DENSE, description="Dense modalities to tokenize.")
-    size: int = Field(128, ge=32, description="Side of the pictures that tokenizers see, pixels.")
+    preset: TokenizerPreset = Field(
+        "scenes",
+        description="scenes: a minute of one core each; modern: FSQ for photographs; released: "
+        "those of 4M as they were trained. `fourm plan-tokenizers` prints what they take.",
+    )
+    recipes: dict[DenseName, str] = Field(
+        {}, description="Other recipes of the preset than those named like the modality: "
+        "{'rgb': 'rgb_1k'}."
+    )  # fmt: skip
+    size: int | None = Field(
+        None, ge=32, description="Side of the pictures that tokenizers see, pixels; none: 128 "
+        "with the preset scenes, else 224."
+    )  # fmt: skip
     steps: int | None = Field(
         None, ge=1, description="Optimizer steps of each tokenizer; none: its recipe's."
     )
     max_shards: int = Field(8, ge=1, description="Shards that they learn from, at most.")
-    max_samples: int = Field(4000, ge=1, description="Crops that they learn from, at most.")
+    max_samples: int | None = Field(
+        None, ge=1, description="Crops that they learn from, at most, held in memory; none: 4,000 "
+        "with the preset scenes, else 100,000."
+    )  # fmt: skip
     changes: dict[DenseName, dict[str, Any]] = Field(
-        {}, description="Changes of recipes: {'rgb': {'width': 512, 'steps': 20000}}."
-    )
+        {}, description="Changes of recipes: {'rgb': {'width': 512, 'steps': 20000}}; "
+        "'registers' makes ordered tokens of any number, 'encoder' trains a new decoder behind "
+        "the codes of a stored tokenizer, 'start' goes on with one, 'sizes' draws resolutions, "
+        "'ema' averages weights."
+    )  # fmt: skip
     coordinate_bins: int = Field(
         1000, ge=8, le=1000, description="Bins of box coordinates; the released models have 1000."
     )
@@ -208,9 +216,16 @@ class TokenizerOptions(Form):
 class TokenizeOptions(Form):
     """What the token set holds."""
 
+    modalities: list[str] = Field(
+        [], description="Modalities to tokenize, of those with a tokenizer; none: all of them."
+    )
     crops: int = Field(4, ge=1, le=64, description="Crops of a sample; crop 0 is the centre.")
     min_scale: float = Field(0.8, gt=0, le=1, description="Least area of a random crop, a share.")
     hflip: bool = Field(False, description="Mirror random crops (captions with 'left' forbid it).")
+    tokens: dict[DenseName, int] = Field(
+        {}, description="Tokens to store of modalities with ordered ones: {'depth': 16}; others "
+        "have all of them."
+    )  # fmt: skip
 
 
 class PublishOptions(Form):
@@ -222,71 +237,17 @@ class PublishOptions(Form):
     )
 
 
-class Training(Form):
-    """What is trained, and how it is spread over devices."""
+class PlanTokenizersParams(Form):
+    """State what tokenizers would take - parameters, tokens, steps, hours - without data or GPU."""
 
-    recipe: RecipeName = Field(
-        "demo", description="Network, masking and optimizer in one word."
-    )
-    manifest: str = Field("main", pattern=r"^[\w.-]+$", description="Manifest to train on.")
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; none: the recipe's.")
-    batch_size: int | None = Field(None, ge=1, description="Samples a step; none: the recipe's.")
-    data: dict[str, str] = Field(
-        {}, description="Sets of a recipe that mixes several: {'coyo': 's3://bucket/coyo#main'}, "
-        "a manifest alone is of this dataset, a+b are read side by side; empty: the manifest."
-    )
-    freeze: list[str] = Field(
-        [], description="Patterns of published tensor names that stay as they are: 'encoder.*'."
-    )
-    lora: int = Field(
-        0, ge=0, description="Rank of low-rank updates in place of the matrices; 0: none."
-    )
-    parallel: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="ddp: each device holds everything; fsdp: it is split among them."
-    )
-    accumulate: int = Field(
-        1, ge=1, description="Parts of its share of a batch that a device takes in turn."
-    )
-    recompute: bool = Field(False, description="Compute activations of blocks twice, keep none.")
-
-
-class TrainOptions(Training):
-    """How 4M is trained."""
-
-    run: str = Field(
-        "", pattern=r"^[\w.-]*$", description="Name of the run; empty: from manifest and recipe."
-    )
-    seed: int = Field(0, ge=0, description="Seed of weights and of every batch.")
-    start: str = Field(
-        "", description="Model to begin with: a run of this dataset, or a folder; 'none': fresh."
-    )
-    train_workers: int = Field(
-        0, ge=0, description="Ray Train workers, a GPU each; 0: in this process."
-    )
-    compile: bool = Field(False, description="Compile the blocks; needs a C++ compiler on CPUs.")
-    wandb: str = Field("", description="Project of Weights & Biases that gets the curve too.")
-
-
-class PlanTrainParams(Training):
-    """State what a training would take - shapes, memory, tokens, hours - without data or GPU."""
-
-    root: str = Field(
-        "", description="Dataset whose manifests are checked; empty: modalities as released."
-    )
-    devices: int = Field(1, ge=1, description="Devices to train on.")
+    preset: TokenizerPreset = Field("released", description="Which recipes.")
+    modalities: list[DenseName] = Field([], description="Of which modalities; none: all recipes.")
+    recipes: dict[DenseName, str] = Field({}, description="As of `fourm train-tokenizers`.")
+    size: int | None = Field(None, ge=32, description="Side of the pictures, pixels.")
+    changes: dict[DenseName, dict[str, Any]] = Field({}, description="Changes of recipes.")
+    devices: int = Field(8, ge=1, description="Devices to train on.")
     peak_tflops: float = Field(312.0, gt=0, description="bf16 peak of a device (H100: 989).")
     mfu: float = Field(0.4, gt=0, le=1, description="Share of the peak that is reached.")
-    memory_gib: float = Field(80.0, gt=0, description="Memory of a device, GiB.")
-
-
-class SpeedrunParams(Form):
-    """Train on fixed scenes to a fixed loss; print time, tokens and FLOPs to it."""
-
-    root: str = Field("data/speedrun", min_length=1, description="Where set and runs are kept.")
-    seed: int = Field(0, ge=0, description="Seed of weights and of every batch.")
-    record: bool = Field(False, description="Add it to the leaderboard if it is the fastest.")
-    note: str = Field("", description="What became faster, for the leaderboard.")
-    board: str = Field("docs/speedrun.jsonl", min_length=1, description="The leaderboard.")
 
 
 class EvaluateOptions(Form):
@@ -370,26 +331,6 @@ class EvaluateParams(Compute, EvaluateOptions, Where):
     """Measure a model against the truth; writes results.json, report.html and pictures."""
 
 
-class GenerateParams(Where):
-    """Predict modalities from others."""
-
-    run: str = Field("", description="Training run; empty: the only one there is.")
-    inputs: dict[str, str] = Field(
-        description="Modality to a file, or to text: {'rgb': 'photo.jpg'}."
-    )
-    targets: list[str] = Field(min_length=1, description="Modalities to predict, in this order.")
-    samples: int = Field(1, ge=1, le=64, description="Different results of each.")
-    guidance: float | None = Field(
-        None, ge=0, description="Guidance scale; none: each target's usual one, 1: no guidance."
-    )
-    seed: int = Field(0, ge=0, description="Seed of the sampling.")
-    redraw: str = Field(
-        "", description="Part of rgb to draw anew: xmin,ymin,xmax,ymax in 0..1, a mask picture "
-        "(white), or the boxes (JSON) before an edit of det."
-    )  # fmt: skip
-    out_dir: str = Field("generated", description="Folder for the pictures and texts.")
-
-
 class JanitorParams(Where):
     """Remove what no commit and no manifest names: orphans, old attempts and checkpoints."""
 
@@ -438,10 +379,12 @@ COMMANDS: dict[str, tuple[type[Where], str]] = {
 
 TOOLS: dict[str, tuple[type[Form], str]] = {
     "plan-train": (PlanTrainParams, "fourm plan-train --recipe fourm_21_xl --devices 128"),
+    "plan-tokenizers": (PlanTokenizersParams, "fourm plan-tokenizers --preset modern"),
     "speedrun": (SpeedrunParams, "fourm speedrun --record --note 'larger batches'"),
 }
 """Commands made from their form that are no flows: they print lines."""
 
 __all__ = [
-    "COMMANDS", "TOOLS", "Embedded", "EndToEndParams", "Existing", "Job", "RayJob", "RayTarget",
+    "COMMANDS", "GENERATE", "TOOLS", "Embedded", "EndToEndParams", "Existing", "GenerateParams",
+    "Job", "RayJob", "RayTarget", "RecipeName",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ def run(params: PlanTrainParams) -> Iterator[str]:
         batch_size=params.batch_size,
         freeze=params.freeze,
         lora=params.lora,
+        ema=params.ema,
     )
     bound: tuple[Bound, ...] = ()
     if params.root:

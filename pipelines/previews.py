@@ -40,6 +40,31 @@ def show(chain: Chain, samples: int = 6) -> None:
     )
 
 
+class Galleries:
+    """A gallery for each label beside its pictures, shown once, as soon as there is a shard."""
+
+    def __init__(self, chain: Chain, samples: int = 6) -> None:
+        self._chain, self._samples = chain, samples
+        self._left = sorted(chain.sources.keys() - {"rgb", "caption"})
+
+    def update(self) -> None:
+        """Show the labels whose first shard has come since the last time."""
+        for name in list(self._left) if ui.in_run() else ():
+            shard = _first_shard(self._chain, ["rgb", name])
+            if shard is not None:
+                self._left.remove(name)
+                self._show(name, shard)
+
+    def _show(self, name: str, shard: int) -> None:
+        tars = {n: _open(self._chain, n, shard) for n in ("rgb", name)}
+        pairs = [
+            (title, _picture(tars, n, key))
+            for key in tars["rgb"].keys[: self._samples]
+            for n, title in (("rgb", key), (name, name))
+        ]
+        ui.gallery(f"gallery-{name}", pairs, f"{name} of shard {shard} beside its pictures")
+
+
 def _first_shard(chain: Chain, names: list[str]) -> int | None:
     done = [chain.ledger.committed(chain.sources[name]) for name in names]
     return min(set.intersection(*done), default=None)

@@ -236,8 +236,12 @@ def _stage(name: str) -> Task[..., Any]:
 if __name__ == "__main__":
     # Importing a flow must not start a server of its own.
     os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")
+    # In place of Prefect's own handlers: `_await` reads the level from the start of a line.
     logging.basicConfig(
-        stream=sys.stdout, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+        stream=sys.stdout,
+        level=logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        force=True,
     )
     logging.getLogger("fourm").setLevel(logging.INFO)
     sys.exit(main(*sys.argv[1:]))

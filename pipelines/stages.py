@@ -27,6 +27,9 @@ from pipelines.params import Compute, LabelerResources, Where
 from pipelines.workers import resources
 
 logger = logging.getLogger("fourm.flows")
+# Prefect sends our log to its server, from the level on that ours has: WARNING if nobody sets it.
+if logging.getLogger("fourm").level == logging.NOTSET:
+    logging.getLogger("fourm").setLevel(logging.INFO)
 W = TypeVar("W", bound=Where)
 R = TypeVar("R")
 
@@ -76,21 +79,23 @@ def run_jobs(
     jobs: list[StageJob],
     compute: Compute,
     title: str,
+    pictures: Callable[[], None] = lambda: None,
     own: LabelerResources | None = None,
 ) -> list[dict[str, Any]]:
-    """Run stages and show them: a progress bar meanwhile, a table at the end.
+    """Run stages and show them: a progress bar and a status meanwhile, a table at the end.
 
     Args:
         store: The dataset.
         jobs: Of the stages.
         compute: Where they run.
         title: Of the bar and the table.
+        pictures: Shows what is new of the stages' results; called now and then, and at the end.
         own: What these stages get instead of what all do.
 
     Returns:
         A row for each stage: stage, done, skipped, quarantined, samples, dropped, per second.
     """
-    live = _Live(store, jobs, title)
+    live = _Live(store, jobs, title, pictures)
     needs = resources(compute, own)
     reports = run_stages(
         store, jobs, target=compute.ray, resources=needs, on_progress=live.update
@@ -104,10 +109,12 @@ def run_jobs(
 
 
 class _Live:
-    """A progress bar, and now and then the status of the stages, while they run."""
+    """A progress bar, and now and then the status and results of the stages, while they run."""
 
-    def __init__(self, store: Store, jobs: list[StageJob], title: str) -> None:
-        self._store, self._title = store, title
+    def __init__(
+        self, store: Store, jobs: list[StageJob], title: str, pictures: Callable[[], None]
+    ) -> None:
+        self._store, self._title, self._pictures = store, title, pictures
         self._stages = [job.stage.id for job in jobs]
         self._follow = ui.follow(title)
         self._next = time.monotonic() + STATUS_SECONDS
@@ -119,16 +126,16 @@ class _Live:
             self.show()
 
     def show(self) -> None:
-        """The status of the run's stages as a table; trouble with it never ends the run."""
+        """Status of the run's stages, and new pictures; trouble with it never ends the run."""
         if not ui.in_run():
             return
         began = time.monotonic()
         try:
             rows = as_rows(status(self._store, self._stages))
+            ui.table(f"{self._title}-status", rows, f"Status of {self._title}")
+            self._pictures()
         except Exception:
             logger.warning("the status could not be shown; the run goes on", exc_info=True)
-        else:
-            ui.table(f"{self._title}-status", rows, f"Status of {self._title}")
         # Reading many commits takes a while: at most a twentieth of the time is spent on it.
         spent = time.monotonic() - began
         self._next = time.monotonic() + max(STATUS_SECONDS, 20 * spent)

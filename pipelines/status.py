@@ -26,7 +26,8 @@ def table(store: Store) -> Table:
     for path in sorted({"/".join(p.split("/")[:-1]) for p in store.list("runs/") if _curve(p)}):
         points = read_curve(store, path)
         if points:
-            last = points[-1]
+            # Lines of evaluations have no loss of their own.
+            last = next((point for point in reversed(points) if "loss" in point), points[-1])
             loss = f"loss {last['loss']:.3f}" if "loss" in last else ""
             cells = dict.fromkeys(_COLUMNS, "")
             cells |= {"done": f"step {last['step']}", "dropped": loss}

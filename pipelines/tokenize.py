@@ -19,7 +19,9 @@ def tokenize_labels(params: TokenizeParams) -> list[dict[str, Any]]:
     """Run every tokenizer over every labelled shard."""
     store = Store(params.root)
     dataset = chain.Chain(store)
-    jobs = token_jobs(dataset.tokens.values(), dataset.labelled())
+    jobs = token_jobs(
+        dataset.tokens.values(), dataset.labelled(), labelers=dataset.one_pass
+    )
     return run_jobs(store, jobs, params, "tokenize")
 
 

@@ -7,7 +7,7 @@ import json
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from prefect import flow
@@ -20,9 +20,12 @@ from pipelines.params import TrainParams
 from pipelines.stages import stage_task
 from tasks.mixture import open_sets
 from tasks.recipes import TrainRecipe, described, recipe
-from tasks.report import curve_figure
+from tasks.report import curve_figure, pace_figure
 from tasks.run_store import read_curve
 from tasks.train import train_fourm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CURVE_SECONDS = 60.0
 """Seconds between two pictures of the loss curve."""
@@ -40,6 +43,7 @@ def train_model(params: TrainParams) -> dict[str, Any]:
         start=params.start,
         freeze=params.freeze,
         lora=params.lora,
+        ema=params.ema,
     )
     how = params.model_dump(include={"parallel", "accumulate", "recompute", "compile", "wandb"})
     chosen = replace(chosen, training=replace(chosen.training, **how))
@@ -68,7 +72,7 @@ def run_name(manifest: Manifest, chosen: TrainRecipe) -> str:
 
 
 class LiveCurve:
-    """Progress and loss curve of a run in the UI while it trains."""
+    """Progress, losses and pace of a run in the UI while it trains."""
 
     def __init__(self, store: Store, run: str) -> None:
         self._run = run
@@ -78,6 +82,8 @@ class LiveCurve:
 
     def add(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         """Take up a point of the curve, and show it all now and then."""
+        # A run that goes on from a checkpoint comes by some of its points again.
+        self._points = [point for point in self._points if point["step"] < step]
         self._points.append({"step": step, **metrics})
         pace = metrics.get("samples_per_second", 0.0)
         text = f"step {step}/{steps}, loss {metrics.get('loss', 0.0):.3f}, {pace:.0f} samples/s"
@@ -86,15 +92,22 @@ class LiveCurve:
             self.show()
 
     def show(self) -> None:
-        """Draw the curve into the UI."""
+        """Draw the curves into the UI."""
         self._shown = time.monotonic()
         if len(self._points) > 1 and ui.in_run():
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            for name, draw in (("loss", curve_figure), ("pace", pace_figure)):
+                picture = _picture(draw(self._points))
+                ui.gallery(f"{self._run}-{name}", [("", picture)],
+                           f"{name.capitalize()} of run {self._run}")  # fmt: skip
 
-            canvas = FigureCanvasAgg(curve_figure(self._points))
-            canvas.draw()
-            picture = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-            ui.gallery(f"{self._run}-loss", [("", picture)], f"Loss of run {self._run}")
+
+def _picture(figure: Figure) -> np.ndarray:
+    """uint8 [H, W, 3]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 @flow(name="train", description=TrainParams.__doc__)

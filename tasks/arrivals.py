@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import fsspec
@@ -41,15 +42,22 @@ async def from_files(
     """
     fs, root = fsspec.core.url_to_fs(base)
     loop = asyncio.get_running_loop()
+    rest = iter(enumerate(wanted))
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="files") as pool:
-        pending = [
-            loop.run_in_executor(
-                pool, _from_file, fs, root.rstrip("/"), index, rows[row], max_bytes
-            )
-            for index, row in enumerate(wanted)
-        ]
-        for read in asyncio.as_completed(pending):
-            yield await read
+        pending: set[asyncio.Future[Download]] = set()
+        while True:
+            # No more than are taken: files that wait occupy memory.
+            for index, row in islice(rest, 2 * _AT_ONCE - len(pending)):
+                pending.add(
+                    loop.run_in_executor(
+                        pool, _from_file, fs, root.rstrip("/"), index, rows[row], max_bytes
+                    )
+                )
+            if not pending:
+                return
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for read in done:
+                yield read.result()
 
 
 def _from_file(

@@ -8,6 +8,7 @@ what was made under the old ones stays, and counts again when the choice is take
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from models.crops import CropPolicy
     from models.labelers.base import LabelerSpec
     from tasks.fetch import FetchConfig
-    from tasks.tokenizer_recipes import TextRecipe, TokenizerRecipe
+    from tasks.tokenizer_config import TextRecipe, TokenizerRecipe
     from tasks.train_tokenizers import TokenizerInfo
+    from tokenizers_vq.sequences.form import TextForm
 
 FILE = "dataset.json"
 _NEEDED = {
@@ -29,16 +31,7 @@ _NEEDED = {
     "tokenizers": "{url} has no tokenizers; run `fourm train-tokenizers` first",
     "tokenize": "nothing says how {url} is tokenized; run `fourm tokenize` first",
 }
-_UPSTREAM = {
-    "retry": ("ingest",),
-    "label": ("ingest",),
-    "train_tokenizers": ("ingest", "label"),
-    "tokenize": ("ingest", "label", "tokenizers"),
-    "publish": ("ingest", "label", "tokenizers", "tokenize"),
-}
-
-
-_FILTERS = ("min_side", "max_pixels", "max_aspect")  # choices that older datasets lack
+_FILTERS = ("filter", "min_side", "max_pixels", "max_aspect")  # choices that older datasets lack
 
 
 def remember(store: Store, section: str, choices: dict[str, Any]) -> None:
@@ -62,11 +55,17 @@ def remember_tokenizers(store: Store, choices: dict[str, Any]) -> None:
     Raises:
         ValueError: No shard is labelled in every modality.
     """
+    from tasks.tokenizer_recipes import COMMON
+
     chain = Chain(store)
+    usual = COMMON[choices["preset"]]
+    choices = {**choices, **{name: choices[name] or usual[name] for name in usual}}
     known = dict(chain.settings.get("tokenizers", {}))
-    labelled = chain.labelled()
+    labelled = chain.labelled(stored=True)
     shards = known.pop("shards", [])
-    if known != choices or not set(shards) <= set(labelled):
+    # What an older version did not ask for was as it is by default.
+    same = {**choices, **known} == choices
+    if not (shards and same and set(shards) <= set(labelled)):
         shards = labelled[: choices["max_shards"]]
     if not shards:
         raise ValueError(f"no shard of {store.url} has all of its labels; run `fourm label` first")
@@ -158,20 +157,56 @@ class Chain:
     @cached_property
     def text_recipe(self) -> TextRecipe:
         """Recipe of the text tokenizer."""
-        from tasks.tokenizer_recipes import TextRecipe
+        from tasks.tokenizer_config import TextRecipe
 
         choices = self.section("tokenizers")
-        return TextRecipe(bins=choices["coordinate_bins"], vocab_size=choices["text_vocab"])
+        words = {word for form in self.text_forms.values() for word in form.words}
+        return TextRecipe(
+            bins=choices["coordinate_bins"], vocab_size=choices["text_vocab"],
+            words=tuple(sorted(words)),
+        )  # fmt: skip
+
+    @property
+    def text_forms(self) -> dict[str, TextForm]:
+        """Modalities that are told as text, with their form: all that there are, less those whose
+        codes no tokenizer is trained for."""
+        from models.modalities import text_form
+
+        forms = {name: form for name in self.sources if (form := text_form(name)) is not None}
+        return {name: form for name, form in forms.items()
+                if form.parts is None or name in self.recipes}  # fmt: skip
+
+    @property
+    def embedded(self) -> dict[str, Stage]:
+        """Labels that a model reads as they are, vectors of a text, with the stage of each."""
+        from models.modalities import is_embedded
+
+        return {name: stage for name, stage in self.sources.items() if is_embedded(name)}
 
     @property
     def tokenizer_shards(self) -> list[int]:
         """Shards that the tokenizers learn from."""
         return self.section("tokenizers")["shards"]
 
-    def labelled(self) -> list[int]:
-        """Shards that are committed in every modality."""
-        done = [self.ledger.committed(stage) for stage in set(self.sources.values())]
-        return sorted(set.intersection(*done))
+    def labelled(self, *, stored: bool = False) -> list[int]:
+        """Shards that have all labels; those of one pass count as soon as there are pictures,
+        unless they must be `stored`."""
+        stages = {self.fetch, *self.sources.values()}
+        if not stored:
+            stages -= self.one_pass.keys()
+        return sorted(set.intersection(*(self.ledger.committed(stage) for stage in stages)))
+
+    @cached_property
+    def one_pass(self) -> dict[Stage, LabelerSpec]:
+        """Label stages that store their first shards alone, and their labelers."""
+        chosen = self.settings.get("label", {}).get("one_pass", [])
+        return {self.labels[name]: self.labelers[name] for name in chosen}
+
+    def label_shards(self, stage: Stage, shards: Sequence[int]) -> list[int]:
+        """Which of the shards with pictures a label stage works on."""
+        if stage not in self.one_pass:
+            return list(shards)
+        return sorted(shards)[: self.section("label")["one_pass_shards"]]
 
     @cached_property
     def crops(self) -> CropPolicy:
@@ -193,16 +228,15 @@ class Chain:
         Raises:
             ValueError: One is not trained yet.
         """
-        from tasks.tokenize import SEQUENCES, tokenizer_infos
-        from tasks.train_tokenizers import TEXT, tokenizer_path
+        from tasks.tokenize import tokenizer_infos
+        from tasks.train_tokenizers import TEXT, text_path, tokenizer_path
 
         shards, sources = self.tokenizer_shards, self.sources
         paths = {
             name: tokenizer_path(name, recipe, [sources[name]], shards)
             for name, recipe in self.recipes.items()
         }
-        written = [sources[name] for name in SEQUENCES if name in sources]
-        paths[TEXT] = tokenizer_path(TEXT, self.text_recipe, written, shards)
+        paths[TEXT] = text_path(sources, self.text_recipe, shards)
         try:
             return tokenizer_infos(self.store, paths)
         except FileNotFoundError as error:
@@ -212,17 +246,29 @@ class Chain:
 
     @cached_property
     def tokens(self) -> dict[str, Stage]:
-        """Token stage of each modality that has a tokenizer."""
-        from tasks.tokenize import SEQUENCES, token_stage
+        """Token stage of each modality that has a tokenizer, or of those that were chosen."""
+        from tasks.tokenize import token_stage
         from tasks.train_tokenizers import TEXT
 
-        text = self.tokenizers[TEXT]
-        chosen = {name: info for name, info in self.tokenizers.items() if name != TEXT}
-        chosen |= {name: text for name in SEQUENCES if name in self.sources}
+        learned = {name: info for name, info in self.tokenizers.items() if name != TEXT}
+        known = learned | dict.fromkeys(self.text_forms, self.tokenizers[TEXT])
+        wanted = self.section("tokenize").get("modalities") or list(known)
+        if missing := [name for name in wanted if name not in known]:
+            raise ValueError(f"{missing[0]!r} has no tokenizer; there are {', '.join(known)}")
+        chosen = {name: info for name, info in known.items() if name in wanted}
         return {
-            name: token_stage(name, info, self.crops, self.sources[name])
+            name: token_stage(
+                name, info, self.crops, self.sources[name],
+                codes=learned.get(name) if name in self.text_forms else None,
+                kept=self.kept.get(name, 0),
+            )
             for name, info in chosen.items()
-        }
+        }  # fmt: skip
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Tokens that are stored of modalities with ordered ones, where not all are."""
+        return self.section("tokenize").get("tokens", {})
 
 
 def fetch_config(choices: dict[str, Any]) -> FetchConfig:
@@ -276,117 +322,20 @@ def labelers(choices: dict[str, Any]) -> dict[str, LabelerSpec]:
 
 def tokenizer_recipes(choices: dict[str, Any]) -> dict[str, TokenizerRecipe]:
     """Recipes out of the choices of the tokenizer flow."""
+    for field in ("changes", "recipes"):
+        if unknown := choices.get(field, {}).keys() - set(choices["modalities"]):
+            raise ValueError(f"{field} names {min(unknown)!r}, which is not among the modalities")
+    return {name: chosen_recipe(name, choices) for name in choices["modalities"]}
+
+
+def chosen_recipe(name: str, choices: dict[str, Any]) -> TokenizerRecipe:
+    """Recipe of a modality out of the choices of the tokenizer flow."""
     from tasks.tokenizer_recipes import tokenizer_recipe
 
-    common = {"size": choices["size"], "max_samples": choices["max_samples"]}
-    if choices["steps"]:
-        common["steps"] = choices["steps"]
-    unknown = choices["changes"].keys() - set(choices["modalities"])
-    if unknown:
-        raise ValueError(f"changes names {min(unknown)!r}, which is not among the modalities")
-    return {
-        name: tokenizer_recipe(name, **{**common, **choices["changes"].get(name, {})})
-        for name in choices["modalities"]
+    named = choices.get("preset", "scenes"), choices.get("recipes", {}).get(name, "")
+    common = {
+        field: choices[field] for field in ("size", "max_samples", "steps") if choices.get(field)
     }
-
-
-def check(flow: str, choices: dict[str, Any]) -> None:
-    """Refuse what cannot work, before any work starts.
-
-    Args:
-        flow: name of the flow, such as "train_tokenizers".
-        choices: its parameters.
-
-    Raises:
-        ValueError: An earlier flow is missing, or a name does not exist; says which there are.
-    """
-    store = Store(choices["root"])
-    chain = Chain(store)
-    for section in _UPSTREAM.get(flow, ()):
-        chain.section(section)
-    if flow == "ingest":
-        _check_source(choices)
-    if flow == "retry":
-        from tasks.plans import check_retry
-
-        check_retry(store)
-    if flow == "import":
-        from tasks.interchange import read_about
-
-        read_about(Store(choices["source"]))
-    if flow == "label":
-        _check_labels(chain, choices)
-    if flow == "train_tokenizers":
-        _check_tokenizers(chain, choices)
-    if flow == "train":
-        _check_training(store, choices)
-    if flow in ("evaluate", "generate"):
-        from tasks.generate import only_run, runs
-
-        run = choices["run"] or only_run(store)
-        _one_of("trained run", run, runs(store), "train")
-
-
-def _check_source(choices: dict[str, Any]) -> None:
-    """Read the first row of the list: its columns are there, or the error names them."""
-    from infra.sources import Source, detect, read_rows
-
-    source = Source(
-        path=choices["source"],
-        format=choices["format"],
-        url=choices["url_column"],
-        caption=choices["caption_column"],
-        extra=tuple(choices["extra_columns"]),
-    )
-    try:
-        next(read_rows(detect(source), 1), None)
-    except FileNotFoundError:
-        raise ValueError(f"there is nothing at {source.path}") from None
-
-
-def _check_labels(chain: Chain, choices: dict[str, Any]) -> None:
-    from tasks.label import label_jobs
-
-    groups = [group.split("+") for group in choices["share"]]
-    label_jobs(labelers(choices).values(), chain.fetch, (), groups)
-    alone = {"gpus": None, "workers": None, "accelerator": ""}
-    needs = {
-        name: {each: own[each] for each in alone} for name, own in choices["resources"].items()
-    }
-    for names in groups:
-        first = needs.get(names[0], alone)
-        if other := [name for name in names if needs.get(name, alone) != first]:
-            raise ValueError(
-                f"share={'+'.join(names)!r}: {other[0]!r} has other resources than {names[0]!r}; "
-                "what shares a pass runs in the same workers"
-            )
-    for name, own in needs.items():
-        if own["accelerator"] and not (choices["gpus"] if own["gpus"] is None else own["gpus"]):
-            raise ValueError(f"resources of {name!r}: an accelerator, but no gpus")
-
-
-def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:
-    tokenizer_recipes(choices)
-    for name in choices["modalities"]:
-        _one_of("labels for", name, list(chain.sources), "label")
-
-
-def _check_training(store: Store, choices: dict[str, Any]) -> None:
-    from infra.manifest import manifest_names
-    from tasks.mixture import open_sets
-    from tasks.recipes import recipe
-    from tasks.train import FourMTask, begins
-
-    if not choices["data"]:
-        _one_of("manifest", choices["manifest"], manifest_names(store), "publish")
-    names = ("steps", "batch_size", "seed", "start", "freeze", "lora")
-    chosen = recipe(choices["recipe"], **{name: choices[name] for name in names})
-    sets = open_sets(store, chosen, choices["data"] or choices["manifest"])
-    begins(chosen)
-    FourMTask(store, sets, chosen)
-
-
-def _one_of(what: str, name: str, choices: list[str], flow: str) -> None:
-    if name not in choices:
-        have = f"there are {', '.join(choices)}" if choices else f"`fourm {flow}` makes one"
-        raise ValueError(f"no {what} {name!r}; {have}")
+    if tokenizer_recipe(name, *named).kind == "mask":
+        common.pop("size", None)  # masks are patches of their own size
+    return tokenizer_recipe(name, *named, **{**common, **choices["changes"].get(name, {})})

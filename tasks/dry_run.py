@@ -6,6 +6,7 @@ Bytes of a device are
     weights      4 for each parameter (fp32), over all devices when sharded
     gradients    4 for each trained parameter, likewise
     optimizer    8 for each that AdamW updates, 4 for each that Muon updates, likewise
+    mean         4 for each parameter where a mean of the weights is kept, likewise
     gathered     sharded only: the largest block's weights in bf16, twice (one is prefetched), and
                  its gradients
     activations  `models.fourm.cost.activation_bytes` of the widest part of a batch
@@ -77,6 +78,7 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
+    mean: float
     gathered: float
     activations: float
 
@@ -139,7 +141,8 @@ def plan_training(
         recipe: The recipe.
         machines: What it would run on.
         bound: The manifests of its sources; without them modalities are those of the released
-            models, and a recipe that takes whatever the data holds is given the ones of 4M-7.
+            models, and a recipe that takes whatever the data holds is given the ones of 4M-7 and
+            those that its masks name.
 
     Raises:
         ValueError: a set lacks a modality, no batch can fill a budget, or the batch cannot be
@@ -190,13 +193,21 @@ def _resolved(
         config = FourMConfig(modalities=shared_specs(bound), **recipe.network)
         names = [part.names for part in bound]
     else:
-        offered = released_specs(recipe.modalities or SEVEN)
+        offered = released_specs(
+            recipe.modalities or list(dict.fromkeys([*SEVEN, *_named(recipe)]))
+        )
         specs = chosen_specs(offered, (), recipe.predicts, "the catalogue")
         config = FourMConfig(modalities=specs, **recipe.network)
         names = [frozenset(s.name for s in _taken(specs, source.modalities))
                  for source in recipe.all_sources]
     return config, [(source.weight, resolve(source.mixture, config, held))
                     for source, held in zip(recipe.all_sources, names, strict=True)]
+
+
+def _named(recipe: TrainRecipe) -> list[str]:
+    """Modalities that its masks name."""
+    return [name for source in recipe.all_sources for part in source.mixture.components
+            for name in (*part.inputs, *part.targets) if name != "*"]  # fmt: skip
 
 
 def _taken(specs: Sequence[ModalitySpec], wanted: Sequence[str]) -> Sequence[ModalitySpec]:
@@ -275,6 +286,7 @@ def _memory(
         weights=FP32 * sum(sizes.values()) / split,
         gradients=FP32 * count / split,
         optimizer=FP32 * (2 * (count - muon) + muon) / split,
+        mean=FP32 * sum(sizes.values()) / split if recipe.training.ema_decay else 0.0,
         gathered=gathered,
         activations=activations,
     )

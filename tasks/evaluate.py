@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from infra.manifest import load_manifest
@@ -66,6 +66,8 @@ class Evaluation:
     Attributes:
         tasks: The record of each task, as `results.json` holds it.
         matrix: {input: {target: mean loss per token}}.
+        retrieval: Searches by predicted embeddings, see `tasks.evaluation.retrieval`.
+        chain: A chain through many modalities, see `tasks.evaluation.journey`.
         teachers: Each labeler's model, and its scores where the truth is known.
         tokenizers: The record of each tokenizer.
         captions: Captions to show.
@@ -77,6 +79,8 @@ class Evaluation:
 
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     matrix: dict[str, dict[str, float]] = field(default_factory=dict)
+    retrieval: dict[str, dict[str, Any]] = field(default_factory=dict)
+    chain: dict[str, Any] = field(default_factory=dict)
     teachers: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokenizers: dict[str, dict[str, Any]] = field(default_factory=dict)
     captions: list[dict[str, str]] = field(default_factory=list)
@@ -100,21 +104,27 @@ def evaluate(
     Raises:
         ValueError: the run or what it was made from does not exist.
     """
+    from tasks.evaluation.journey import journey
     from tasks.evaluation.matrix import loss_matrix
+    from tasks.evaluation.retrieval import retrieval
 
     began = time.monotonic()
     bench = prepare(store, run, config)
     out = Evaluation(config={"run": run, **asdict(config)})
     from_rgb, to_rgb = bench.tasks_from_rgb(), bench.tasks_to_rgb()
-    total = len(from_rgb) + len(to_rgb) + 2
+    total = len(from_rgb) + len(to_rgb) + 4
+    pictures = min(config.pictures, len(bench.truth))
     tell = on_progress or (lambda done, total, text: None)
     for task in from_rgb:
         tell(len(out.tasks), total, task.name)
         out.tasks[task.name] = _logged(task.name, bench.from_rgb(task))
     for task in to_rgb:
         tell(len(out.tasks), total, task.name)
-        count = min(config.pictures, len(bench.truth))
-        out.tasks[task.name] = _logged(task.name, bench.to_rgb(task, count))
+        out.tasks[task.name] = _logged(task.name, bench.to_rgb(task, pictures))
+    tell(total - 4, total, "retrieval")
+    out.retrieval = retrieval(bench)
+    tell(total - 3, total, "a chain")
+    out.chain = journey(bench, pictures)
     tell(total - 2, total, "losses between modalities")
     out.matrix = loss_matrix(bench.generator, _token_values(bench))
     tell(total - 1, total, "pictures")
@@ -135,18 +145,27 @@ def prepare(store: Store, run: str, config: EvaluateConfig) -> Bench:
     chain = Chain(store)
     generator = load_generator(store, run)
     manifest = load_manifest(store, config.manifest)
-    truth = _truth(chain, manifest.shards("val"), config)
+    teachers = _load_teachers(chain)
+    truth = _truth(chain, teachers, manifest.shards("val"), config)
     wanted = ["rgb", *(name for name in truth.values if name in chain.sources)]
     training = read_centred(chain, wanted, manifest.shards("train"), config.training)
-    return Bench(generator, _load_teachers(chain), truth, training, config.samples, config.seed)
+    return Bench(generator, teachers, truth, training, config.samples, config.seed)
 
 
-def _truth(chain: Chain, held_out: list[int], config: EvaluateConfig) -> Truth:
+def _truth(
+    chain: Chain, teachers: dict[str, Labeler], held_out: list[int], config: EvaluateConfig
+) -> Truth:
+    """What nobody but a labeler knows of a scene - its edges, its features - is what that says."""
+    from tasks.evaluation.scores import MEASURED
+    from tasks.evaluation.teachers import told
     from tasks.evaluation.truth import label_truth, scene_truth
 
-    if config.truth == "scenes":
-        return scene_truth(config.scenes, chain.crops.size)
-    return label_truth(chain, held_out, config.scenes)
+    if config.truth == "labels":
+        return label_truth(chain, MEASURED, held_out, config.scenes)
+    truth = scene_truth(config.scenes, chain.crops.size)
+    values = told({"rgb": truth.rgb, **truth.values}, teachers, MEASURED)
+    del values["rgb"]
+    return replace(truth, values=values)
 
 
 def _load_teachers(chain: Chain) -> dict[str, Labeler]:
@@ -161,25 +180,27 @@ def _load_teachers(chain: Chain) -> dict[str, Labeler]:
 
 def _token_values(bench: Bench) -> dict[str, list[Any]]:
     """Values as the model was trained on them: the teachers' labels of the pictures."""
-    values: dict[str, list[Any]] = {"rgb": bench.truth.rgb}
     known = set(bench.generator.inputs) | set(bench.generator.targets)
-    for name, teacher in bench.teachers.items():
-        if name in known - {"rgb"}:
-            kept = bench.kept.values.get(f"rgb->{name}", {})
-            values[name] = kept.get("teacher") or teacher.label(bench.truth.rgb)[name]
-    return values
+    said = {name: values for name, values in bench.said.items() if name in known}
+    return {"rgb": bench.truth.rgb, **said}
 
 
 def _show(out: Evaluation, bench: Bench, config: EvaluateConfig) -> None:
+    from tasks.evaluation.journey import chain_sheet
+    from tasks.evaluation.retrieval import search_sheets
     from tasks.evaluation.sheets import (
         caption_rows,
         generation_sheets,
         moving_box,
+        overview,
         prediction_sheets,
     )
 
     out.captions = caption_rows(bench, config.shown)
+    out.pictures |= overview(bench)
     out.pictures |= prediction_sheets(bench, config.shown)
+    out.pictures |= chain_sheet(bench, config.shown)
+    out.pictures |= search_sheets(bench, config.shown)
     out.pictures |= generation_sheets(bench, config.shown)
     if "caption-to-rgb" in out.pictures:
         out.notes["caption-to-rgb"] = bench.truth.values["caption"][: config.shown]

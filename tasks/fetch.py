@@ -2,7 +2,8 @@
 
 One unit gets its rows' pictures concurrently, cleans them in threads while others are under way,
 and writes two tars with the same keys in plan order. The status table keeps, for every row, its
-fate, URL and further columns, and of what arrived the hashes and the original size.
+fate, URL and further columns, and of what arrived the hashes and the original size. Units of a
+worker overlap: while one waits for its last, slow servers, the next is under way.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import sys
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from infra.addresses import AddressPolicy
-from infra.download import NETWORK, Download, DownloadPolicy, download_all
+from infra.download import NETWORK, Download, Downloader, DownloadPolicy
 from infra.ledger import OK, ShardData, Stage
 from infra.runner import StageJob, SystemicFailure
 from infra.shards import sample_key, shard_name, write_tar
@@ -36,6 +39,15 @@ logger = logging.getLogger("fourm.fetch")
 SYSTEMIC_SHARE = 0.9
 """A shard of which this share fails by the network is not the web's fault: the run stops."""
 SYSTEMIC_MIN_ROWS = 20
+
+UNITS_AT_ONCE = 4
+"""Shards of a worker that overlap: the slowest servers take as long as a few shards."""
+WAITING = 32
+"""Pictures of a worker that wait for being cleaned."""
+RESOLVERS = 64
+"""Threads that ask the name server: dead names take seconds each, and are many."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +66,7 @@ def fetch_stage(plan: dict, config: FetchConfig) -> Stage:
         "max_bytes": config.downloads.max_bytes,
         "honour_opt_out": config.downloads.honour_opt_out,
     }
-    return Stage(name="fetch", version=1, params=params, outputs=("rgb", "caption"))
+    return Stage(name="fetch", version=2, params=params, outputs=("rgb", "caption"))
 
 
 def fetch_job(plan: dict, config: FetchConfig) -> StageJob:
@@ -66,6 +78,7 @@ def fetch_job(plan: dict, config: FetchConfig) -> StageJob:
         factory="tasks.fetch:build_work",
         config={"pictures": asdict(config.pictures), "downloads": downloads},
         shards=tuple(range(plan["num_shards"])),
+        at_once=UNITS_AT_ONCE,
     )
 
 
@@ -95,17 +108,53 @@ class _Shard:
 
 
 class FetchWork:
-    """Gets and cleans the pictures of one shard of the plan at a time."""
+    """Gets and cleans the pictures of shards of the plan; several threads may `run` at once.
+
+    Downloads of all shards share an event loop in a thread of its own, and with it connections,
+    answers of the name server, and turns at hosts.
+    """
 
     def __init__(self, store: Store, pictures: PicturePolicy, downloads: DownloadPolicy) -> None:
         self._plan = Plan(store)
         self._pictures = pictures
         self._downloads = downloads
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="clean")
+        # Bodies that wait for a thread occupy memory: when they are many, no more are taken.
+        self._room = asyncio.Semaphore(WAITING)
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(RESOLVERS, thread_name_prefix="resolve"))
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True)
+        self._thread.start()
+        self._downloader = self._wait(self._open())
 
     def close(self) -> None:
-        """Ends the cleaning threads."""
+        """Ends the threads and the connections; what is under way is abandoned."""
+        if sys.is_finalizing() or self._loop.is_closed():
+            return  # threads of a dying interpreter answer no more
+        self._wait(self._shut())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
         self._threads.shutdown(cancel_futures=True)
+
+    async def _open(self) -> Downloader:
+        return Downloader(self._downloads)
+
+    async def _shut(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._downloader.close()
+
+    def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine in the loop; an interrupt here cancels it there."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
 
     def run(self, shard: int) -> ShardData:
         """Fetches one shard.
@@ -115,7 +164,7 @@ class FetchWork:
         """
         started = time.monotonic()
         state = _Shard(shard, self._plan.rows(shard))
-        asyncio.run(self._fetch(state))
+        self._wait(self._fetch(state))
         _drop_repeated_bytes(state)
         return _shard_data(state, time.monotonic() - started)
 
@@ -126,7 +175,10 @@ class FetchWork:
         async for download in arrivals:
             row = wanted[download.index]
             if download.reason == OK:
-                settling.append(asyncio.ensure_future(self._settle(state, row, download)))
+                await self._room.acquire()
+                task = asyncio.create_task(self._settle(state, row, download.body))
+                task.add_done_callback(lambda _: self._room.release())
+                settling.append(task)
             else:
                 state.fates[row] = (download.reason, download.detail)
         await asyncio.gather(*settling)
@@ -146,14 +198,13 @@ class FetchWork:
         wanted = [row for row in range(len(state.rows)) if row not in state.fates]
         if self._plan.format == "folder":
             return from_files(str(self._plan.about["source"]), state.rows, wanted, limit)
-        return download_all([state.rows[row]["url"] for row in wanted], self._downloads)
+        return self._downloader.each([state.rows[row]["url"] for row in wanted])
 
-    async def _settle(self, state: _Shard, row: int, download: Download) -> None:
-        loop = asyncio.get_running_loop()
-        state.hashes[row] = hashlib.sha256(download.body).hexdigest()
+    async def _settle(self, state: _Shard, row: int, body: bytes) -> None:
+        state.hashes[row] = hashlib.sha256(body).hexdigest()
         try:
-            state.pictures[row] = await loop.run_in_executor(
-                self._threads, cleaned, download.body, self._pictures
+            state.pictures[row] = await self._loop.run_in_executor(
+                self._threads, cleaned, body, self._pictures
             )
         except BadPicture as error:
             state.fates[row] = (error.reason, str(error))
@@ -175,7 +226,7 @@ class FetchWork:
         """Whether URLs that once worked do: in a pass over failed rows nearly all may be dead."""
         again = self._plan.retry_of(shard)
         witnesses = again["witnesses"] if again else []
-        arrivals = [d.reason async for d in download_all(witnesses, self._downloads)]
+        arrivals = [download.reason async for download in self._downloader.each(witnesses)]
         return any(reason not in NETWORK for reason in arrivals)
 
 

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from tasks.frozen import hold_rows
 from tasks.recipes import Lora, TrainRecipe
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from infra.store import Store
     from models.fourm.model import FourM
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fourm.train")
 
 _LISTED = 8
-_HELD = "_held_rows"
-"""Attribute of a model that lists what puts its frozen rows back."""
 _NETWORK = ("dim", "encoder_depth", "decoder_depth", "num_heads", "gated_mlp", "bias", "qk_norm",
             "share_modality_embeddings", "tie_embeddings", "num_register_tokens")
 """Settings of two networks that must agree for one to continue the other; the rest shows in the
@@ -157,10 +155,9 @@ def tune(model: FourM, recipe: TrainRecipe, fresh: Sequence[str]) -> FourM:
     frozen by low-rank training. Returns the model.
 
     Raises:
-        ValueError: a pattern names no tensor, or nothing is left to train.
-        ImportError: low-rank updates need the package peft.
+        ValueError: as `check_tuning`.
     """
-    frozen = _matching(model, recipe.freeze)
+    frozen = check_tuning(model, recipe)
     if recipe.lora:
         names = _tensors(model)
         frozen |= {name for name in names if modality_of(name) not in fresh}
@@ -168,9 +165,22 @@ def tune(model: FourM, recipe: TrainRecipe, fresh: Sequence[str]) -> FourM:
         _freeze(model, frozen)
     if recipe.lora:
         _add_lora(model, recipe.lora)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"freeze={list(recipe.freeze)} leaves nothing to train")
     return model
+
+
+def check_tuning(model: FourM, recipe: TrainRecipe) -> set[str]:
+    """Published tensors that the recipe's patterns freeze; `model` may be on the meta device.
+
+    Raises:
+        ValueError: a pattern names no tensor, nothing is left to train, or low-rank updates are
+            asked for without the package peft.
+    """
+    frozen = _matching(model, recipe.freeze)
+    if recipe.lora:
+        require_peft()
+    elif frozen == _tensors(model).keys():
+        raise ValueError(f"freeze={list(recipe.freeze)} leaves nothing to train")
+    return frozen
 
 
 def _matching(model: FourM, patterns: Sequence[str]) -> set[str]:
@@ -186,55 +196,50 @@ def _matching(model: FourM, patterns: Sequence[str]) -> set[str]:
 
 
 def _freeze(model: FourM, names: set[str]) -> None:
-    """Keeps the published tensors `names` as they are.
+    """Keeps the published tensors `names` as they are. Modalities share tables: where only some
+    rows of one stay, these are held (see `tasks.frozen`)."""
+    import torch
 
-    Modalities share tables. Where only some rows of one stay, their gradient is removed, and as
-    weight decay moves rows without a gradient too, they are put back before every forward pass.
-    """
     views = _tensors(model)
-    for parameter in model.parameters():
-        inside = {name for name, view in views.items() if _within(view, parameter)}
+    for name, parameter in model.named_parameters():
+        inside = {published for published, view in views.items() if _within(view, parameter)}
         if inside and inside <= names:
             parameter.requires_grad_(False)
         elif inside & names:
-            _hold_rows(model, parameter, [views[name] for name in sorted(inside & names)])
+            rows = [_rows(views[published], parameter) for published in sorted(inside & names)]
+            hold_rows(model, name, torch.cat(rows))
 
 
 def _within(view: torch.Tensor, parameter: torch.Tensor) -> bool:
     return view.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
 
 
-def _hold_rows(model: nn.Module, parameter: nn.Parameter, views: list[torch.Tensor]) -> None:
+def _rows(view: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Numbers of the rows of a table that a view of it covers."""
     import torch
 
     width = parameter.shape[-1]
-    mask = torch.ones(len(parameter), 1)
-    kept = []
-    for view in views:
-        first = (view.storage_offset() - parameter.storage_offset()) // width
-        rows = slice(first, first + view.numel() // width)
-        mask[rows] = 0.0
-        kept.append((rows, parameter.detach()[rows].clone()))
-    parameter.register_hook(lambda grad: grad * mask.to(grad.device))
+    first = (view.storage_offset() - parameter.storage_offset()) // width
+    return torch.arange(first, first + view.numel() // width)
 
-    def put_back(*_: Any) -> None:
-        with torch.no_grad():
-            for rows, value in kept:
-                parameter[rows] = value.to(parameter.device)
 
-    model.register_forward_pre_hook(put_back)
-    model.__dict__.setdefault(_HELD, []).append(put_back)
+def require_peft() -> None:
+    """Raises ValueError where the package for low-rank updates is missing."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "low-rank updates need the package peft: pip install 'fourm[lora]'"
+        ) from error
 
 
 def _add_lora(model: FourM, lora: Lora) -> None:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError(
-            "low-rank updates need the package peft: pip install 'fourm[lora]'"
-        ) from error
+    require_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
+    alpha: Any = lora.alpha  # declared int by peft, which only divides it by the rank
+    settings = LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout,
                           target_modules=lora.modules)
     inject_adapter_in_model(settings, model)
     # peft leaves nothing but its own matrices to train; embeddings of new modalities are too.
@@ -244,9 +249,7 @@ def _add_lora(model: FourM, lora: Lora) -> None:
 
 
 def finished(model: FourM) -> FourM:
-    """The model as it is stored: frozen rows as they were, low-rank updates merged."""
-    for put_back in model.__dict__.get(_HELD, []):
-        put_back()
+    """The model as it is stored: low-rank updates merged."""
     updated: list[tuple[str, Any]] = [
         (name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")
     ]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +12,55 @@ import numpy as np
 from infra.manifest import load_manifest
 from infra.store import Store
 from models import modalities
+from tasks.generate_files import read_input, read_part, redrawn_area, write_value
 
 if TYPE_CHECKING:
     from models.fourm.decoding import Decoding
-    from models.fourm.generate import Generator
+    from models.fourm.generate import Generated, Generator, Guide
+    from models.fourm.presets import Preset
+    from models.fourm.spec import ModalitySpec
 
 MODEL = "model"
 """Folder of a run that holds the finished model."""
-_MAX_BYTES = 64 << 20
+EVERY = "*"
+"""Stands for every target in `How.decoding`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """How results are sampled. Raises ValueError for settings that exclude each other."""
+
+    samples: int = 1
+    """Results of each target."""
+    combine: bool = False
+    """Whether to write what the samples agree on (means, votes, the most typical text) instead of
+    each of them."""
+    seed: int = 0
+    """Of the first sample; the others count on from it."""
+    preset: Preset = "plain"
+    """See `models.fourm.presets.preset`."""
+    guidance: float | None = None
+    """Scale of guidance by all conditions; None: the preset's, 1: none."""
+    guides: Sequence[tuple[Mapping[str, str], float]] = ()
+    """Further conditions, as files or texts, that pull (weight above 0) or push away (below 0)."""
+    decoding: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Target, or "*" for all -> fields of `models.fourm.decoding.Decoding` that differ from the
+    preset's."""
+    known: Mapping[str, str] = field(default_factory=dict)
+    """Input -> the part of it that is given, a box or a mask picture. Of a target itself the rest
+    is generated."""
+    redraw: str = ""
+    """The part of the picture "rgb" that is drawn anew, the rest being kept: a box
+    "xmin,ymin,xmax,ymax" in 0..1, a mask picture that is white there, or the boxes before an edit
+    (a file, or JSON), which are compared with the input "det". Its only target is "rgb"."""
+    upscale: str = ""
+    """Run of a super-resolution model that makes the results again, finer; empty: none."""
+
+    def __post_init__(self) -> None:
+        if self.guides and self.guidance is not None:
+            raise ValueError("guides take the place of a guidance scale: give one of them")
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples}")
 
 
 def runs(store: Store) -> list[str]:
@@ -62,8 +102,8 @@ def load_generator(store: Store, run: str) -> Generator:
     model = load_stored(store, f"runs/{run}/{MODEL}")
     # Of the manifest it was trained on: the dataset may have other tokenizers by now.
     manifest = load_manifest(store, *store.read_json(f"runs/{run}/run.json")["manifest"])
-    paths = {name: entry["path"] for name, entry in manifest.tokenizers.items()}
-    used = {base_name(spec.name) for spec in model.config.modalities if spec.kind == "img"}
+    paths = {name: entry["path"] for name, entry in manifest.tokenizers.items() if "path" in entry}
+    used = {base_name(s.name) for s in model.config.modalities if s.kind == "img" or _in_codes(s)}
     missing = sorted(used - set(paths))
     if missing:
         raise ValueError(f"run {run!r} needs a tokenizer of {missing[0]!r}, which is not there")
@@ -72,33 +112,26 @@ def load_generator(store: Store, run: str) -> Generator:
     return Generator(model, tokenizers, text)
 
 
+def _in_codes(spec: ModalitySpec) -> bool:
+    """Whether a sequence tells codes of a learned tokenizer."""
+    form = modalities.text_form(spec.name)
+    return form is not None and form.parts is not None
+
+
 def generate(
-    store: Store,
-    run: str,
-    inputs: Mapping[str, str],
-    targets: Sequence[str],
-    out_dir: str | Path,
-    *,
-    samples: int = 1,
-    guidance: float | None = None,
-    seed: int = 0,
-    redraw: str = "",
-) -> list[Path]:
+    store: Store, run: str, inputs: Mapping[str, str], targets: Sequence[str],
+    out_dir: str | Path, how: How | None = None,
+) -> list[Path]:  # fmt: skip
     """Predicts modalities from others and writes them as files.
 
     Args:
         store: The dataset of the run.
         run: Name of the run; "" is the only one there is.
-        inputs: Modality to a file of it, or to text: a caption, or boxes as JSON.
+        inputs: Modality to a file of it, or to text: a caption, or boxes as JSON. A caption may
+            hold ___ for words that are not known, and be a target, too.
         targets: Modalities to predict; each becomes a condition of the next.
         out_dir: Where files go: <modality>.png, caption.txt, det.json and so on.
-        samples: Different results, each in its own files.
-        guidance: Scale of guidance; None and 1 are none.
-        seed: Of the first sample.
-        redraw: The part of the picture "rgb" that is drawn anew, the rest being kept: a box
-            "xmin,ymin,xmax,ymax" in 0..1, a mask picture that is white there, or the boxes before
-            an edit (a file, or JSON), which are compared with the input "det". Its only target
-            is "rgb".
+        how: How results are sampled.
 
     Returns:
         The files written.
@@ -106,150 +139,111 @@ def generate(
     Raises:
         ValueError: a modality, run or file does not exist or cannot be read; lists the choices.
     """
+    how = how or How()
     generator = load_generator(store, run or only_run(store))
-    if not inputs:
+    upscaler = load_generator(store, how.upscale) if how.upscale else None
+    if not inputs and not how.guides:
         raise ValueError(f"nothing to start from; choose from {', '.join(generator.inputs)}")
     for name in targets:
         generator.spec(name, target=True)
+    _check(how, inputs, targets, upscaler)
     values = {name: read_input(generator, name, given) for name, given in inputs.items()}
-    rows = {name: [value] * samples for name, value in values.items()}
-    seeds = [seed + number for number in range(samples)]
-    if redraw:
-        area = _area(generator, values, targets, redraw)
-        settings = _settings(generator, [n for n in inputs if n != "rgb"], targets, guidance)
-        pictures = rows.pop("rgb")
-        found = {"rgb": generator.inpaint("rgb", pictures, area, rows, settings=settings,
-                                          seeds=seeds)}  # fmt: skip
-    else:
-        settings = _settings(generator, list(inputs), targets, guidance)
-        found = generator.generate(rows, targets, settings=settings, seeds=seeds)
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    picture = values.get("rgb")
-    files = []
-    for name in targets:
-        for number, value in enumerate(found[name].values):
-            stem = name if samples == 1 else f"{name}-{number}"
-            files += _write(folder, stem, name, value, picture)
-    return files
+    for name, area in how.known.items():
+        values[name] = read_part(name, values[name], area)
+    found = _generated(generator, values, targets, how)
+    if upscaler:
+        found |= _refined(upscaler, found, values, how)
+    return _written(Path(out_dir), found, targets, how, values.get("rgb"))
 
 
-def _area(
-    generator: Generator, values: Mapping[str, Any], targets: Sequence[str], redraw: str
-) -> np.ndarray:
-    """What is drawn anew, bool over the tokens or pixels of the picture."""
-    from models.fourm.editing import box_area, changed_boxes
-
-    if "rgb" not in values or list(targets) != ["rgb"]:
-        raise ValueError("redraw changes a picture: it needs rgb as an input and as only target")
-    spec = generator.spec("rgb", target=True)
-    numbers = redraw.split(",")
-    if len(numbers) == 4 and not redraw.lstrip().startswith("{"):
-        try:
-            return box_area([[float(number) for number in numbers]], spec.grid)
-        except ValueError as error:
-            raise ValueError(f"redraw {redraw!r}: {error}") from None
-    if redraw.lstrip().startswith("{") or redraw.endswith(".json"):
-        if "det" not in values:
-            raise ValueError("redraw by boxes needs the boxes after the edit as the input det")
-        before = read_input(generator, "det", redraw)
-        return box_area(changed_boxes(before, values["det"]), spec.grid)
-    return _square("rgb", _mask(redraw), len(values["rgb"]))[..., 0] > 127
+def _check(
+    how: How, inputs: Mapping[str, str], targets: Sequence[str], upscaler: Generator | None
+) -> None:
+    """Refuses names that are none of this generation's."""
+    for said, names, choices in (
+        ("decoding", how.decoding, [*targets, EVERY]), ("known", how.known, list(inputs)),
+    ):
+        odd = [name for name in names if name not in choices]
+        if odd:
+            raise ValueError(f"{said} names {odd[0]!r}; choose from {', '.join(choices)}")
+    if upscaler and not set(targets) & set(upscaler.refined):
+        raise ValueError(f"run {how.upscale!r} refines {', '.join(upscaler.refined) or 'nothing'},"
+                         f" none of {', '.join(targets)}")
 
 
-def _mask(path: str) -> np.ndarray:
-    try:
-        return np.asarray(modalities.get("rgb").decode(_bytes(path)))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{path!r} cannot be read as a mask picture: {error}") from None
+def _generated(
+    generator: Generator, values: Mapping[str, Any], targets: Sequence[str], how: How
+) -> dict[str, Generated]:
+    """All samples, a row each."""
+    rows = {name: [value] * how.samples for name, value in values.items()}
+    seeds = [how.seed + number for number in range(how.samples)]
+    guides = [_guide(generator, conditions, weight, how.samples)
+              for conditions, weight in how.guides]  # fmt: skip
+    if not how.redraw:
+        settings = _settings(generator, list(rows), targets, how)
+        return generator.generate(rows, targets, settings=settings, seeds=seeds, guides=guides)
+    area = redrawn_area(generator, values, targets, how.redraw)
+    pictures = rows.pop("rgb")
+    settings = _settings(generator, list(rows), targets, how)
+    return {"rgb": generator.inpaint("rgb", pictures, area, rows, settings=settings, seeds=seeds,
+                                     guides=guides)}  # fmt: skip
+
+
+def _guide(
+    generator: Generator, conditions: Mapping[str, str], weight: float, samples: int
+) -> Guide:
+    from models.fourm.generate import Guide
+
+    values = {name: [read_input(generator, name, given)] * samples
+              for name, given in conditions.items()}  # fmt: skip
+    return Guide(values, weight)
+
+
+def _refined(
+    upscaler: Generator, found: Mapping[str, Generated], values: Mapping[str, Any], how: How
+) -> dict[str, Generated]:
+    """The same at a higher resolution, as far as the second model can."""
+    conditions = {name: [value] * how.samples for name, value in values.items()
+                  if name in upscaler.inputs and name not in found}  # fmt: skip
+    targets = [name for name in found if name in upscaler.refined]
+    seen = [spec.name for spec in upscaler.model.config.inputs]
+    settings = _settings(upscaler, seen, targets, replace(how, guides=()))
+    seeds = [how.seed + number for number in range(how.samples)]
+    return upscaler.upscale(found, conditions, targets, settings=settings, seeds=seeds)
 
 
 def _settings(
-    generator: Generator, given: Sequence[str], targets: Sequence[str], guidance: float | None
+    generator: Generator, given: Sequence[str], targets: Sequence[str], how: How
 ) -> dict[str, Decoding]:
-    """The released sampler's settings; guidance only where it is asked for, because it needs a
-    training that often hides conditions."""
-    from models.fourm.presets import default_decoding
+    from models.fourm.presets import changed, preset
 
-    scale = 1.0 if guidance is None else guidance
-    return {
-        name: replace(
-            default_decoding(generator.spec(name, target=True), given),
-            guidance=scale, show_opening=False,
-        )
-        for name in targets
-    }  # fmt: skip
-
-
-def read_input(generator: Generator, name: str, given: str) -> Any:
-    """The value of a condition from a file or text, cut to the model's square.
-
-    Raises:
-        ValueError: the modality does not exist, or the file cannot be read as one of it.
-    """
-    spec = generator.spec(name, target=False)
-    modality = modalities.get(name)
-    if name == "caption":
-        path = Path(given) if len(given) < 256 else None
-        return path.read_text().strip() if path and path.suffix == ".txt" else given
-    try:
-        data = given.encode() if given.lstrip().startswith("{") else _bytes(given)
-        value = modality.decode(data)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{given!r} cannot be read as {name} ({modality.description}): {error}") \
-            from None  # fmt: skip
-    if modality.kind not in ("image", "map"):
-        return value
-    return _square(name, value, _side(generator, spec))
+    scale = 1.0 if how.guides else how.guidance
+    found = {}
+    for name in targets:
+        spec = generator.spec(name, target=True)
+        decoding = preset(how.preset, spec, given)
+        if scale is not None:
+            decoding = replace(decoding, guidance=scale)
+        for which in (EVERY, name):
+            decoding = changed(decoding, spec, how.decoding.get(which, {}),
+                               all_targets=which == EVERY)  # fmt: skip
+        found[name] = decoding
+    return found
 
 
-def _bytes(path: str) -> bytes:
-    file = Path(path)
-    if file.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"the file is larger than {_MAX_BYTES >> 20} MiB")
-    return file.read_bytes()
-
-
-def _side(generator: Generator, spec: Any) -> int:
-    """Side in pixels of the pictures that a modality of the model is made of."""
-    if spec.kind == "pixels":
-        return spec.grid * spec.patch_size
-    return int(spec.name.split("@")[1]) if "@" in spec.name else 224
-
-
-def _square(name: str, value: np.ndarray, side: int) -> np.ndarray:
-    from models.crops import CropPolicy, crop_box
-
-    policy = CropPolicy(num_crops=1, size=side)
-    box = crop_box(policy, "", 0, value.shape[1] / value.shape[0])
-    return modalities.get(name).crop(value, box, side)
-
-
-def _write(
-    folder: Path, stem: str, name: str, value: Any, picture: np.ndarray | None
+def _written(
+    folder: Path, found: Mapping[str, Generated], targets: Sequence[str], how: How, seen: Any
 ) -> list[Path]:
-    """Writes a value for people, and where that loses something the value itself too."""
-    from PIL import Image
+    from models.fourm.ensemble import combine
 
-    from models.modalities.det import draw
-
-    if name == "caption":
-        return [_put(folder / f"{stem}.txt", (value + "\n").encode())]
-    if name == "det":
-        raw = _put(folder / f"{stem}.json", json.dumps(value, indent=1).encode())
-        canvas = picture if picture is not None else np.full((224, 224, 3), 40, np.uint8)
-        shown = draw(value, np.ascontiguousarray(canvas))
-    else:
-        modality = modalities.get(name)
-        shown = modality.render(value)
-        raw = folder / f"{stem}.value.{modality.ext}"
-        if name != "rgb":
-            _put(raw, modality.encode(value))
-    image = folder / f"{stem}.png"
-    Image.fromarray(shown).save(image)
-    return [image] if name == "rgb" else [image, raw]
-
-
-def _put(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = seen if isinstance(seen, np.ndarray) else None
+    files = []
+    for name in targets:
+        values = list(found[name].values)
+        if how.combine:
+            values = [combine(name, values)]
+        for number, value in enumerate(values):
+            stem = name if len(values) == 1 else f"{name}-{number}"
+            files += write_value(folder, stem, name, value, picture)
+    return files

@@ -120,7 +120,7 @@ def _places(store: Store, manifest: Manifest) -> list[_Place]:
 
 def _is_sequence(modality: str) -> bool:
     """Whether a manifest's modality of this name holds the tokens of a text of that name."""
-    return modality in modalities.names() and modalities.get(modality).kind == "sequence"
+    return modalities.text_form(modality) is not None
 
 
 def _chosen(places: list[_Place], parts: Sequence[str]) -> list[_Place]:

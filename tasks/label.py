@@ -37,7 +37,9 @@ BATCHES_AT_ONCE = 2
 
 
 @dataclass
-class _Sample:
+class Sample:
+    """A picture on its way through a labeler; in the end `members` holds its labels as files."""
+
     key: str
     data: bytes
     others: dict[str, bytes] = field(default_factory=dict)
@@ -237,22 +239,29 @@ class LabelWork:
         """
         started = time.monotonic()
         works = (self, *others)
-        samples: list[list[_Sample]] = [[] for _ in works]
-        rows = _batched(self._rows(works, shard), min(work._group for work in works))
-        waiting: list[list[_Sample]] = [[] for _ in works]
-        for done in pipelined(
-            chain(rows, [None]),
-            lambda rows: rows and [_decoded(works, row) for row in rows],
-            lambda rows: _labelled(works, waiting, rows),
-            lambda groups: [(number, works[number]._encode(group)) for number, group in groups],
-        ):
-            for number, group in done:
-                samples[number] += group
+        samples: list[list[Sample]] = [[] for _ in works]
+        for number, group in _one_pass(works, shard):
+            samples[number] += group
         seconds = (time.monotonic() - started) / len(works)
         return [work._data(shard, each, seconds) for work, each in zip(works, samples, strict=True)]
 
-    def _data(self, shard: int, samples: list[_Sample], seconds: float) -> ShardData:
-        _refuse_if_hopeless(self._stage, shard, samples)
+    def samples(self, shard: int) -> Iterator[list[Sample]]:
+        """The labelled pictures of a shard in order, a few batches at a time.
+
+        Raises:
+            As `run`.
+        """
+        reasons, detail = Counter[str](), ""
+        for _, group in _one_pass((self,), shard):
+            reasons.update(sample.reason for sample in group)
+            detail = detail or next((sample.detail for sample in group if sample.detail), "")
+            yield group
+        _refuse_if_hopeless(self._stage, shard, reasons, detail)
+
+    def _data(self, shard: int, samples: list[Sample], seconds: float) -> ShardData:
+        detail = next((sample.detail for sample in samples if sample.detail), "")
+        reasons = Counter(sample.reason for sample in samples)
+        _refuse_if_hopeless(self._stage, shard, reasons, detail)
         return ShardData(
             keys=[sample.key for sample in samples],
             outputs={output: _tar(samples, output) for output in self._stage.outputs},
@@ -260,7 +269,7 @@ class LabelWork:
             seconds=seconds,
         )
 
-    def _rows(self, works: Sequence[LabelWork], shard: int) -> Iterator[list[_Sample]]:
+    def _rows(self, works: Sequence[LabelWork], shard: int) -> Iterator[list[Sample]]:
         """For each picture a sample of every labeler."""
         path, sha256 = self._ledger.open_output(self._fetch, shard, "rgb")
         others = [
@@ -269,7 +278,7 @@ class LabelWork:
         ]
         for name, data in read_tar(path, sha256=sha256):
             key, extension = split_name(name)
-            row = [_Sample(key, data) for _ in works]
+            row = [Sample(key, data) for _ in works]
             for work, sample, indices in zip(works, row, others, strict=True):
                 if extension == MISSING_EXT:
                     sample.fail("no_picture", "the fetch stage left a hole")
@@ -281,14 +290,14 @@ class LabelWork:
         path, sha256 = self._ledger.open_output(stage, shard, name)
         return TarIndex(path, sha256=sha256)
 
-    def _read_others(self, sample: _Sample, others: dict[str, TarIndex]) -> None:
+    def _read_others(self, sample: Sample, others: dict[str, TarIndex]) -> None:
         for name, index in others.items():
             if index.ext(sample.key) != MISSING_EXT:
                 sample.others[name] = index.read(sample.key)
             elif name in self._labeler.reads:
                 sample.fail("no_label", f"{self._sources[name].id} left a hole")
 
-    def _decode(self, sample: _Sample, picture: Callable[[bytes], Any]) -> None:
+    def _decode(self, sample: Sample, picture: Callable[[bytes], Any]) -> None:
         data, others = sample.data, sample.others
         sample.data, sample.others = b"", {}
         if sample.reason != "ok":
@@ -301,7 +310,7 @@ class LabelWork:
         except (OSError, ValueError, SyntaxError) as error:
             sample.fail("undecodable", error)
 
-    def _label(self, samples: list[_Sample]) -> list[_Sample]:
+    def _label(self, samples: list[Sample]) -> list[Sample]:
         ready = [sample for sample in samples if sample.reason == "ok"]
         if not ready:
             return samples
@@ -313,18 +322,18 @@ class LabelWork:
                 self._label_alone(sample)
         return samples
 
-    def _label_together(self, samples: list[_Sample]) -> None:
+    def _label_together(self, samples: list[Sample]) -> None:
         labels = self._labeler.label_samples([sample.inputs for sample in samples])
         for number, sample in enumerate(samples):
             sample.values = {name: values[number] for name, values in labels.items()}
 
-    def _label_alone(self, sample: _Sample) -> None:
+    def _label_alone(self, sample: Sample) -> None:
         try:
             self._label_together([sample])
         except (RuntimeError, ValueError) as error:
             sample.fail("unlabelled", error)
 
-    def _encode(self, samples: list[_Sample]) -> list[_Sample]:
+    def _encode(self, samples: list[Sample]) -> list[Sample]:
         for sample in samples:
             try:
                 sample.members = {
@@ -337,12 +346,26 @@ class LabelWork:
         return samples
 
 
-def _batched(rows: Iterator[list[_Sample]], size: int) -> Iterator[list[list[_Sample]]]:
+def _one_pass(works: Sequence[LabelWork], shard: int) -> Iterator[tuple[int, list[Sample]]]:
+    """Groups of labelled pictures of a shard, each with its labeler's number, in order for each;
+    the pictures are read and decoded once for all."""
+    rows = _batched(works[0]._rows(works, shard), min(work._group for work in works))
+    waiting: list[list[Sample]] = [[] for _ in works]
+    for done in pipelined(
+        chain(rows, [None]),
+        lambda rows: rows and [_decoded(works, row) for row in rows],
+        lambda rows: _labelled(works, waiting, rows),
+        lambda groups: [(number, works[number]._encode(group)) for number, group in groups],
+    ):
+        yield from done
+
+
+def _batched(rows: Iterator[list[Sample]], size: int) -> Iterator[list[list[Sample]]]:
     while batch := list(islice(rows, size)):
         yield batch
 
 
-def _decoded(works: Sequence[LabelWork], row: list[_Sample]) -> list[_Sample]:
+def _decoded(works: Sequence[LabelWork], row: list[Sample]) -> list[Sample]:
     picture = lru_cache(1)(modalities.get("rgb").decode)
     for work, sample in zip(works, row, strict=True):
         work._decode(sample, picture)
@@ -350,8 +373,8 @@ def _decoded(works: Sequence[LabelWork], row: list[_Sample]) -> list[_Sample]:
 
 
 def _labelled(
-    works: Sequence[LabelWork], waiting: list[list[_Sample]], rows: list[list[_Sample]] | None
-) -> list[tuple[int, list[_Sample]]]:
+    works: Sequence[LabelWork], waiting: list[list[Sample]], rows: list[list[Sample]] | None
+) -> list[tuple[int, list[Sample]]]:
     """Groups that became full with these rows, labelled, each with its labeler's number.
 
     Args:
@@ -369,15 +392,12 @@ def _labelled(
     return ready
 
 
-def _refuse_if_hopeless(stage: Stage, shard: int, samples: list[_Sample]) -> None:
-    reasons = Counter(sample.reason for sample in samples)
-    if samples and reasons["unlabelled"] == len(samples):
-        raise RuntimeError(
-            f"{stage.id} labelled no picture of shard {shard}; the first: {samples[0].detail}"
-        )
+def _refuse_if_hopeless(stage: Stage, shard: int, reasons: Counter[str], detail: str) -> None:
+    if reasons["unlabelled"] == reasons.total() > 0:
+        raise RuntimeError(f"{stage.id} labelled no picture of shard {shard}; the first: {detail}")
 
 
-def _tar(samples: list[_Sample], output: str) -> bytes:
+def _tar(samples: list[Sample], output: str) -> bytes:
     extension = modalities.get(output).ext
     return write_tar(
         (f"{sample.key}.{extension}", sample.members[output])

@@ -21,7 +21,7 @@ from infra.manifest import Manifest, load_manifest, manifest_names
 from infra.store import Store
 from models.fourm.batch import Batch
 from models.fourm.draws import Draws
-from models.fourm.loader import TokenDataset, base_name
+from models.fourm.loader import TokenDataset, stored_name
 from models.fourm.masking import Mixture, Samples, mask_batch
 from models.fourm.spec import FourMConfig, ModalitySpec
 from tasks.recipes import Source, TrainRecipe
@@ -131,7 +131,7 @@ def shared_specs(bound: Sequence[Bound]) -> tuple[ModalitySpec, ...]:
     for part in bound:
         for (_, manifest), specs in zip(part.sets, part.specs, strict=True):
             for spec in specs:
-                entry = manifest.tokenizers.get(tokenizer_key(base_name(spec.name)), {})
+                entry = manifest.tokenizers.get(tokenizer_key(stored_name(spec.name)), {})
                 mark = entry.get("fingerprint") if spec.discrete else None
                 known, where, before = found.setdefault(
                     spec.name, (spec, part.source.name, mark)

@@ -1,11 +1,12 @@
 """Hostile bytes to clean RGB JPEG: the one place where downloaded pictures are decoded.
 
 Formats are an allow-list, the header's size is checked before a pixel is decoded, and what leaves
-here is a plain 8-bit RGB JPEG without metadata, upright, in the size that the policy asks for.
+here is a plain 8-bit sRGB JPEG without metadata, upright, in the size that the policy asks for.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import warnings
@@ -13,10 +14,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+MAX_PROFILE = 4 << 20
+"""Largest colour profile that is read, in bytes; those of printers have about one megabyte."""
 Resize = Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"]
+Filter = Literal["box", "hamming", "bicubic", "lanczos"]
 
 
 class BadPicture(ValueError):
@@ -36,6 +40,9 @@ class PicturePolicy:
     square; center_crop: cut to a square; no: as it is."""
     size: int = 256
     """Target side in pixels; pictures that are smaller already are never enlarged."""
+    filter: Filter = "hamming"
+    """How pictures are shrunk: box averages areas, hamming is as sharp as bicubic in half the time
+    of lanczos."""
     quality: int = 95
     """JPEG quality of what is stored."""
     min_side: int = 32
@@ -57,11 +64,8 @@ class Picture:
     height: int
     dhash: int
     """Difference hash of 64 bits: pictures that look alike differ in few of them."""
-
-    @property
-    def sha256(self) -> str:
-        """Hex digest of the stored bytes."""
-        return hashlib.sha256(self.data).hexdigest()
+    sha256: str
+    """Hex digest of the stored bytes."""
 
 
 def clean(data: bytes, policy: PicturePolicy) -> bytes:
@@ -87,16 +91,20 @@ def cleaned(data: bytes, policy: PicturePolicy) -> Picture:
             image.draft("RGB", (policy.size, policy.size))
         image.load()
         if _is_clean(image, size, policy):
-            return Picture(data, *size, difference_hash(image))
-        upright = ImageOps.exif_transpose(image) or image
-        final = _resized(_to_rgb(upright), policy)
+            return _picture(data, size, difference_hash(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        final = _resized(_to_rgb(image), policy)
         seen = difference_hash(final)
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
         reason = "truncated" if "truncated" in str(error).lower() else "not_image"
         raise BadPicture(reason, str(error)) from error
     buffer = io.BytesIO()
     final.save(buffer, "JPEG", quality=policy.quality)
-    return Picture(buffer.getvalue(), *size, seen)
+    return _picture(buffer.getvalue(), size, seen)
+
+
+def _picture(data: bytes, size: tuple[int, int], seen: int) -> Picture:
+    return Picture(data, *size, seen, hashlib.sha256(data).hexdigest())
 
 
 def difference_hash(image: Image.Image) -> int:
@@ -142,14 +150,50 @@ _PLAIN_INFO = {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """First frame as 8-bit RGB; transparency over white; 16-bit grey scaled, not clipped."""
+    """First frame as 8-bit sRGB; transparency over white; 16-bit grey scaled, not clipped."""
     if image.mode.startswith("I"):
-        return image.convert("I").point(lambda v: v / 256).convert("L").convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        canvas = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(canvas, rgba).convert("RGB")
-    return image.convert("RGB")
+        image = image.convert("I").point(lambda v: v / 256).convert("L")
+    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    elif image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    image = _to_srgb(image)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Colours of a picture with a profile as sRGB has them.
+
+    A profile that is broken, too large, or for other kinds of pictures is not obeyed.
+    """
+    profile = image.info.get("icc_profile")
+    if not isinstance(profile, bytes) or not 0 < len(profile) <= MAX_PROFILE:
+        return image
+    transform = _transform(profile, image.mode)
+    if transform is None:
+        return image
+    return ImageCms.applyTransform(image, transform) or image
+
+
+@functools.lru_cache(maxsize=16)  # most pictures with a profile have one of a few
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From a profile to sRGB; None where that is nothing to do, or impossible."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(source).lower():
+            return None
+        return ImageCms.buildTransform(
+            source,
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGBA" if mode == "RGBA" else "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
 
 
 def _target(size: tuple[int, int], policy: PicturePolicy) -> tuple[int, int]:
@@ -171,15 +215,16 @@ def _resized(image: Image.Image, policy: PicturePolicy) -> Image.Image:
     target = _target(image.size, policy)
     if target == image.size:
         return image
+    how = Image.Resampling[policy.filter.upper()]
     if policy.resize == "center_crop":
-        return ImageOps.fit(image, target, Image.Resampling.LANCZOS)
+        return ImageOps.fit(image, target, how)
     if policy.resize == "border":
-        image.thumbnail(target, Image.Resampling.LANCZOS)
+        image.thumbnail(target, how)
         canvas = Image.new("RGB", target, "white")
         offset = ((target[0] - image.width) // 2, (target[1] - image.height) // 2)
         canvas.paste(image, offset)
         return canvas
-    return image.resize(target, Image.Resampling.LANCZOS)
+    return image.resize(target, how)
 
 
 # A truncated file must fail, not come out grey below the break.

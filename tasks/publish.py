@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -40,15 +41,19 @@ def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
         stages,
         shards,
         splits={"train": [shard for shard in shards if shard not in val], "val": val},
-        tokenizers={key: _tokenizer(info) for key, info in chain.tokenizers.items()},
+        tokenizers={
+            **{key: _tokenizer(chain, key) for key in chain.tokenizers},
+            **{name: _vectors(chain, name, shards) for name in chain.embedded},
+        },
         meta={"crops": asdict(chain.crops)},
     )
 
 
 def published_stages(chain: Chain) -> dict[str, Any]:
-    """Modality of the manifest to its stage: the token sets, and the pictures for pixel input."""
+    """Modality of the manifest to its stage: the token sets, the pictures for pixel input, and the
+    vectors of texts, which models read without tokens."""
     stages = {output: stage for stage in chain.tokens.values() for output in stage.outputs}
-    return {"rgb": chain.fetch, **stages}
+    return {"rgb": chain.fetch, **chain.embedded, **stages}
 
 
 def is_current(store: Store, name: str) -> bool:
@@ -64,6 +69,21 @@ def is_current(store: Store, name: str) -> bool:
     return known == wanted and manifest.shards() == list(chain.shards)
 
 
-def _tokenizer(info: Any) -> dict[str, Any]:
-    names = ("path", "fingerprint", "vocab_size", "num_tokens")
-    return {name: getattr(info, name) for name in names}
+def _vectors(chain: Chain, name: str, shards: Sequence[int]) -> dict[str, Any]:
+    """Width and greatest number of the vectors of a modality, as its first label has them."""
+    from models.modalities.t5_caption import MAX_TOKENS
+    from tasks.tokenizer_data import read_values
+
+    for shard in shards:
+        for _, value in read_values(chain.ledger, chain.embedded[name], shard, name):
+            if value is not None:
+                return {"channels": int(value.shape[1]), "num_tokens": MAX_TOKENS}
+    raise ValueError(f"no sample of shards {list(shards)} has a {name}")
+
+
+def _tokenizer(chain: Chain, key: str) -> dict[str, Any]:
+    info = chain.tokenizers[key]
+    names = ("path", "fingerprint", "vocab_size")
+    entry = {name: getattr(info, name) for name in names}
+    entry["num_tokens"] = info.length(chain.crops.size, chain.kept.get(key, 0))
+    return entry | {"ordered": True} if info.ordered else entry

@@ -27,11 +27,19 @@ _ROWS = ("constant", "teacher", "tokenizer_bound", "fourm", "fourm_10")
 _HEADS = ("constant", "teacher", "tokenizer bound", "4M", "4M, {samples} samples")
 _UNITS = {
     "abs_rel": "AbsRel", "mean_angle": "mean angle, °", "miou": "mIoU", "ap50": "AP50",
-    "attributes": "attributes right",
+    "attributes": "attributes right", "edge_f1": "edge F1", "fields": "fields right",
+    "color_distance": "colour distance, of 255",
 }  # fmt: skip
 _TITLES = {
+    "overview": "Every modality: labels, and below what 4M predicts from RGB",
+    "chain": "A chain: each modality from all that were made before it",
     "rgb-to-depth": "RGB to depth", "rgb-to-normal": "RGB to surface normals",
     "rgb-to-semseg": "RGB to segmentation", "rgb-to-det": "RGB to boxes",
+    "rgb-to-clip": "RGB to CLIP features", "rgb-to-dinov2": "RGB to DINOv2 features",
+    "rgb-to-dinov2_global": "RGB to the DINOv2 vector of the picture",
+    "rgb-to-canny_edge": "RGB to Canny edges", "rgb-to-color_palette": "RGB to colour palettes",
+    "rgb-to-metadata": "RGB to metadata",
+    "search-dinov2_global": "Search by a predicted DINOv2 vector, ten samples averaged",
     "caption-to-rgb": "Captions to RGB", "boxes-to-rgb": "Boxes to RGB",
     "moving-box": "A box moves, and the picture follows",
 }  # fmt: skip
@@ -71,6 +79,8 @@ def results(
         "seconds": {**stages, "total": stages.get("total", round(total, 1))},
         "tasks": evaluation.tasks,
         "matrix": evaluation.matrix,
+        "retrieval": evaluation.retrieval,
+        "chain": evaluation.chain,
         "teachers": evaluation.teachers,
         "tokenizers": evaluation.tokenizers,
         "evaluation": evaluation.config,
@@ -129,6 +139,14 @@ def render(
         "<p class=note>Gap recovered: 0 is the best constant, 1 the teacher that labelled the "
         "training set. Tokenizer bound: the truth encoded and decoded. ↓ lower is better.</p>",
     ]
+    for name, found_by in evaluation.retrieval.items():
+        parts += [f"<h2>Retrieval by a predicted {html.escape(name)}</h2>",
+                  _retrieval_table(found_by, evaluation.config.get("samples", 10)),
+                  f"<p class=note>Each of {found_by['pictures']} pictures is looked for among all "
+                  "by the cosine with the teacher's vectors; the vector is predicted from the "
+                  "row's modality alone.</p>"]  # fmt: skip
+    if evaluation.chain:
+        parts += ["<h2>A chain through many modalities</h2>", _chain_table(found)]
     for name, picture in evaluation.pictures.items():
         title = html.escape(_TITLES.get(name, name))
         parts += [f"<h2>{title}</h2>", f'<img alt="{title}" src="{ui.data_uri(picture)}">',
@@ -195,6 +213,38 @@ def _caption_table(captions: Sequence[Mapping[str, str]]) -> str:
     return _table(heads, [[row[name] for name in heads] for row in captions], "text")
 
 
+def retrieval_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Searches by one embedding as text: from what, recall at 1 and 5, the same of many samples."""
+    def cells(scores: Mapping[str, float]) -> list[str]:
+        return [_number(scores[name], 3) for name in ("recall@1", "recall@5")]
+
+    rows = [["chance", *cells(found["chance"]), "-", "-"]]
+    rows += [[name, *cells(row["fourm"]), *cells(row["fourm_10"])]
+             for name, row in found["from"].items()]  # fmt: skip
+    return [*rows, ["the teacher's own, as tokens", *cells(found["tokenizer_bound"]), "-", "-"]]
+
+
+def _retrieval_table(found: Mapping[str, Any], samples: int) -> str:
+    heads = ["predicted from", "recall@1", "recall@5"]
+    heads += [f"{name}, {samples} samples" for name in heads[1:]]
+    return _table(heads, retrieval_rows(found))
+
+
+def _chain_table(found: Mapping[str, Any]) -> str:
+    """What the steps of the chain reach, beside what the same target reaches from RGB alone."""
+    steps, rows = found["chain"]["steps"], []
+    for number, name in enumerate(steps[1:], start=1):
+        scores, task = found["chain"]["scores"].get(name), found["tasks"].get(f"rgb->{name}")
+        if scores is None or task is None:
+            rows.append([" → ".join(steps[number - 1 : number + 1]), "-", "-", "-", "-"])
+            continue
+        metric, arrow = task["metric"], "↓" if task["lower_is_better"] else "↑"
+        values = (task["constant"], scores[metric], task["fourm"])
+        rows.append([" → ".join(steps[number - 1 : number + 1]),
+                     f"{_UNITS.get(metric, metric)} {arrow}", *(_number(v, 3) for v in values)])
+    return _table(["step", "metric", "constant", "4M in the chain", "4M from RGB"], rows)
+
+
 def _tokenizer_table(tokenizers: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name, info in tokenizers.items():
@@ -235,6 +285,26 @@ def curve_figure(curve: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set(xlabel="step", ylabel="loss, nats a token")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
+    return figure
+
+
+def pace_figure(curve: Sequence[Mapping[str, Any]]) -> Figure:
+    """Learning rate, gradient norm, token rates (of all, and of each modality) and utilisation
+    over steps."""
+    from matplotlib.figure import Figure
+
+    panels = {"learning rate": "lr", "gradient norm": "grad_norm",
+              "tokens a second": "tokens_per_second", "share of peak FLOP/s": "mfu"}  # fmt: skip
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    for axes, (title, key) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for name in sorted({k for line in curve for k in line if k.partition("/")[0] == key}):
+            points = [(line["step"], line[name]) for line in curve if name in line]
+            axes.plot(*zip(*points, strict=True), label=name.partition("/")[2] or "all",
+                      linewidth=2.2 if name == key else 1.0)  # fmt: skip
+        axes.set(xlabel="step", title=title)
+        axes.grid(alpha=0.3)
+        if len(axes.lines) > 1:
+            axes.legend(fontsize=6, ncols=2)
     return figure
 
 

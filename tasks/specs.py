@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from infra.manifest import Manifest
+from models import modalities
 from models.fourm.catalogue import (
     SEQUENCES,
     T5_WIDTH,
@@ -17,7 +18,7 @@ from models.fourm.catalogue import (
     sequence_spec,
     t5_spec,
 )
-from models.fourm.loader import base_name
+from models.fourm.loader import stored_name
 from models.fourm.masking import Component, Mixture
 from models.fourm.spec import FourMConfig, ModalitySpec
 
@@ -52,14 +53,22 @@ def _spec(manifest: Manifest, name: str, max_text: int) -> ModalitySpec:
         raise ValueError(f"{manifest.name} v{manifest.version} names no tokenizer of {name}; "
                          f"it has {', '.join(sorted(manifest.tokenizers))}")
     vocab = int(manifest.tokenizers[key]["vocab_size"])
-    if name in SEQUENCES:
+    if _is_text(name):
         return sequence_spec(name, vocab, max_text if name in _OWN_LENGTH else None)
-    return grid_spec(name, _size(manifest), vocab, int(manifest.tokenizers[key]["num_tokens"]))
+    made = manifest.tokenizers[key]
+    return grid_spec(name, _size(manifest), vocab, int(made["num_tokens"]),
+                     ordered=bool(made.get("ordered", False)))
 
 
 def tokenizer_key(name: str) -> str:
     """Entry of a manifest's tokenizers that made the tokens of a modality."""
-    return "text" if name in SEQUENCES else name.removeprefix("tok_")
+    return "text" if _is_text(name) else name.removeprefix("tok_")
+
+
+def _is_text(name: str) -> bool:
+    """Whether tokens of that name are words: of the released sequences, or of a modality that a
+    package adds."""
+    return name in SEQUENCES or modalities.text_form(name) is not None
 
 
 def _size(manifest: Manifest) -> int:
@@ -98,7 +107,7 @@ def chosen_specs(
 
 
 def _is(name: str, spec: ModalitySpec) -> bool:
-    return name in (spec.name, base_name(spec.name))
+    return name in (spec.name, stored_name(spec.name))
 
 
 def resolve(
@@ -138,12 +147,12 @@ def _expand(alphas: Mapping[str, float], specs: Sequence[ModalitySpec]) -> dict[
     unknown = sorted(name for name, alpha in alphas.items() if name != "*" and alpha > 0
                      and not any(_is(name, spec) for spec in specs))
     if unknown:
-        bases = sorted({base_name(spec.name) for spec in specs})
+        bases = sorted({stored_name(spec.name) for spec in specs})
         raise ValueError(f"the mixture names {', '.join(unknown)}; choose from "
                          f"{', '.join(bases)} or *")
     found = {}
     for spec in specs:
-        alpha = alphas.get(spec.name, alphas.get(base_name(spec.name), alphas.get("*", 0.0)))
+        alpha = alphas.get(spec.name, alphas.get(stored_name(spec.name), alphas.get("*", 0.0)))
         if alpha > 0:
             found[spec.name] = alpha
     return found

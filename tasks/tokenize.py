@@ -2,7 +2,8 @@
 
 One unit reads one label shard. A thread decodes and crops ahead while the network encodes; the
 windows are a pure function of (key, crop index), so modalities agree without a crop file. A
-missing label stays a hole: a null in every column, under the same key.
+missing label stays a hole: a null in every column, under the same key. Labels that are not worth
+storing, such as feature maps, can be made and tokenized in one pass (`token_jobs`, `labelers`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -25,26 +26,26 @@ from infra.shards import MISSING_EXT, TarIndex
 from infra.store import Store
 from models import modalities
 from models.crops import CropPolicy, crop_box
-from tasks.tokenizer_data import Aspects, aspect_of
+from tasks.label import LabelWork
+from tasks.label import build_work as label_work
+from tasks.tokenizer_data import Aspects, aspect_of, read_label
 from tasks.train_tokenizers import TEXT, TokenizerInfo
-from tokenizers_vq.sequences import MIN_SCORE, det_to_string
+from tokenizers_vq.sequences.form import Page, TextForm, seed_of
 
 if TYPE_CHECKING:
+    from models.labelers import LabelerSpec
     from tokenizers_vq.text import TextTokenizer
     from tokenizers_vq.tokenizer import Tokenizer
 
 VERSION = 1
-SEQUENCES = ("caption", "det")
-"""Modalities written as text; all others need a learned tokenizer."""
-
 _GROUP = 32  # samples decoded ahead as one group
 _Tokens = dict[str, np.ndarray | list[int] | None]
 _Row = tuple[str, _Tokens, str]
 
 
 def output_name(modality: str) -> str:
-    """Name of a modality's tokens: tok_depth; sequences keep their name."""
-    return modality if modality in SEQUENCES else f"tok_{modality}"
+    """Name of a modality's tokens: tok_depth; what is told as text keeps its name."""
+    return modality if modalities.text_form(modality) else f"tok_{modality}"
 
 
 def token_stage(
@@ -53,7 +54,9 @@ def token_stage(
     policy: CropPolicy,
     upstream: Stage,
     *,
-    min_score: float = MIN_SCORE,
+    codes: TokenizerInfo | None = None,
+    min_score: float | None = None,
+    kept: int = 0,
 ) -> Stage:
     """The stage that tokenizes one modality.
 
@@ -62,20 +65,30 @@ def token_stage(
         tokenizer: Of that modality, or the text tokenizer.
         policy: Crops of the token set.
         upstream: The stage that wrote the values.
-        min_score: Least confidence of a box that is written.
+        codes: The modality's learned tokenizer, where its text holds codes.
+        min_score: Least confidence of what is written, where the text leaves out what is unsure;
+            None is the form's own.
+        kept: Number of ordered tokens that are stored; 0 stores all.
 
     Raises:
-        ValueError: if the stage upstream does not write the modality or the tokenizer is
-            another's.
+        ValueError: if the stage upstream does not write the modality, the tokenizer is another's,
+            codes are missing, or so few tokens do not decode.
     """
     if modality not in upstream.outputs:
         raise ValueError(f"{upstream.id} writes {', '.join(upstream.outputs)}, not {modality!r}")
-    expected = TEXT if modality in SEQUENCES else modality
+    form = modalities.text_form(modality)
+    expected = modality if form is None else TEXT
     if tokenizer.modality != expected:
         raise ValueError(f"{modality!r} needs the {expected} tokenizer, not {tokenizer.modality}'s")
     params: dict[str, Any] = {"crops": asdict(policy)}
-    if modality == "det":
-        params["min_score"] = min_score
+    if form is not None and form.min_score is not None:
+        params["min_score"] = form.min_score if min_score is None else min_score
+    if form is not None and form.parts is not None:
+        if codes is None:
+            raise ValueError(f"the text of {modality!r} holds codes: it needs its own tokenizer")
+        params |= {"codes": codes.path, "codes_fingerprint": codes.fingerprint}
+    if kept:
+        params["tokens"] = tokenizer.length(policy.size, kept)
     return Stage(
         name=f"tokens:{modality}",
         version=VERSION,
@@ -93,11 +106,19 @@ def token_jobs(
     *,
     precision: str = "auto",
     device: str = "auto",
+    labelers: Mapping[Stage, LabelerSpec] | None = None,
 ) -> list[StageJob]:
-    """The stages of `token_stage` as work for the stage runner."""
+    """The stages of `token_stage` as work for the stage runner.
+
+    `labelers` are those of label stages that keep nothing of most shards: what such a stage has
+    not committed is labelled and tokenized in one pass, to the same tokens, and not stored.
+    """
     config = {"precision": precision, "device": device}
+    made = {stage: {"labeler": spec.to_dict()} for stage, spec in (labelers or {}).items()}
     return [
-        StageJob(stage, "tasks.tokenize:build_work", config, tuple(shards)) for stage in stages
+        StageJob(stage, "tasks.tokenize:build_work", config | made.get(stage.upstream[0], {}),
+                 tuple(shards))
+        for stage in stages
     ]
 
 
@@ -108,16 +129,29 @@ def build_work(store_url: str, stage: Stage, config: dict[str, Any]) -> Tokenize
         ValueError: if the stored tokenizer is not the one of the stage.
     """
     store = Store(store_url)
-    modality = stage.name.partition(":")[2]
-    if modality in SEQUENCES:
-        return TokenizeWork(store, stage, _Text(store, stage, modality))
-    return TokenizeWork(store, stage, _Learned(store, stage, config))
+    form = modalities.text_form(stage.name.partition(":")[2])
+    encoder = _Learned(store, stage, config) if form is None else _Text(store, stage, config, form)
+    labels = None
+    if "labeler" in config:
+        labels = label_work(store_url, stage.upstream[0], config["labeler"])
+    return TokenizeWork(store, stage, encoder, labels)
 
 
 class TokenizeWork:
-    """Tokenizes one shard of one modality at a time."""
+    """Tokenizes one shard of one modality at a time.
 
-    def __init__(self, store: Store, stage: Stage, encoder: _Learned | _Text) -> None:
+    Args:
+        store: The dataset.
+        stage: Of `token_stage`.
+        encoder: Its tokenizer.
+        labels: Labels the pictures of shards whose labels are not stored.
+    """
+
+    def __init__(
+        self, store: Store, stage: Stage, encoder: _Learned | _Text,
+        labels: LabelWork | None = None,
+    ) -> None:
+        self._labels = labels
         self._ledger = Ledger(store)
         self._stage, self._encoder = stage, encoder
         self._modality = stage.name.partition(":")[2]
@@ -152,49 +186,51 @@ class TokenizeWork:
 
     def _groups(self, shard: int) -> Iterator[list[tuple[str, list[Any] | None, str]]]:
         """Groups of (key, one prepared value per crop or None for a hole, status)."""
+        aspects = Aspects(self._ledger, self._stage.upstream[0], shard)
+        for group in self._members(shard):
+            yield [self._sample(key, data, aspects) for key, data in group]
+
+    def _members(self, shard: int) -> Iterator[list[tuple[str, bytes | None]]]:
+        """Groups of (key, label file or None for a hole): stored ones, or made for this."""
         upstream = self._stage.upstream[0]
+        if self._labels is not None and shard not in self._ledger.committed(upstream):
+            for batch in self._labels.samples(shard):
+                yield [(sample.key, sample.members.get(self._modality)) for sample in batch]
+            return
         path, sha256 = self._ledger.open_output(upstream, shard, self._modality)
         index = TarIndex(path, sha256=sha256)
-        aspects = Aspects(self._ledger, upstream, shard)
         keys = iter(index.keys)
         while group := list(islice(keys, _GROUP)):
-            yield [self._sample(index, key, aspects) for key in group]
+            yield [
+                (key, None if index.ext(key) == MISSING_EXT else index.read(key)) for key in group
+            ]
 
     def _sample(
-        self, index: TarIndex, key: str, aspects: Aspects
+        self, key: str, data: bytes | None, aspects: Aspects
     ) -> tuple[str, list[Any] | None, str]:
-        if index.ext(key) == MISSING_EXT:
+        if data is None:
             return key, None, "missing_label"
-        modality = modalities.get(self._modality)
-        value = modality.decode(index.read(key))
-        if self._modality == "caption":
-            return key, [value] * self._policy.num_crops, OK
+        modality, count = modalities.get(self._modality), self._policy.num_crops
+        value = read_label(self._modality, key, data)
+        if modality.text is not None and modality.text.whole:
+            return key, [self._encoder.prepare(value, key, 0)] * count, OK
         aspect = aspect_of(self._modality, value, key, aspects)
-        boxes = (crop_box(self._policy, key, i, aspect) for i in range(self._policy.num_crops))
+        boxes = (crop_box(self._policy, key, i, aspect) for i in range(count))
         crops = [modality.crop(value, box, self._policy.size) for box in boxes]
-        return key, [self._encoder.prepare(crop) for crop in crops], OK
+        return key, [self._encoder.prepare(crop, key, i) for i, crop in enumerate(crops)], OK
 
 
 class _Learned:
     """Encodes maps in batches of all crops of a group."""
 
     def __init__(self, store: Store, stage: Stage, config: dict[str, Any]) -> None:
-        import torch
-
-        from tokenizers_vq.tokenizer import fingerprint, load_tokenizer
-
-        self._tokenizer: Tokenizer = load_tokenizer(
-            store, stage.model, config.get("precision", "auto")
-        )
-        _require(fingerprint(self._tokenizer.files()), stage)
-        device = config.get("device", "auto")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._tokenizer.to(device)
+        self._tokenizer = _learned(store, stage.model, stage.revision, stage, config)
         self.vocab_size = self._tokenizer.vocab_size
-        self.length: int | None = self._tokenizer.num_tokens
+        patch, size = self._tokenizer.scaling_patch, stage.params["crops"]["size"]
+        whole = (size // patch) ** 2 if patch else self._tokenizer.num_tokens
+        self.length: int | None = stage.params.get("tokens", whole)
 
-    def prepare(self, value: np.ndarray) -> np.ndarray:
+    def prepare(self, value: np.ndarray, key: str, crop: int) -> np.ndarray:
         """Packs a crop, in the reading thread."""
         return self._tokenizer.codec.pack(value)
 
@@ -204,7 +240,8 @@ class _Learned:
         """(key, tokens by column, status) of every sample in order."""
         for group in groups:
             packed = [crop for _, crops, _ in group for crop in crops or ()]
-            tokens = iter(self._tokenizer.encode_packed(np.stack(packed)) if packed else ())
+            encoded = self._tokenizer.encode_packed(np.stack(packed)) if packed else ()
+            tokens = iter(row[: self.length] for row in encoded)
             for key, crops, reason in group:
                 row: _Tokens = {
                     name: None if crops is None else next(tokens) for name in columns
@@ -213,24 +250,32 @@ class _Learned:
 
 
 class _Text:
-    """Encodes captions and boxes."""
+    """Encodes what is told as text."""
 
-    def __init__(self, store: Store, stage: Stage, modality: str) -> None:
+    def __init__(
+        self, store: Store, stage: Stage, config: dict[str, Any], form: TextForm
+    ) -> None:
         from tokenizers_vq.text import FILE, TextTokenizer
         from tokenizers_vq.tokenizer import fingerprint
 
         data = store.read(f"{stage.model}/{FILE}")
-        _require(fingerprint({FILE: data}), stage)
+        _require(fingerprint({FILE: data}), stage.model, stage.revision, stage)
         self._tokenizer: TextTokenizer = TextTokenizer.from_bytes(data)
-        self._modality, self._min_score = modality, stage.params.get("min_score", MIN_SCORE)
+        self._modality, self._form = stage.name.partition(":")[2], form
+        self._form.check_bins(self._modality, self._tokenizer.bins)
+        codes, params = None, stage.params
+        if form.parts is not None:
+            codes = _learned(store, params["codes"], params["codes_fingerprint"], stage, config)
+        self._page = Page(
+            bins=self._tokenizer.bins, size=params["crops"]["size"], codes=codes,
+            min_score=params.get("min_score"),
+        )  # fmt: skip
         self.vocab_size = self._tokenizer.vocab_size
         self.length: int | None = None
 
-    def prepare(self, value: Any) -> str:
-        """Writes the boxes of a crop as text."""
-        return det_to_string(
-            value["instances"], bins=self._tokenizer.bins, min_score=self._min_score
-        )
+    def prepare(self, value: Any, key: str, crop: int) -> str:
+        """Writes what a crop shows as text, in the reading thread."""
+        return self._form.write(value, replace(self._page, seed=seed_of(self._modality, key, crop)))
 
     def encode(
         self, groups: Iterable[list[tuple[str, list[str] | None, str]]], columns: list[str]
@@ -245,11 +290,27 @@ class _Text:
                 yield key, dict(zip(columns, values, strict=True)), reason
 
 
-def _require(found: str, stage: Stage) -> None:
-    if found != stage.revision:
+def _learned(
+    store: Store, path: str, expected: str, stage: Stage, config: dict[str, Any]
+) -> Tokenizer:
+    """A stored network on the device that is asked for."""
+    import torch
+
+    from tokenizers_vq.tokenizer import fingerprint, load_tokenizer
+
+    tokenizer = load_tokenizer(store, path, config.get("precision", "auto"))
+    _require(fingerprint(tokenizer.files()), path, expected, stage)
+    device = config.get("device", "auto")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return tokenizer.to(device)
+
+
+def _require(found: str, path: str, expected: str, stage: Stage) -> None:
+    if found != expected:
         raise ValueError(
-            f"{stage.model} is not the tokenizer of {stage.id}: its fingerprint is {found[:12]}, "
-            f"expected {stage.revision[:12]}"
+            f"{path} is not the tokenizer of {stage.id}: its fingerprint is {found[:12]}, "
+            f"expected {expected[:12]}"
         )
 
 

@@ -16,7 +16,7 @@ from models import modalities
 from models.crops import crop_box
 
 if TYPE_CHECKING:
-    from tasks.tokenizer_recipes import TokenizerRecipe
+    from tasks.tokenizer_config import TokenizerRecipe
 
 
 def read_values(
@@ -26,13 +26,27 @@ def read_values(
 
     Raises:
         FileNotFoundError: if the stage has not committed the shard.
+        ValueError: if a label is not in the format of its modality.
     """
     path, _ = ledger.open_output(stage, shard, name)
     index = TarIndex(path)
-    decode = modalities.get(name).decode
     for key in index.keys if keys is None else keys:
         hole = index.ext(key) == MISSING_EXT
-        yield key, None if hole else decode(index.read(key))
+        yield key, None if hole else read_label(name, key, index.read(key))
+
+
+def read_label(name: str, key: str, data: bytes) -> Any:
+    """The value of a sample's member.
+
+    Raises:
+        ValueError: if it is not in the format of the modality, as one of another version.
+    """
+    try:
+        return modalities.get(name).decode(data)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(
+            f"the {name} of sample {key} is not in the format that this version reads: {error}"
+        ) from error
 
 
 def source_of_pictures(stage: Stage) -> Stage | None:
@@ -119,10 +133,13 @@ def _cropped(
 ) -> Iterator[np.ndarray]:
     policy, modality = recipe.crops, modalities.get(name)
     aspects = Aspects(ledger, stage, shard)
+    parts = modality.text.parts if modality.text else None
     for number, (key, value) in enumerate(read_values(ledger, stage, shard, name)):
         if number >= limit:
             return
-        if value is not None:
+        if value is not None and parts is not None:
+            yield from parts.of(value)
+        elif value is not None:
             index = 0 if centred else number % policy.num_crops
             box = crop_box(policy, key, index, aspect_of(name, value, key, aspects))
             yield modality.crop(value, box, policy.size)

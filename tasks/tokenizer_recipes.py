@@ -1,182 +1,107 @@
-"""Recipes of tokenizers: network, value contract and training budget in one frozen object.
+"""The recipes of tokenizers, in three presets.
 
-`tokenizer_recipe("depth")` is the recipe of the embedded world: 128 px, 64 tokens. About a minute
-of one core each; a network for photographs takes the same recipe with more steps, a wider
-network and other levels.
+    scenes      the embedded world: 128 px, 64 tokens, about a minute of one core each
+    modern      photographs: FSQ, so no codebook that could collapse; vision transformers
+    released    the tokenizers of 4M and 4M-21 as they were trained
+
+What is counted in epochs of ImageNet-1K there is steps here, with batches of 8 devices and a
+learning rate scaled by batch / 256. `plan-tokenizers` prints parameters, tokens and cost of each.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 from models import modalities
-from models.crops import CropPolicy
+from tasks.tokenizer_config import TokenizerRecipe
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from tasks.train_config import TrainConfig
-    from tokenizers_vq.codec import ValueCodec
-    from tokenizers_vq.vqvae import VQConfig
-
-Kind = Literal["rgb", "depth", "normal", "semseg", "feature", "vector", "edge", "mask"]
-_ADDED = frozenset({"loss", "perceptual", "perceptual_model", "sizes", "registers", "encoder"})
+Preset = Literal["scenes", "modern", "released"]
+_IMAGES = 1_281_167  # an epoch
+_DEVICES = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizerRecipe:
-    """Everything that decides what a learned tokenizer becomes."""
-
-    kind: Kind
-    """Value type: decides contract, metric and, unless named, the loss."""
-    size: int = 128
-    """Side of the crops in pixels."""
-    patch: int = 16
-    """Pixels per token and side; ignored by feature maps, whose cells are the tokens."""
-    levels: tuple[int, ...] = (8, 5, 5, 5)
-    """FSQ levels; the vocabulary is their product."""
-    quantizer: Literal["fsq", "vq", "lfq"] = "fsq"
-    """Bottleneck; `vq` and `lfq` take as many codes as `levels` multiply to."""
-    width: int = 256
-    """Transformer width."""
-    encoder_depth: int = 1
-    """Blocks before the bottleneck."""
-    decoder_depth: int = 2
-    """Blocks after the bottleneck."""
-    jitter: float = 0.0
-    """Probability of moving an FSQ level by one in training."""
-    num_classes: int = 0
-    """Classes of semseg; 0 takes the largest id of the training labels."""
-    depth_mode: Literal["log", "standardise"] = "log"
-    """Depth in metric units keeps its scale under `log`."""
-    steps: int = 500
-    """Optimizer steps."""
-    batch_size: int = 32
-    """Crops a step."""
-    lr: float = 1e-2
-    """Peak learning rate; Muon for hidden matrices, AdamW for the rest."""
-    min_scale: float = 0.8
-    """Least share of the image that a training crop covers."""
-    max_samples: int = 4000
-    """Crops kept in memory."""
-    seed: int = 0
-    """Seed of weights and batches."""
-    loss: str = ""
-    """`mse`, `l1`, `smooth_l1`, `cosine`, `cross_entropy` or `bce`; empty takes the kind's own."""
-    perceptual: float = 0.0
-    """Weight of the distance between what a frozen network sees in pictures; rgb only."""
-    perceptual_model: str = "vit_base_patch16_clip_224.openai"
-    """That network, a timm model."""
-    sizes: tuple[int, ...] = ()
-    """Sides in pixels of which each step draws one; empty trains at `size` alone."""
-    registers: int = 0
-    """Above 0 a sample becomes so many ordered tokens, of which any first few decode."""
-    encoder: str = ""
-    """Folder of a stored tokenizer: its codes are kept, and only a new decoder of `decoder_depth`
-    blocks is trained; all else of the network is its own."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(self.levels))
-        object.__setattr__(self, "sizes", tuple(self.sizes))
-        if self.steps < 1 or self.batch_size < 1 or self.max_samples < 1:
-            raise ValueError("steps, batch_size and max_samples must be positive")
-        if self.perceptual and self.kind != "rgb":
-            raise ValueError(f"perceptual={self.perceptual} is for rgb, not for {self.kind}")
-        if self.sizes and self.kind in ("feature", "vector"):
-            raise ValueError(f"sizes={self.sizes}: {self.kind} values have one size")
-        if odd := [size for size in self.sizes if size % self.patch or size > self.size]:
-            raise ValueError(
-                f"sizes={self.sizes}: {odd[0]} is no multiple of patch={self.patch} up to "
-                f"size={self.size}"
-            )
-
-    @property
-    def crops(self) -> CropPolicy:
-        """Crops drawn for training."""
-        return CropPolicy(num_crops=4, min_scale=self.min_scale, size=self.size)
-
-    def resolved(self, packed: np.ndarray) -> VQConfig:
-        """The network for these values; packed [N, H, W(, C)]."""
-        import math
-
-        from tokenizers_vq.vqvae import VQConfig
-
-        feature = self.kind in ("feature", "vector")
-        channels = {"rgb": 3, "depth": 1, "normal": 3, "semseg": 8, "edge": 1, "mask": 1}
-        sides = {"feature": packed.shape[1], "vector": 1}
-        num_classes = 0
-        if self.kind == "semseg":
-            num_classes = self.num_classes or int(packed[packed != 255].max(initial=0)) + 1
-        return VQConfig(
-            channels=packed.shape[-1] if feature else channels[self.kind],
-            image_size=sides.get(self.kind, self.size),
-            patch=1 if feature else self.patch,
-            num_classes=num_classes,
-            width=self.width,
-            encoder_depth=self.encoder_depth,
-            decoder_depth=self.decoder_depth,
-            quantizer=self.quantizer,
-            levels=self.levels,
-            codebook_size=math.prod(self.levels),
-            jitter=self.jitter,
-            registers=self.registers,
-        )
-
-    def codec(self, packed: np.ndarray) -> ValueCodec:
-        """The value contract for these values."""
-        from tokenizers_vq.codec import ValueCodec, feature_statistics
-
-        if self.kind not in ("feature", "vector"):
-            return ValueCodec(kind=self.kind, depth_mode=self.depth_mode)
-        mean, std = feature_statistics(packed)
-        return ValueCodec(kind=self.kind, mean=mean, std=std)
-
-    def training(self, threads: int = 0) -> TrainConfig:
-        """What the trainer is told."""
-        from tasks.train_config import TrainConfig
-
-        return TrainConfig(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            min_lr_ratio=0.02,
-            warmup_steps=min(30, self.steps // 10),
-            weight_decay=0.01,
-            seed=self.seed,
-            checkpoint_seconds=30,
-            threads=threads,
-        )
+def _released(
+    epochs: int, per_device: int, base_lr: float, *, warmup_epochs: int = 5, **fields: Any
+) -> TokenizerRecipe:
+    batch = per_device * _DEVICES
+    epoch = _IMAGES // batch
+    return TokenizerRecipe(**{
+        "size": 224, "width": 768, "encoder_depth": 12, "quantizer": "vq", "betas": (0.9, 0.99),
+        "muon": False, "max_samples": 100_000, "depth_mode": "standardise", "eval_every": 5000,
+        "steps": epochs * epoch, "batch_size": batch, "lr": base_lr * batch / 256,
+        "warmup": warmup_epochs * epoch, **fields,
+    })  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextRecipe:
-    """Everything that decides what the text tokenizer becomes."""
+_UNET: dict[str, Any] = {"architecture": "unet", "decoder_depth": 3, "ema": 0.9999}
+_UVIT: dict[str, Any] = {
+    "architecture": "uvit", "decoder_width": 768, "decoder_depth": 2, "ema": 0.9999,
+    "prediction": "v_prediction", "schedule": "shifted_cosine:0.5",
+}  # fmt: skip
+_VIT: dict[str, Any] = {"architecture": "vit", "decoder_depth": 12, "ema": 0.99}
+_MAP: dict[str, Any] = {
+    **_VIT, "kind": "feature", "codes": 8192, "loss": "smooth_l1", "min_scale": 0.2,
+}  # fmt: skip
+_MLP: dict[str, Any] = {
+    "architecture": "mlp", "kind": "vector", "width": 1024, "encoder_depth": 6, "decoder_depth": 6,
+    "latent": 1024, "groups": 16, "ema": 0.99, "min_scale": 0.2,
+}  # fmt: skip
+_GLOBAL: dict[str, Any] = {**_MLP, "codes": 8192, "loss": "cosine"}
+_EDGE: dict[str, Any] = {**_UNET, "kind": "edge", "codes": 8192, "loss": "smooth_l1"}
 
-    bins: int = 1000
-    """Coordinate bins per axis; 64 tell 2 px apart at 128."""
-    vocab_size: int = 30_000
-    """Upper bound of the vocabulary."""
-    class_names: tuple[str, ...] = ()
-    """Class names that become tokens even if no box shows them."""
+_BASE = {
+    "rgb": _released(50, 64, 1e-4, kind="rgb", codes=16_384, loss="mse", **_UNET),
+    "rgb_1k": _released(
+        50, 64, 1e-4, kind="rgb", codes=1024, loss="mse", perceptual=1.0, **_VIT
+    ),
+    "depth": _released(20, 64, 1e-4, kind="depth", codes=8192, loss="smooth_l1", **_UNET),
+    "normal": _released(20, 64, 1e-4, kind="normal", codes=8192, loss="mse", **_UNET),
+    "canny_edge": _released(50, 64, 5e-5, **_EDGE),
+    "sam_edge": _released(50, 64, 5e-5, **_EDGE),
+    "semseg": _released(
+        20, 80, 1e-4, kind="semseg", codes=4096, num_classes=134, loss="cross_entropy", **_VIT
+    ),
+    "clip": _released(20, 128, 1e-4, **_MAP),
+    "dinov2": _released(20, 64, 1e-4, **_MAP),
+    "imagebind": _released(20, 128, 1e-4, **_MAP),
+    "dinov2_global": _released(15, 64, 1e-4, **_GLOBAL),
+    "imagebind_global": _released(15, 64, 1e-4, **_GLOBAL),
+    "smpl_poses": _released(
+        15, 64, 1e-4, warmup_epochs=1, **{**_MLP, "codes": 1024, "groups": 8,
+                                          "loss": "smooth_l1", "min_scale": 0.8}
+    ),
+    "sam_instance": _released(
+        24, 384, 1e-4, size=64, kind="mask", codes=1024, latent=1024, loss="bce", out_blocks=2,
+        **_VIT
+    ),
+}  # fmt: skip
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "class_names", tuple(self.class_names))
+
+def _adapted(
+    name: str, epochs: int, per_device: int, base_lr: float, warmup: int, spacing: int = 32
+) -> TokenizerRecipe:
+    """Training goes on at sides from 224 to 448 px."""
+    batch = per_device * _DEVICES
+    return replace(
+        _BASE[name], size=448, sizes=tuple(range(224, 449, spacing)), batch_size=batch,
+        steps=epochs * _IMAGES // batch, lr=base_lr * batch / 256, warmup=warmup,
+    )  # fmt: skip
 
 
-def identity(recipe: TokenizerRecipe | TextRecipe) -> dict[str, Any]:
-    """The fields that name what a recipe trains.
+RELEASED: dict[str, TokenizerRecipe] = {
+    **_BASE,
+    "rgb_1k_divae": _released(50, 64, 1e-4, kind="rgb", codes=1024, loss="mse", **_UVIT),
+    "rgb_448": _adapted("rgb", 5, 16, 5e-5, warmup=_IMAGES // 128),
+    "depth_448": _adapted("depth", 1, 16, 1e-4, warmup=5000),
+    "normal_448": _adapted("normal", 1, 16, 5e-5, warmup=5000),
+    "canny_edge_448": _adapted("canny_edge", 1, 64, 5e-5, warmup=0),
+    "sam_edge_448": _adapted("sam_edge", 1, 64, 5e-5, warmup=0),
+    "semseg_448": _adapted("semseg", 1, 10, 5e-5, warmup=5000, spacing=16),
+    "rgb_1k_448": _adapted("rgb_1k", 1, 16, 5e-5, warmup=5000, spacing=16),
+}
 
-    A field that came later counts only where it is set, so that older tokenizers keep their names.
-    """
-    unset = {
-        field.name for field in fields(recipe)
-        if field.name in _ADDED and getattr(recipe, field.name) == field.default
-    }
-    return {name: value for name, value in asdict(recipe).items() if name not in unset}
-
-
-_RECIPES = {
+SCENES: dict[str, TokenizerRecipe] = {
     "rgb": TokenizerRecipe(kind="rgb", levels=(7, 5, 5, 5, 5)),
     "depth": TokenizerRecipe(kind="depth"),
     "normal": TokenizerRecipe(kind="normal"),
@@ -185,22 +110,91 @@ _RECIPES = {
 }
 
 
-def tokenizer_recipe(name: str, **changes: Any) -> TokenizerRecipe:
+def _modern(**fields: Any) -> TokenizerRecipe:
+    return TokenizerRecipe(**{
+        "size": 224, "width": 768, "heads": 12, "encoder_depth": 6, "decoder_depth": 12,
+        "levels": (7, 5, 5, 5, 5), "steps": 200_000, "batch_size": 256, "lr": 2e-3,
+        "warmup": 2000, "ema": 0.999, "max_samples": 100_000, "eval_every": 5000, "spread": 0.1,
+        **fields,
+    })  # fmt: skip
+
+
+_VECTOR: dict[str, Any] = {
+    "kind": "vector", "groups": 16, "encoder_depth": 4, "decoder_depth": 4, "width": 512,
+    "heads": 8, "levels": (8, 8, 8, 6, 5),
+}  # fmt: skip
+MODERN: dict[str, TokenizerRecipe] = {
+    "rgb": _modern(kind="rgb", levels=(8, 8, 8, 6, 5), perceptual=1.0),
+    "rgb_adaptive": _modern(kind="rgb", levels=(8, 8, 8, 6, 5), perceptual=1.0, registers=256),
+    "depth": _modern(kind="depth"),
+    "normal": _modern(kind="normal"),
+    "semseg": _modern(kind="semseg"),
+    "canny_edge": _modern(kind="edge"),
+    "sam_edge": _modern(kind="edge"),
+    "clip": _modern(kind="feature"),
+    "dinov2": _modern(kind="feature"),
+    "imagebind": _modern(kind="feature"),
+    "dinov2_global": _modern(**_VECTOR),
+    "imagebind_global": _modern(**_VECTOR),
+    "sam_instance": _modern(
+        kind="mask", size=64, width=384, heads=6, encoder_depth=4, decoder_depth=4,
+        levels=(8, 5, 5, 5),
+    ),
+}
+
+PRESETS: dict[str, dict[str, TokenizerRecipe]] = {
+    "scenes": SCENES, "modern": MODERN, "released": RELEASED,
+}  # fmt: skip
+COMMON: dict[str, dict[str, int]] = {
+    "scenes": {"size": 128, "max_samples": 4000},
+    "modern": {"size": 224, "max_samples": 100_000},
+    "released": {"size": 224, "max_samples": 100_000},
+}
+"""Side of the pictures and crops to learn from that the recipes of a preset are made for."""
+
+
+def tokenizer_recipe(
+    name: str, preset: Preset = "scenes", named: str = "", **changes: Any
+) -> TokenizerRecipe:
     """The recipe of a modality, with changes.
 
+    Args:
+        name: The modality.
+        preset: Where the recipe is from.
+        named: Its name there, if not the modality's: `rgb_1k` among the released ones.
+        changes: Fields of the recipe.
+
     Raises:
-        ValueError: if the modality has no learned tokenizer.
+        ValueError: if there is no such recipe or field, or it is of another kind of value.
     """
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: choose one of {', '.join(get_args(Preset))}")
     if name not in recipe_names():
         choices = ", ".join(recipe_names())
         raise ValueError(f"no tokenizer recipe for {name!r}; choose from {choices}")
-    if name in _RECIPES:
-        return replace(_RECIPES[name], **changes)
-    fields = modalities.get(name).tokenizer or {}
-    return TokenizerRecipe(**{**fields, **changes})
+    recipes = PRESETS[preset]
+    if named and named not in recipes:
+        raise ValueError(f"no recipe {named!r} in preset {preset!r}; choose from "
+                         f"{', '.join(recipes)}")
+    if unknown := sorted(changes.keys() - TokenizerRecipe.__dataclass_fields__.keys()):
+        raise ValueError(f"a tokenizer recipe has no {unknown[0]!r}; its fields are "
+                         f"{', '.join(TokenizerRecipe.__dataclass_fields__)}")
+    own = modalities.get(name).tokenizer
+    if (named or name) in recipes:
+        found = replace(recipes[named or name], **changes)
+    elif own is None:
+        raise ValueError(f"preset {preset!r} has no recipe for {name!r}; it has "
+                         f"{', '.join(recipes)}")
+    else:
+        found = TokenizerRecipe(**{**own, **changes})
+    if named and found.kind != tokenizer_recipe(name, preset).kind:
+        raise ValueError(f"recipe {named!r} is for {found.kind} values, not for {name}")
+    return found
 
 
 def recipe_names() -> list[str]:
     """Modalities with a learned tokenizer; those that bring their own recipe come last."""
-    own = [name for name in modalities.names() if modalities.get(name).tokenizer is not None]
-    return [*_RECIPES, *(name for name in own if name not in _RECIPES)]
+    known = set(modalities.names())
+    listed = [name for recipes in PRESETS.values() for name in recipes if name in known]
+    own = [name for name in sorted(known) if modalities.get(name).tokenizer is not None]
+    return list(dict.fromkeys([*listed, *own]))

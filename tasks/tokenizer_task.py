@@ -2,43 +2,64 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from infra.store import Store
 from tasks.task import Task
-from tasks.tokenizer_recipes import TokenizerRecipe
+from tasks.tokenizer_config import TokenizerRecipe
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from tokenizers_vq.codec import ValueCodec
+    from tokenizers_vq.diffusion import Diffusion
+    from tokenizers_vq.released.design import ReleasedDesign
+    from tokenizers_vq.released.network import ReleasedVQ
     from tokenizers_vq.vqvae import VQVAE, VQConfig
+
+    Network = VQVAE | ReleasedVQ
+    Measure = Callable[[Network], dict[str, float]]
 
 _CALIBRATION = 24  # batches
 
 
 class ReconstructionTask(Task):
-    """Reconstructs the values of its modality; with `start`, behind the codes of that network."""
+    """Reconstructs the values of its modality; with `start`, behind the codes of that network, or
+    where it left off."""
 
     def __init__(
-        self, recipe: TokenizerRecipe, network: VQConfig, codec: ValueCodec, train: np.ndarray,
-        start: VQVAE | None = None,
+        self, recipe: TokenizerRecipe, network: VQConfig | ReleasedDesign | None,
+        codec: ValueCodec, train: np.ndarray, start: Network | None = None,
+        measure: Measure | None = None,
     ) -> None:
+        """The task of a recipe.
+
+        Args:
+            recipe: Loss, batches and schedule.
+            network: What is built; None goes on with `start` itself.
+            codec: The value contract.
+            train: Packed values [N, H, W(, C)].
+            start: A trained network.
+            measure: Metrics of a network in evaluation mode, for the loss curve.
+        """
         from tokenizers_vq.losses import reconstruction_loss
 
         self.recipe, self.network, self.codec, self.train = recipe, network, codec, train
-        self.start = start
+        self.start, self.measure = start, measure
         self.reconstruction = reconstruction_loss(codec.kind, recipe.loss)
-        self._perceptual: nn.Module | None = None
 
     def build_model(self) -> nn.Module:
-        """A fresh network, behind the encoder of `start` where there is one."""
-        from tokenizers_vq.ordered import build_network
-
+        """A fresh network, behind the encoder of `start` where there is one; or `start` itself."""
+        if self.network is None:
+            assert self.start is not None
+            return copy.deepcopy(self.start)
         net = build_network(self.network)
         if self.start is not None:
             net.take_encoder(self.start)
@@ -55,30 +76,80 @@ class ReconstructionTask(Task):
         self, model: nn.Module, batch: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Reconstruction plus the bottleneck's own loss."""
-        output, quantized = model(batch)
-        total = self.reconstruction(output, batch) + quantized.loss
+        from tokenizers_vq.quantizers import perplexity
+
+        pred, target, quantized, vocab_size = self._answer(model, batch)
+        fit = self.reconstruction(pred, target)
+        seen = {
+            "reconstruction": fit.detach(), "bottleneck": quantized.loss.detach(),
+            "perplexity": perplexity(quantized.tokens, vocab_size),
+        }  # fmt: skip
+        total = fit + quantized.loss
         if not self.recipe.perceptual:
-            return total, {}
-        seen = self._seen(batch.device)(output, batch)
-        return total + self.recipe.perceptual * seen, {"perceptual": seen.detach()}
+            return total, seen
+        distance = self.perceptual.to(batch.device)(pred, target)
+        return total + self.recipe.perceptual * distance, {
+            **seen, "perceptual": distance.detach()
+        }  # fmt: skip
 
-    def _seen(self, device: torch.device) -> nn.Module:
-        if self._perceptual is None:
-            from tokenizers_vq.losses import Perceptual
+    def _answer(
+        self, model: nn.Module, batch: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Any, int]:
+        """Prediction, what it should be, the codes, and how many there are."""
+        import torch
 
-            self._perceptual = Perceptual(self.recipe.perceptual_model).to(device)
-        return self._perceptual
+        net = cast("Network", getattr(model, "module", model))  # below DDP, for its sizes alone
+        vocab_size = net.config.vocab_size
+        diffusion: Diffusion | None = getattr(net, "diffusion", None)
+        if diffusion is None:
+            output, quantized = model(batch)
+            return output, batch, quantized, vocab_size
+        noise = torch.randn_like(batch)
+        t = torch.randint(0, diffusion.steps, (len(batch),), device=batch.device)
+        output, quantized = model(batch, noise, t, self._hidden(batch, net.config.patch))
+        pred, target = diffusion.compared(output.float(), batch, noise, t)
+        return pred, target, quantized, vocab_size
+
+    def _hidden(self, batch: torch.Tensor, patch: int) -> torch.Tensor | None:
+        """Which codes a diffusion decoder is not shown: all of a share of the samples."""
+        import torch
+
+        if not self.recipe.guidance_dropout:
+            return None
+        cells = (len(batch), batch.shape[2] // patch, batch.shape[3] // patch)
+        dropped = torch.rand(len(batch), 1, 1, device=batch.device) < self.recipe.guidance_dropout
+        return dropped.expand(cells)
+
+    @cached_property
+    def perceptual(self) -> nn.Module:
+        """The frozen network that pictures are compared with."""
+        from tokenizers_vq.losses import perceptual_network
+
+        return perceptual_network(self.recipe.perceptual_model)
 
     def is_hidden(self, name: str) -> bool:
         """Muon updates patch projections too: halves the error that AdamW leaves there."""
-        return name.startswith(("encoder.", "decoder.", "stem.", "head."))
+        return self.recipe.muon and self.recipe.light and name.startswith(
+            ("encoder.", "decoder.", "stem.", "head.")
+        )
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Measures the bottleneck's statistics; quality is measured on the stored tokenizer."""
-        net = cast("VQVAE", model)
-        device = net.positions.device
-        net.calibrate(self.batch(step, 0, 1).to(device) for step in range(_CALIBRATION))
-        return {}
+        """Measures the bottleneck's statistics, then the held-out samples."""
+        from tokenizers_vq.vqvae import VQVAE
+
+        net = cast("Network", model)
+        if isinstance(net, VQVAE):
+            device = net.positions.device
+            net.calibrate(self.batch(step, 0, 1).to(device) for step in range(_CALIBRATION))
+        return self.measure(net) if self.measure else {}
+
+
+def build_network(network: VQConfig | ReleasedDesign) -> Network:
+    """The network of a configuration or design, with fresh weights."""
+    from tokenizers_vq import ordered
+    from tokenizers_vq.vqvae import VQConfig
+
+    return ordered.build_network(network) if isinstance(network, VQConfig) else network.build()
 
 
 def reconstruction_task(
@@ -87,18 +158,28 @@ def reconstruction_task(
     """The task of a recipe on packed training values.
 
     Raises:
-        FileNotFoundError: if `recipe.encoder` is not stored.
-        ValueError: if it is another modality's, or a released network.
+        FileNotFoundError: if `recipe.encoder` or `recipe.start` is not stored.
+        ValueError: if it is another modality's, or its encoder does not fit the recipe.
     """
     from tokenizers_vq.tokenizer import load_tokenizer
-    from tokenizers_vq.vqvae import VQVAE
+    from tokenizers_vq.vqvae import VQConfig
 
-    if not recipe.encoder:
-        return ReconstructionTask(recipe, recipe.resolved(train), recipe.codec(train), train)
-    start = load_tokenizer(store, recipe.encoder)
-    if start.modality != name or not isinstance(start.net, VQVAE):
-        raise ValueError(f"encoder={recipe.encoder!r} is no {name} tokenizer trained here")
-    network = replace(start.net.config, decoder_depth=recipe.decoder_depth)
+    if not recipe.encoder and not recipe.start:
+        return ReconstructionTask(recipe, recipe.network(train), recipe.codec(train), train)
+    given = recipe.encoder or recipe.start
+    start = load_tokenizer(store, given)
+    if start.modality != name:
+        field = "encoder" if recipe.encoder else "start"
+        raise ValueError(f"{field}={given!r} is a tokenizer of {start.modality}, not of {name}")
+    if recipe.start:
+        return ReconstructionTask(recipe, None, start.codec, train, start.net)
+    network: VQConfig | ReleasedDesign = recipe.network(train)
+    config = start.net.config
+    if isinstance(config, VQConfig) != isinstance(network, VQConfig):
+        raise ValueError(f"encoder={given!r} is of another family of networks than architecture="
+                         f"{recipe.architecture!r}")
+    if isinstance(config, VQConfig):
+        network = replace(config, decoder_depth=recipe.decoder_depth)
     return ReconstructionTask(recipe, network, start.codec, train, start.net)
 
 

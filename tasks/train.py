@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from infra.manifest import Manifest
 from infra.store import Store
 from models.fourm.draws import Draws
-from models.fourm.loader import base_name
+from models.fourm.loader import stored_name
 from models.fourm.masking import mask_batch, transfer_batch
 from models.fourm.spec import FourMConfig, ModalitySpec
 from tasks.flops import Load, fourm_load
@@ -103,16 +103,18 @@ class FourMTask(Task):
         return tune(model, recipe, fresh)
 
     def check_start(self) -> None:
-        """Refuses a checkpoint that does not fit, or a recipe that needs one and has none."""
+        """Refuses a checkpoint that does not fit, a recipe that needs one and has none, and parts
+        to freeze that do not exist."""
         import torch
 
         from models.fourm.model import FourM
-        from tasks.finetune import graft, read_start
+        from tasks.finetune import check_tuning, graft, read_start
 
+        with torch.device("meta"):
+            shapes = FourM(self.config)
         if begins(self.recipe):
-            with torch.device("meta"):
-                shapes = FourM(self.config)
             graft(shapes, read_start(self.store, self.recipe.start), self.recipe.inherit)
+        check_tuning(shapes, self.recipe)
 
     def batch(self, step: int, rank: int, world: int) -> Batch:
         """Rows rank::world of the masked batch of `step`."""
@@ -126,7 +128,7 @@ class FourMTask(Task):
         counts = zip(self.config.modalities, batch.counts, strict=True)
         seen = {spec.name: losses.per_modality[spec.name].detach()
                 for spec, count in counts if count}
-        return losses.total, {f"loss/{base_name(name)}": value for name, value in seen.items()}
+        return losses.total, {f"loss/{stored_name(name)}": value for name, value in seen.items()}
 
     def load(self, batch: Batch) -> Load:
         """Tokens, slots and operations of a batch."""
@@ -179,9 +181,9 @@ def fixed_batches(
             if target.name not in part.names:
                 continue
             inputs = _sources(config, part, target)
-            name = base_name(target.name)
+            name = stored_name(target.name)
             if inputs:
-                yield (f"{prefix}{base_name(inputs[0])}->{name}",
+                yield (f"{prefix}{stored_name(inputs[0])}->{name}",
                        transfer_batch(config, samples, inputs, [target.name], draws))
             else:
                 again = Draws(0, first, len(samples))

@@ -62,7 +62,9 @@ class TrainConfig:
     recompute: bool = False
     """Whether blocks keep their inputs only and are computed anew in the backward pass."""
     compile: bool = False
-    """Whether blocks are compiled; what varies from step to step (embedding, loss) is not."""
+    """Whether blocks are compiled; what varies from step to step (embedding, loss) is not. Meant
+    for GPUs: on two CPU cores in bf16, 4M-Tiny takes the same losses more slowly (15.0 samples/s
+    against 18.4)."""
     checkpoint_seconds: float = 60.0
     """Seconds between checkpoints; with several workers they wait for the next point of the loss
     curve."""

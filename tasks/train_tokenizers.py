@@ -1,6 +1,6 @@
 """Training tokenizers: labels of a few shards in, one folder a modality under `tokenizers/` out.
 
-    <root>/tokenizers/depth@1f2e3d4c/{config.json,model.safetensors,info.json}
+    <root>/tokenizers/depth@1f2e3d4c/{config.json,model.safetensors,info.json,health.json,...}
     <root>/tokenizers/text@5a6b7c8d/{tokenizer.json,info.json}
 
 The eight digits hash recipe, labels and shards, so a rerun finds what is there and a changed
@@ -18,14 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from infra import ui
 from infra.ledger import Ledger, Stage
 from infra.store import Store
-from models import modalities
+from tasks.tokenizer_config import TextRecipe, TokenizerRecipe, identity
 from tasks.tokenizer_data import load_crops, read_values
-from tasks.tokenizer_recipes import TextRecipe, TokenizerRecipe, identity
+from tasks.tokenizer_health import HealthCheck, show_health
 from tasks.tokenizer_task import reconstruction_task
 from tasks.trainer import Trainer
 
@@ -38,7 +36,7 @@ logger = logging.getLogger("fourm.tokenizers")
 VERSION = 1
 INFO = "info.json"
 TEXT = "text"
-_SHOWN = 6
+_TOLD = ("caption", "det")  # what words and class names are learned from
 _HELD_OUT = 200
 
 Progress = Callable[[str, int, int], None]
@@ -59,6 +57,28 @@ class TokenizerInfo:
     metrics: dict[str, float]
     """Quality on held-out samples, code usage and perplexity."""
     seconds: float
+    patch: int = 0
+    """Pixels per token and side; 0 where the number of tokens does not depend on the size of the
+    picture."""
+    ordered: bool = False
+    """Whether any first few tokens of a sample decode."""
+
+    def length(self, size: int, kept: int = 0) -> int:
+        """Tokens of a crop with a side of `size` pixels, of which the first `kept` are stored (0:
+        all).
+
+        Raises:
+            ValueError: if fewer tokens than that would not decode.
+        """
+        whole = (size // self.patch) ** 2 if self.patch else self.num_tokens
+        if not kept:
+            return whole
+        if not self.ordered:
+            raise ValueError(f"{self.modality}: the first {kept} of {whole} tokens on a grid do "
+                             "not decode; train it with ordered tokens (registers)")
+        if not 1 <= kept <= whole:
+            raise ValueError(f"{self.modality}: {kept} tokens of the 1 to {whole} there are")
+        return kept
 
 
 def tokenizer_path(
@@ -73,6 +93,13 @@ def tokenizer_path(
     }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return f"tokenizers/{name}@{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def text_path(
+    stages: Mapping[str, Stage], recipe: TextRecipe, shards: Sequence[int]
+) -> str:
+    """Where the text tokenizer of this recipe on these labels is stored."""
+    return tokenizer_path(TEXT, recipe, [stages[n] for n in _TOLD if n in stages], shards)
 
 
 def train_tokenizers(
@@ -122,6 +149,8 @@ def train_tokenizers(
         found[name] = train_tokenizer(
             store, name, stages[name], todo[name], shards=shards, on_progress=on_progress
         )
+    for name in todo:
+        show_health(store, name, found[name].path)
     ui.table("tokenizers", [_row(info) for info in found.values()], "Tokenizers")
     return found
 
@@ -197,7 +226,9 @@ def train_tokenizer(
     began = time.monotonic()
     train, held_out = load_crops(store, name, stage, recipe, shards, held_out=_HELD_OUT)
     task = reconstruction_task(store, name, recipe, train)
-    codec = task.codec
+    check = task.measure = HealthCheck(name, task.codec, held_out)
+    if recipe.perceptual:
+        check.perceptual = task.perceptual
     run = f"runs/{path}"
     trainer = Trainer(store, run, task, recipe.training(threads))
 
@@ -206,11 +237,11 @@ def train_tokenizer(
             on_progress(name, step, steps)
 
     result = trainer.fit(report)
-    tokenizer = Tokenizer(name, result.model, codec)
-    metrics = evaluate_tokenizer(tokenizer, held_out)
-    info = _publish(store, path, tokenizer, metrics, time.monotonic() - began)
+    check.publish(store, path, run, result.steps)
+    tokenizer = Tokenizer(name, result.model, task.codec)
+    info = _publish(store, path, tokenizer, check.metrics, time.monotonic() - began)
     trainer.checkpoints.clear()
-    logger.info("%s: %s", path, metrics)
+    logger.info("%s: %s", path, check.metrics)
     return info
 
 
@@ -231,41 +262,11 @@ def _publish(
         num_tokens=tokenizer.num_tokens,
         metrics=metrics,
         seconds=round(seconds, 2),
+        patch=tokenizer.scaling_patch,
+        ordered=tokenizer.ordered,
     )
     store.create_json(f"{path}/{INFO}", asdict(info))
     return TokenizerInfo(**store.read_json(f"{path}/{INFO}"))
-
-
-def evaluate_tokenizer(tokenizer: Tokenizer, held_out: list[np.ndarray]) -> dict[str, float]:
-    """Task metric of the reconstruction, code usage and perplexity; shows before and after.
-
-    Of ordered tokens also the metric of their first 1, 2, 4, ...: `psnr@4`.
-    """
-    import torch
-
-    from tokenizers_vq.quality import reconstruction_quality
-    from tokenizers_vq.quantizers import code_statistics
-
-    tokens = tokenizer.encode_values(held_out)
-    decoded = tokenizer.decode_tokens(tokens)
-    kind = tokenizer.codec.kind
-    metrics = reconstruction_quality(kind, decoded, held_out)
-    metrics |= code_statistics(torch.from_numpy(tokens.astype(np.int64)), tokenizer.vocab_size)
-    if tokenizer.ordered:
-        for count in (2**i for i in range(int(tokens.shape[1] - 1).bit_length())):
-            first = reconstruction_quality(
-                kind, tokenizer.decode_tokens(tokens[:, :count]), held_out
-            )
-            metrics |= {f"{name}@{count}": value for name, value in first.items()}
-    render = modalities.get(tokenizer.modality).render
-    pairs = zip(held_out[:_SHOWN], decoded[:_SHOWN], strict=True)
-    images = [
-        (title, render(value))
-        for pair in pairs
-        for title, value in zip(("before", "after"), pair, strict=True)
-    ]
-    ui.gallery(f"tokenizer-{tokenizer.modality}", images, f"{tokenizer.modality}: {kind} codes")
-    return metrics
 
 
 def train_text(
@@ -275,8 +276,7 @@ def train_text(
     from tokenizers_vq.text import FILE, train_text_tokenizer
     from tokenizers_vq.tokenizer import fingerprint
 
-    used = [stages[name] for name in ("caption", "det") if name in stages]
-    path = tokenizer_path(TEXT, recipe, used, shards)
+    path = text_path(stages, recipe, shards)
     if store.exists(f"{path}/{INFO}"):
         return TokenizerInfo(**store.read_json(f"{path}/{INFO}"))
     began = time.monotonic()
@@ -289,6 +289,7 @@ def train_text(
         class_names=names,
         bins=recipe.bins,
         vocab_size=recipe.vocab_size,
+        words=recipe.words,
     )
     data = tokenizer.to_bytes()
     store.create(f"{path}/{FILE}", data)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra.overlap import prefetch
 from tasks.batches import to_device
+from tasks.frozen import held_rows
 from tasks.meter import Meter
 from tasks.optim import build_optimizers, learning_rate_scale
 from tasks.preemption import Stopped, StopSignal
@@ -120,7 +121,8 @@ class Trainer:
         """Steps to the end; returns the last metrics, or None if it was asked to stop before."""
         config, metrics, saved = self.config, dict[str, float](), time.monotonic()
         meter = Meter(self.world, self._peak)
-        with closing(prefetch(map(self._parts, range(self.step, config.steps)))) as batches:
+        steps = range(self.step, config.steps)
+        with closing(prefetch(map(self._parts, steps), wait=True)) as batches:
             while not self._ended():
                 parts = next(batches)
                 rate = self._rate(parts)
@@ -166,13 +168,11 @@ class Trainer:
     ) -> dict[str, float]:
         if self.mean and self.config.finish_with_ema:
             self.mean.apply()
-        metrics = {**metrics, **self._evaluate(None)}
+        metrics = {**metrics, **self._evaluate(curve if trained else None)}
         if trained:
             self._save()
             self.writer.wait()
         if curve:
-            if trained:
-                curve.add(self.step, metrics)
             curve.close()
         from tasks.parallel import restore_forwards
 
@@ -201,13 +201,15 @@ class Trainer:
         """Builds model and optimisers and restores the newest checkpoint."""
         import torch
 
-        from infra.machine import fast_bf16
+        from infra.machine import fast_bf16, keep_freed_memory
         from tasks.ema import WeightMean
         from tasks.parallel import check_compiler, is_sharded, spread
 
         config = self.config
         torch.manual_seed(config.seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if config.compile:
             check_compiler(self.device)
         self.model = self.task.build_model().to(self.device)
@@ -221,6 +223,7 @@ class Trainer:
             self.model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay,
             is_hidden=self.task.is_hidden,
         )
+        self.held = held_rows(self.model)
         self.sharded = any(is_sharded(value) for value in self.model.parameters())
         self.mean = WeightMean(unique_tensors(self.model), config.ema_decay) \
             if config.ema_decay else None
@@ -288,6 +291,8 @@ class Trainer:
         """Clips and applies the gradients, unless one is not finite; returns their norm."""
         import torch
 
+        for rows in self.held:
+            rows.clear_gradient()
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.config.clip_norm or float("inf")
         ).detach()
@@ -308,6 +313,8 @@ class Trainer:
         self.skipped = self.skipped + bad.int()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        for rows in self.held:
+            rows.put_back()
         if self.mean:
             self.mean.update(self.step)
         return norm
@@ -363,7 +370,7 @@ class Trainer:
         with torch.no_grad(), self._autocast(), stance:
             metrics = self.task.evaluate(self.model)
         reshard(self.model)
-        if curve:
+        if curve and metrics:
             curve.add(self.step, metrics)
         return metrics
 

@@ -8,8 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from infra.store import Store
+
+# The same examples in every run, and none too slow. `pytest --hypothesis-profile default` looks
+# for others.
+settings.load_profile("ci")
 
 # A local Ray cluster of a test needs no token.
 os.environ["RAY_AUTH_MODE"] = "disabled"

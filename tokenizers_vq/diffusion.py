@@ -80,6 +80,14 @@ class Diffusion:
             return x0
         return noise if self.prediction == "epsilon" else self.velocity(x0, noise, t)
 
+    def compared(
+        self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What a loss compares: the output, or the noise it implies, and what it should be."""
+        if self.prediction == "v_prediction-epsilon_loss":
+            return self.split(output, self.noisy(x0, noise, t), t)[1], noise
+        return output, self.target(x0, noise, t)
+
     def split(self, output: Tensor, xt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x_0, noise) that a network's output implies for x_t."""
         signal, sigma = self._mix(t, xt)

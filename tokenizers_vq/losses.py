@@ -154,3 +154,37 @@ class Perceptual(nn.Module):
         return self.network.forward_intermediates(
             x, indices=self.blocks, intermediates_only=True
         )
+
+
+class Lpips(nn.Module):
+    """LPIPS (Zhang et al., arXiv 1801.03924): distance of pictures as people judge it.
+
+    Args:
+        network: `alex`, `vgg` or `squeeze`; its weights come from torchvision.
+    """
+
+    def __init__(self, network: str) -> None:
+        super().__init__()
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        self.network: Any = LearnedPerceptualImagePatchSimilarity(network).net  # type: ignore[arg-type]
+        self.network.eval().requires_grad_(False)
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Mean distance of pictures [B, 3, H, W] in [-1, 1]; gradients reach both."""
+        return self.network(pred, target).mean()
+
+
+def perceptual_network(name: str) -> nn.Module:
+    """The distance of that name: `lpips:vgg`, `lpips:alex`, `lpips:squeeze`, or a timm model.
+
+    Raises:
+        ValueError: if LPIPS has no such network.
+    """
+    kind, _, network = name.partition(":")
+    if kind != "lpips":
+        return Perceptual(name)
+    if network not in ("alex", "vgg", "squeeze"):
+        raise ValueError(f"perceptual_model={name!r}: choose lpips:alex, lpips:vgg or "
+                         "lpips:squeeze")
+    return Lpips(network)

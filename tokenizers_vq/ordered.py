@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tokenizers_vq.product import ProductVQ
 from tokenizers_vq.quantizers import Quantized
 from tokenizers_vq.vqvae import VQVAE, VQConfig
 
@@ -74,5 +75,7 @@ class OrderedVQ(VQVAE):
 
 
 def build_network(config: VQConfig) -> VQVAE:
-    """The network of a configuration: tokens on a grid, or ordered ones."""
+    """The network of a configuration: tokens on a grid, ordered ones, or those of a vector."""
+    if config.groups:
+        return ProductVQ(config)
     return OrderedVQ(config) if config.registers else VQVAE(config)

@@ -6,8 +6,9 @@ results add up over any number of samples: `{"name": (sum, weight)}`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +16,15 @@ from numpy.typing import NDArray
 from tokenizers_vq.codec import Kind
 from tokenizers_vq.losses import UNLABELLED
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 Array = NDArray[Any]
 Sums = dict[str, tuple[float, float]]
 
 _EPS = 1e-6
+_BATCH = 32
+_LPIPS_LEAST = 64  # px a side below which its network has nothing left to compare
 
 
 def _rgb(pred: Array, true: Array) -> Sums:
@@ -71,6 +77,62 @@ _MEASURES = {
     "edge": _rgb,
     "mask": _mask,
 }
+
+
+def picture_quality(
+    preds: Sequence[Array], trues: Sequence[Array], perceptual: nn.Module | None = None
+) -> dict[str, float]:
+    """How alike pictures uint8 [H, W, 3] or [H, W] look.
+
+    Args:
+        preds: Reconstructions.
+        trues: What they should be, of one size.
+        perceptual: Compares pictures [B, 3, H, W] in [-1, 1], such as `losses.Perceptual`.
+
+    Returns:
+        `ssim`; `lpips` (AlexNet) where the weights of that network are on this machine, as
+        nothing is downloaded for a figure; `perceptual` of the given network.
+    """
+    import torch
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    totals: dict[str, float] = {}
+    lpips = _lpips()
+    for start in range(0, len(trues), _BATCH):
+        given = slice(start, start + _BATCH)
+        pred, true = (_pictures(values[given]) for values in (preds, trues))
+        with torch.inference_mode():
+            found: dict[str, Any] = {"ssim": ssim(pred, true, data_range=2.0)}
+            if lpips is not None and min(true.shape[-2:]) >= _LPIPS_LEAST:
+                found["lpips"] = lpips(pred, true)
+            if perceptual is not None:
+                device = next(perceptual.parameters()).device
+                found["perceptual"] = perceptual(pred.to(device), true.to(device))
+        for name, value in found.items():
+            totals[name] = totals.get(name, 0.0) + float(value) * len(true)
+    return {name: total / len(trues) for name, total in totals.items()}
+
+
+def _pictures(values: Sequence[Array]) -> Tensor:
+    """Pictures as float32 [B, 3, H, W] in [-1, 1]."""
+    import torch
+
+    stacked = torch.from_numpy(np.stack(values)).float() / 127.5 - 1
+    if stacked.dim() == 3:
+        return stacked[:, None].expand(-1, 3, -1, -1)
+    return stacked.permute(0, 3, 1, 2)
+
+
+def _lpips() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """LPIPS if the weights of its network lie in torch's cache."""
+    import torch
+
+    # Looked up by torchvision's file name without importing it, which takes seconds.
+    if not any((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet-owt-*.pth")):
+        return None
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    return LearnedPerceptualImagePatchSimilarity("alex")
 
 
 def reconstruction_quality(

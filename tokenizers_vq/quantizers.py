@@ -11,13 +11,22 @@ et al., arXiv 2310.05737) takes the signs of the latent: a token is a number of 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+_SPREAD_SIZE = 1 << 24  # latents x codes that the loss of unequal use looks at
 DEAD_CODE = 2
 """A VQ code whose moving count falls below this is replaced by a latent of the batch."""
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[None]:
+    """Switches autocast off where the tensor lies; the meta device has none."""
+    if like.device.type == "meta":
+        return nullcontext()
+    return torch.autocast(like.device.type, enabled=False)
 
 
 class Quantized(NamedTuple):
@@ -77,31 +86,57 @@ class FiniteScalar(nn.Module):
         levels: Number of values per latent dimension; the vocabulary is their product.
         jitter: Probability with which a dimension moves by one level in training, so that
             the decoder forgives predictions that are nearly right.
+        spread: Weight of a loss that grows as codes are used unequally.
     """
 
     step: Tensor
 
-    def __init__(self, dim: int, levels: tuple[int, ...], jitter: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, levels: tuple[int, ...], jitter: float = 0.0, spread: float = 0.0
+    ) -> None:
         super().__init__()
         from vector_quantize_pytorch import FSQ
 
         self.vocab_size = math.prod(levels)
-        self.jitter = jitter
+        self.jitter, self.spread = jitter, spread
         self.down = nn.Linear(dim, len(levels))
         self.whiten = Whitening(len(levels))
         self.up = nn.Linear(len(levels), dim)
-        self.fsq = FSQ(list(levels), preserve_symmetry=True, bound_hard_clamp=True)
+        with torch.device("cpu"):  # it reads its own buffers, which the meta device does not allow
+            self.fsq = FSQ(list(levels), preserve_symmetry=True, bound_hard_clamp=True)
         step = torch.tensor([2.0 / (count - 1) for count in levels])
         self.register_buffer("step", step, persistent=False)
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantises [B, N, D]; gradients pass straight through."""
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             squashed = 2 * torch.sigmoid(1.6 * self.whiten(self.down(z.float()))) - 1
             codes, tokens = self.fsq(squashed)
             if self.training and self.jitter > 0:
                 codes = self._jittered(codes)
-            return Quantized(self.up(codes), tokens.long(), z.new_zeros((), dtype=torch.float32))
+            loss = z.new_zeros((), dtype=torch.float32)
+            if self.training and self.spread > 0:
+                loss = self.spread * self._unevenness(squashed.flatten(0, -2))
+            return Quantized(self.up(codes), tokens.long(), loss)
+
+    def _unevenness(self, squashed: Tensor) -> Tensor:
+        """One minus the entropy of the code histogram of [M, dims] over its greatest value.
+
+        A latent counts for the levels around it, by a Gaussian of a third of their spacing, so
+        that the histogram has a gradient. Whitening makes dimensions uncorrelated, this also
+        moves what they leave empty together: flat backgrounds, whose latents are all alike.
+        """
+        most = max(1, _SPREAD_SIZE // self.vocab_size)
+        if len(squashed) > most:
+            squashed = squashed[torch.randperm(len(squashed), device=squashed.device)[:most]]
+        joint = squashed.new_ones(len(squashed), 1)
+        for column, step in zip(squashed.unbind(1), self.step.tolist(), strict=True):
+            places = torch.arange(-1, 1 + step / 2, step, device=squashed.device)
+            near = (-4.5 * ((column[:, None] - places) / step).square()).softmax(1)
+            joint = (joint[:, :, None] * near[:, None]).flatten(1)
+        share = joint.mean(0)
+        entropy = -(share * share.clamp(min=1e-9).log()).sum()
+        return 1 - entropy / math.log(self.vocab_size)
 
     def _jittered(self, codes: Tensor) -> Tensor:
         chance = torch.rand_like(codes)
@@ -145,7 +180,7 @@ class Codebook(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantises [B, N, D]; the codebook follows by moving averages in training."""
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             latents, tokens, loss = self.vq(self.norm(z.float()))
         return Quantized(latents, tokens.long(), loss.sum())
 
@@ -174,13 +209,20 @@ class LookupFree(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantises [B, N, D]; gradients pass straight through."""
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             latents, tokens, loss = self.lfq(self.norm(z.float()))
         return Quantized(latents, tokens.long(), loss.sum())
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """Latents [B, N, D] of tokens [B, N]."""
         return self.lfq.indices_to_codes(tokens)
+
+
+def perplexity(tokens: Tensor, vocab_size: int) -> Tensor:
+    """exp of the entropy of the code histogram, [] in 1..vocab_size, on the tokens' device."""
+    counts = torch.bincount(tokens.reshape(-1), minlength=vocab_size).float()
+    share = counts / counts.sum().clamp(min=1)
+    return (-(share * share.clamp(min=1e-12).log()).sum()).exp()
 
 
 def code_statistics(tokens: Tensor, vocab_size: int) -> dict[str, float]:
@@ -190,10 +232,8 @@ def code_statistics(tokens: Tensor, vocab_size: int) -> dict[str, float]:
         `usage`: share of codes that occur, in 0..1; `perplexity`: exp of the entropy of the
         code histogram, in 1..vocab_size.
     """
-    counts = torch.bincount(tokens.reshape(-1), minlength=vocab_size).double()
-    share = counts / counts.sum().clamp(min=1)
-    entropy = -(share * share.clamp(min=1e-12).log()).sum()
+    counts = torch.bincount(tokens.reshape(-1), minlength=vocab_size)
     return {
         "usage": float((counts > 0).double().mean()),
-        "perplexity": float(entropy.exp()),
+        "perplexity": float(perplexity(tokens, vocab_size)),
     }

@@ -158,6 +158,7 @@ def train_text_tokenizer(
     bins: int = RELEASED_BINS,
     vocab_size: int = RELEASED_SIZE,
     min_frequency: int = 2,
+    words: Iterable[str] = (),
 ) -> TextTokenizer:
     """Learns ordinary pieces from a corpus; the same corpus gives the same bytes.
 
@@ -167,19 +168,22 @@ def train_text_tokenizer(
         bins: Coordinate bins per axis.
         vocab_size: Upper bound of the vocabulary, layout included.
         min_frequency: Least count of a pair of pieces that is merged.
+        words: Ordinary words in lower case that become one piece each, whatever the corpus.
 
     Raises:
         ValueError: if the layout leaves no room for words.
     """
     layout = _layout(bins, class_names)
-    if bins < 2 or vocab_size <= len(layout):
-        raise ValueError(
-            f"vocab_size={vocab_size} must exceed the {len(layout)} reserved ids of bins={bins}"
-        )
     tokens = dict.fromkeys(token.content for token in layout)
-    tokens.update(
-        dict.fromkeys(_pieces(sorted(corpus), vocab_size - len(layout), min_frequency))
-    )
+    own = sorted(set(words) - tokens.keys())
+    room = vocab_size - len(layout) - len(own)
+    if bins < 2 or room <= 0:
+        reserved = len(layout) + len(own)
+        raise ValueError(
+            f"vocab_size={vocab_size} must exceed the {reserved} reserved ids of bins={bins}"
+        )
+    tokens.update(dict.fromkeys(_pieces(sorted(corpus), room, min_frequency)))
+    tokens.update(dict.fromkeys(own))
     inner = _empty({token: i for i, token in enumerate(tokens)})
     inner.add_special_tokens(layout)
     return TextTokenizer(inner)

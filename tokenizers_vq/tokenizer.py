@@ -82,6 +82,12 @@ class Tokenizer:
         return bool(getattr(self.net.config, "registers", 0))
 
     @property
+    def scaling_patch(self) -> int:
+        """Pixels per token and side where a larger picture has more tokens, else 0."""
+        fixed = self.ordered or self.codec.kind in ("feature", "vector", "mask")
+        return 0 if fixed else self.net.config.patch
+
+    @property
     def device(self) -> torch.device:
         """Where the network lies."""
         return next(self.net.parameters()).device

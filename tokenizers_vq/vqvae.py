@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tokenizers_vq.quantizers import Codebook, FiniteScalar, LookupFree, Quantized
 
-_DECODING = ("decoder.", "norm.", "head.", "places", "absent")
+_DECODING = ("decoder.", "norm.", "head.", "places", "absent", "join.")
 """Parameters that stand behind the codes."""
 
 
@@ -56,6 +56,10 @@ class VQConfig:
     """Probability of moving a FSQ level by one in training."""
     registers: int = 0
     """Above 0 a sample has so many ordered tokens instead of a grid (`tokenizers_vq.ordered`)."""
+    groups: int = 0
+    """Above 0 a vector (a map of one cell) becomes so many tokens (`tokenizers_vq.product`)."""
+    spread: float = 0.0
+    """Weight of the loss that keeps all codes of `fsq` in use."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
@@ -65,6 +69,8 @@ class VQConfig:
             raise ValueError(f"lfq: {self.codebook_size} codes are no power of two")
         if self.registers < 0:
             raise ValueError(f"registers={self.registers} must not be negative")
+        if self.groups < 0 or (self.groups and (self.registers or self.image_size > 1)):
+            raise ValueError(f"groups={self.groups} is for vectors alone, without registers")
         if self.image_size % self.patch:
             raise ValueError(f"image_size={self.image_size} is not a multiple of {self.patch}")
         if self.width % (4 * self.heads):
@@ -78,7 +84,7 @@ class VQConfig:
     @property
     def num_tokens(self) -> int:
         """Tokens of a sample at the native size."""
-        return self.registers or self.grid**2
+        return self.registers or self.groups or self.grid**2
 
     def token_shape(self, count: int) -> tuple[int, ...]:
         """The shape in which the network takes `count` tokens of a sample.
@@ -89,6 +95,10 @@ class VQConfig:
         if self.registers:
             if not 1 <= count <= self.registers:
                 raise ValueError(f"{count} tokens instead of 1 to {self.registers}")
+            return (count,)
+        if self.groups:
+            if count != self.groups:
+                raise ValueError(f"{count} tokens instead of {self.groups}")
             return (count,)
         side = math.isqrt(count)
         if side * side != count:
@@ -103,8 +113,9 @@ class VQConfig:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values."""
         fields = {**asdict(self), "levels": list(self.levels)}
-        if not self.registers:  # younger than stored tokenizers, whose bytes must not change
-            del fields["registers"]
+        for name in ("registers", "groups", "spread"):
+            if not fields[name]:  # younger than stored tokenizers, whose bytes must not change
+                del fields[name]
         return fields
 
 
@@ -188,6 +199,24 @@ class Head(nn.Module):
         return F.pixel_shuffle(self.proj(x).permute(0, 3, 1, 2), self.patch)
 
 
+def take_encoder(net: nn.Module, source: nn.Module, decoding: tuple[str, ...]) -> None:
+    """Gives a network all parameters of another but those whose names begin with `decoding`, and
+    lets only these be trained.
+
+    Raises:
+        ValueError: if the two differ in more than `decoding`.
+    """
+    kept = {name: value for name, value in source.state_dict().items()
+            if not name.startswith(decoding)}
+    own = {name: value.shape for name, value in net.state_dict().items()
+           if not name.startswith(decoding)}
+    if own != {name: value.shape for name, value in kept.items()}:
+        raise ValueError("the encoder of another network does not fit this one")
+    net.load_state_dict(kept, strict=False)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name.startswith(decoding) and parameter.requires_grad)
+
+
 class VQVAE(nn.Module):
     """Encoder, bottleneck and decoder of one modality."""
 
@@ -206,7 +235,7 @@ class VQVAE(nn.Module):
             Block(width, config.heads) for _ in range(config.encoder_depth)
         )
         if config.quantizer == "fsq":
-            self.quantizer = FiniteScalar(width, config.levels, config.jitter)
+            self.quantizer = FiniteScalar(width, config.levels, config.jitter, config.spread)
         elif config.quantizer == "vq":
             self.quantizer = Codebook(width, config.codebook_size)
         else:
@@ -219,22 +248,13 @@ class VQVAE(nn.Module):
         positions = sincos_positions(width, config.grid, config.grid, config.grid)
         self.register_buffer("positions", positions, persistent=False)
 
-    def take_encoder(self, source: VQVAE) -> None:
+    def take_encoder(self, source: nn.Module) -> None:
         """Takes over everything up to the codes from a trained network, and freezes it.
 
         Raises:
             ValueError: if the two differ in more than their decoders.
         """
-        kept = {
-            name: value for name, value in source.state_dict().items()
-            if not name.startswith(_DECODING)
-        }
-        own = {n: v.shape for n, v in self.state_dict().items() if not n.startswith(_DECODING)}
-        if own != {name: value.shape for name, value in kept.items()}:
-            raise ValueError("the encoder of another network does not fit this one")
-        self.load_state_dict(kept, strict=False)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.startswith(_DECODING))
+        take_encoder(self, source, _DECODING)
         self.frozen = True
 
     def train(self, mode: bool = True) -> VQVAE:

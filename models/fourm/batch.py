@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Target of a row that carries no loss."""
-EVEN = 256
-"""Rows of a modality in the loss are padded to a multiple of this: CPU kernels are compiled and
-cached for each shape, and a new shape at every step costs time and memory without end."""
+SHAPES = 32
+"""Rows of a modality in the loss are padded to one of about so many numbers: CPU kernels are
+compiled and cached for each shape, and a new shape at every step costs time and memory without
+end."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,15 @@ class Batch:
     """Set by `to` to what `by_modality` returns, so that a compiled network reads no `counts`."""
 
     def by_modality(self) -> tuple[Tensor, ...]:
-        """Slots and targets [R,2] of each modality, padded to a multiple of `EVEN` with slot 0 and
-        target `IGNORED`."""
+        """Slots and targets [R,2] of each modality, padded to one of `SHAPES` lengths with slot 0
+        and target `IGNORED`."""
         import torch
         from torch.nn.functional import pad
 
-        parts = []
+        parts, even = [], max(16, 1 << max(0, self.dec_mod.numel() // SHAPES - 1).bit_length())
         for slots, ids in zip(self.rows.split(self.counts), self.targets.split(self.counts),
                               strict=True):
-            missing = -len(slots) % EVEN
+            missing = -len(slots) % even
             parts.append(torch.stack([pad(slots, (0, missing)),
                                       pad(ids, (0, missing), value=IGNORED)], 1))
         return tuple(parts)

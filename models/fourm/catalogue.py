@@ -47,13 +47,16 @@ def t5_spec(
                         max_tokens=longest or RELEASED_LENGTHS["t5_caption"][0])
 
 
-def grid_spec(name: str, size: int, vocab_size: int, tokens: int) -> ModalitySpec:
-    """Specification of tokens of pictures with a side of `size` pixels."""
+def grid_spec(
+    name: str, size: int, vocab_size: int, tokens: int, *, ordered: bool = False
+) -> ModalitySpec:
+    """Specification of tokens of pictures with a side of `size` pixels; `ordered` ones stand in no
+    grid."""
     if is_global(name):
         return ModalitySpec(name=name, kind="img", vocab_size=vocab_size, max_tokens=tokens,
                             learned_positions=True)
     return ModalitySpec(name=f"{name}@{size}", kind="img", vocab_size=vocab_size,
-                        max_tokens=tokens)
+                        max_tokens=tokens, learned_positions=ordered)
 
 
 def pixels_spec(name: str, size: int) -> ModalitySpec:

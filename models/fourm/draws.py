@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+_SPARSE = 3
+"""Rows are drawn one by one where this times as many are not asked for."""
+
 
 class Draws:
     """Random numbers as a pure function of (seed, step, tag), the same for any number of workers:
@@ -22,6 +25,21 @@ class Draws:
     def uniform(self, tag: str, *shape: int) -> np.ndarray:
         """Uniforms [B, *shape] in 0..1."""
         return self.generator(tag).random((self._size, *shape))[self.rows]
+
+    def some(self, tag: str, chosen: np.ndarray, *shape: int) -> np.ndarray:
+        """`uniform(tag, *shape)[chosen]` for row numbers [n], without drawing what lies between
+        few rows of many."""
+        if len(chosen) * _SPARSE > self._size:
+            return self.uniform(tag, *shape)[chosen]
+        places, size = np.arange(self._size)[self.rows][chosen], int(np.prod(shape))
+        generator = self.generator(tag)
+        found, position = np.empty((len(chosen), *shape)), 0
+        for row, place in enumerate(places.tolist()):
+            # A number takes one step of the bit generator.
+            generator.bit_generator.advance(place * size - position)  # type: ignore[attr-defined]
+            found[row] = generator.random(shape)
+            position = (place + 1) * size
+        return found
 
     def components(self, weights: Sequence[float], per_batch: bool) -> np.ndarray:
         """Index of the component of every sample of the whole batch, drawn by `weights`; one for

@@ -7,9 +7,11 @@ mixed sequence are looked up with one gather each.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from models.fourm.spec import ModalitySpec
 
@@ -108,10 +110,35 @@ class TokenTable(nn.Module):
         """Rows [..., D]; slots of modalities without a table read some row of no meaning."""
         return nn.functional.embedding(self.start[modality] + ids, self.weight)
 
+    def shared(self, modality: Tensor, ids: Tensor) -> Tensor:
+        """The same for a matrix that is used elsewhere too, whose gradient is added to that one
+        row by row instead of filling a matrix of its own."""
+        if torch.compiler.is_compiling():
+            return self(modality, ids)
+        return _Shared.apply(self.weight, self.start[modality] + ids)
+
     def rows(self, spec: ModalitySpec) -> Tensor:
         """The matrix [V, D] of one modality, a view."""
         start = self.starts[spec.name]
         return self.weight[start : start + spec.vocab_size]
+
+
+class _Shared(torch.autograd.Function):
+    """A look-up with a sparse gradient: autograd adds it in place to a dense one."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = weight.shape
+        return nn.functional.embedding(rows, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        values = grad.reshape(-1, grad.shape[-1])
+        return torch.sparse_coo_tensor(rows.reshape(1, -1), values, ctx.shape,
+                                       check_invariants=False), None
 
 
 class DenseInput(nn.Module):

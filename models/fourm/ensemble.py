@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median_low
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,10 @@ def combine(modality: str, samples: Sequence[Any], similarity: Similarity = word
         similarity: Likeness of two texts, for captions.
 
     Returns:
-        Mean of maps (normals of unit length again), most frequent class a pixel, boxes by vote,
-        or the text that is most like all others.
+        Mean of maps and vectors (normals of unit length again), most frequent class a pixel,
+        boxes by vote, the palette of the most frequent length with the mean of its colours, the
+        median of each metadata field, or the text that is most like all others. Of what has no
+        middle (poses, instances) the first sample.
     """
     if len(samples) == 1:
         return samples[0]
@@ -37,6 +41,13 @@ def combine(modality: str, samples: Sequence[Any], similarity: Similarity = word
         return vote_boxes(samples)
     if modality == "caption":
         return medoid(samples, similarity)
+    if modality == "color_palette":
+        return mean_palette(samples)
+    if modality == "metadata":
+        names = dict.fromkeys(name for sample in samples for name in sample)
+        return {n: median_low([s[n] for s in samples if n in s]) for n in names}
+    if not isinstance(samples[0], np.ndarray):
+        return samples[0]
     stacked = np.stack(samples)
     if modality == "semseg":
         return vote_classes(stacked)
@@ -46,6 +57,19 @@ def combine(modality: str, samples: Sequence[Any], similarity: Similarity = word
     if stacked.dtype == np.uint8:
         return np.rint(mean).astype(np.uint8)
     return mean.astype(stacked.dtype)
+
+
+def mean_palette(
+    samples: Sequence[Mapping[str, Sequence[Sequence[int]]]],
+) -> dict[str, list[list[int]]]:
+    """The palette of the length that occurs most, the shortest of a draw: the mean of its first,
+    second, ... colours. No palette where no sample holds one."""
+    lengths = Counter(number for sample in samples for number in sample)
+    if not lengths:
+        return {}
+    best = min(lengths, key=lambda number: (-lengths[number], int(number)))
+    colors = np.mean([sample[best] for sample in samples if best in sample], axis=0)
+    return {best: np.rint(colors).astype(int).tolist()}
 
 
 def vote_classes(maps: np.ndarray) -> np.ndarray:

@@ -39,6 +39,7 @@ from models.fourm.spec import ModalitySpec
 from models.fourm.values import Part, Tokens, Translator, given_tokens, read_boxes
 
 if TYPE_CHECKING:
+    from tokenizers_vq.sequences.form import TextForm
     from tokenizers_vq.text import TextTokenizer
     from tokenizers_vq.tokenizer import Tokenizer
 
@@ -101,9 +102,11 @@ class Generator(Translator):
 
     Args:
         model: The network; put in evaluation mode.
-        tokenizers: A tokenizer for each modality of grids, by catalogue name.
-        text: The tokenizer of captions and boxes.
+        tokenizers: A tokenizer for each modality of grids and for each text that holds codes, by
+            catalogue name.
+        text: The tokenizer of all sequences.
         bf16: Whether to run in bf16; None does so where this machine is fast at it.
+        forms: Text forms other than those of the catalogue, by catalogue name.
     """
 
     def __init__(
@@ -112,8 +115,9 @@ class Generator(Translator):
         tokenizers: Mapping[str, Tokenizer],
         text: TextTokenizer,
         bf16: bool | None = None,
+        forms: Mapping[str, TextForm] | None = None,
     ) -> None:
-        super().__init__(model, tokenizers, text)
+        super().__init__(model, tokenizers, text, forms)
         self.bf16 = fast_bf16() if bf16 is None else bf16
         self._grammars: dict[str, Grammar] = {}
 
@@ -270,7 +274,7 @@ class Generator(Translator):
             name: [value for value in _rows(values) for _ in range(copies)]
             for name, values in (conditions or {}).items()
         }
-        able = [name for name in sorted(low, key=_upscale_rank) if self._refines(name)]
+        able = [name for name in sorted(low, key=_upscale_rank) if name in self.refined]
         targets = able if targets is None else list(targets)
         if not targets or set(targets) - set(able):
             raise ValueError(f"cannot refine {', '.join(targets or low)}; "
@@ -288,12 +292,17 @@ class Generator(Translator):
             grouped[name] = replace(found, samples=samples, values=values)
         return grouped
 
-    def _refines(self, name: str) -> bool:
-        """Whether the model reads tokens of a modality and writes them at a higher resolution."""
-        specs = [spec for spec in self.model.config.modalities
-                 if spec.kind == "img" and base_name(spec.name) == name]  # fmt: skip
-        least = min((resolution(spec.name) for spec in specs if spec.is_input), default=0)
-        return any(spec.is_target and 0 < least < resolution(spec.name) for spec in specs)
+    @property
+    def refined(self) -> list[str]:
+        """Modalities whose tokens the model reads, and writes at a higher resolution."""
+        specs = [spec for spec in self.model.config.modalities if spec.kind == "img"]
+        found = []
+        for name in sorted({base_name(spec.name) for spec in specs}):
+            own = [spec for spec in specs if base_name(spec.name) == name]
+            least = min((resolution(spec.name) for spec in own if spec.is_input), default=0)
+            if any(spec.is_target and 0 < least < resolution(spec.name) for spec in own):
+                found.append(name)
+        return found
 
     def _draw(
         self, shown: dict[str, Shown], branches: Sequence[Branch], seeds: list[int], plan: _Plan
@@ -334,8 +343,10 @@ class Generator(Translator):
 
     def _grammar(self, spec: ModalitySpec) -> Grammar:
         if spec.name not in self._grammars:
-            self._grammars[spec.name] = grammar_for(base_name(spec.name), self.text,
-                                                    spec.vocab_size)  # fmt: skip
+            name = base_name(spec.name)
+            form = self.form(name)
+            grammar = (form.grammar if form else "") or name
+            self._grammars[spec.name] = grammar_for(grammar, self.text, spec.vocab_size)
         return self._grammars[spec.name]
 
     def precision(self) -> Any:

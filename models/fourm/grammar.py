@@ -177,10 +177,14 @@ class _Rules:
     def number(self, source: int, axis: int, count: int, target: int | None = None,
                **more: int) -> int:  # fmt: skip
         """One of `v{axis}=0` to `v{axis}={count - 1}`."""
-        if count > self.text.bins:
-            raise ValueError(f"the text tokenizer has {self.text.bins} coordinate bins, the "
-                             f"grammar needs {count}")  # fmt: skip
+        self.need(count)
         return self.ids(source, self.text.coordinate_id(axis, 0), count, target, **more)
+
+    def need(self, bins: int) -> None:
+        """Raises ValueError where the text tokenizer has fewer coordinate bins."""
+        if bins > self.text.bins:
+            raise ValueError(f"the text tokenizer has {self.text.bins} coordinate bins, the "
+                             f"grammar needs {bins}")  # fmt: skip
 
     def numbers(self, source: int, count: int, times: int, target: int | None = None) -> int:
         """`v0=` below `count`, several times."""
@@ -237,13 +241,14 @@ PALETTE_COLOURS, COLOUR_LEVELS = 7, 256
 
 
 def palette(text: TextTokenizer) -> list[Rule]:
-    """`v1=n`, n colours from 1 to 7, then three `v0=` in 0..255 for each."""
-    rules = _Rules(text)
+    """`v1=n`, n colours from 1 to 7, then three `v0=` in 0..255 (fewer bins: all) for each."""
+    rules, levels = _Rules(text), min(COLOUR_LEVELS, text.bins)
+    rules.need(PALETTE_COLOURS + 1)
     done = rules.state()
     ready = {0: done}
     for colours in range(1, PALETTE_COLOURS + 1):
         ready[colours] = rules.state()
-        rules.numbers(ready[colours], COLOUR_LEVELS, 3, ready[colours - 1])
+        rules.numbers(ready[colours], levels, 3, ready[colours - 1])
         rules.ids(0, text.coordinate_id(1, colours), 1, ready[colours])
     rules.end(done)
     return rules.rules
@@ -258,6 +263,7 @@ METADATA_LEVELS = (
 def metadata(text: TextTokenizer) -> list[Rule]:
     """`v1=type v0=value` in any order, every type at most once, values within its range."""
     rules = _Rules(text)
+    rules.need(len(METADATA_LEVELS))
     ranges: dict[int, int] = {}
     for kind, levels in enumerate(METADATA_LEVELS):
         fitting = min(levels, text.bins)
@@ -303,17 +309,37 @@ def poses(text: TextTokenizer) -> list[Rule]:
     return rules.rules
 
 
+KEYPOINTS = 17
+
+
+def keypoints(text: TextTokenizer) -> list[Rule]:
+    """`none`, or for each person `human`, a box, `pose`, then 17 times `v0 v1` or `none`."""
+    rules = _Rules(text)
+    rules.end(rules.word(0, "none"))
+    person = rules.word(0, "human")
+    at = rules.word(rules.box(person), "pose")
+    for _ in range(KEYPOINTS):
+        following = rules.state()
+        rules.number(rules.number(at, 0, text.bins), 1, text.bins, following)
+        at = rules.word(at, "none", following)
+    rules.word(at, "human", person)
+    rules.end(at)
+    return rules.rules
+
+
 GRAMMARS: dict[str, Callable[[TextTokenizer], list[Rule]]] = {
     "det": boxes, "color_palette": palette, "metadata": metadata, "human_poses": poses,
+    "keypoints": keypoints,
 }  # fmt: skip
-"""Grammars by the name of their modality."""
+"""Grammars by the name of their modality, or of its text form: `human_poses` is the released one
+of body models, `keypoints` that of our labels."""
 
 
 def grammar_for(name: str, text: TextTokenizer, vocab_size: int) -> Grammar:
     """The grammar of a sequence modality.
 
     Args:
-        name: In the catalogue, such as "det".
+        name: A key of `GRAMMARS`, such as "det".
         text: Names the ids.
         vocab_size: Ids that the model may give.
 

@@ -30,7 +30,7 @@ BLOCK_ROWS = 256
 WINDOW_BLOCKS = 64
 
 
-def base_name(name: str) -> str:
+def stored_name(name: str) -> str:
     """Name in the manifest of a model's modality: without the resolution."""
     return name.split("@")[0]
 
@@ -101,7 +101,7 @@ class TokenDataset:
         pictures that are kept."""
         self.store, self.manifest, self.specs = store, manifest, tuple(specs)
         self.shards = manifest.shards(split)
-        missing = sorted({base_name(s.name) for s in specs} - manifest.modalities.keys())
+        missing = sorted({stored_name(s.name) for s in specs} - manifest.modalities.keys())
         if missing:
             raise ValueError(f"{manifest.name} v{manifest.version} lacks {', '.join(missing)}; it "
                              f"has {', '.join(sorted(manifest.modalities))}")
@@ -177,18 +177,22 @@ class TokenDataset:
     def _sequence(
         self, spec: ModalitySpec, places: list[tuple[int, int, int]]
     ) -> tuple[Ragged, np.ndarray]:
-        texts, here = [], np.ones(len(places), bool)
-        for i, (shard, row, crop) in enumerate(places):
-            tokens = self._shard(shard).tokens[spec.name].ragged(f"crop{crop}", row)
-            here[i] = self._valid(shard, spec.name, crop)[row]
-            texts.append(tokens)
+        table, here = np.array(places), np.ones(len(places), bool)
+        texts = [self._shard(shard).tokens[spec.name].ragged(f"crop{crop}", row)
+                 for shard, row, crop in places]
+        for shard, crop in np.unique(table[:, [0, 2]], axis=0).tolist():
+            chosen = (table[:, 0] == shard) & (table[:, 2] == crop)
+            here[chosen] = self._valid(shard, spec.name, crop)[table[chosen, 1]]
+        whole = np.array([len(text) for text in texts])
         # Chunks are shuffled before a sequence is cut, which masking does.
-        longest = max(map(len, texts)) + 1 if spec.chunk else spec.max_tokens
-        length = np.array([min(len(text) + 1, longest) for text in texts]) * here
-        ids = np.zeros((len(places), max(1, int(length.max()))), np.int64)
-        for i, text in enumerate(texts):
-            if here[i]:
-                ids[i, : length[i]] = np.append(text, EOS_ID)[: length[i]]
+        longest = int(whole.max()) + 1 if spec.chunk else spec.max_tokens
+        length = np.minimum(whole + 1, longest) * here
+        ids = np.zeros((len(places), max(1, int(whole.max()) + 1, longest)), np.int64)
+        place = np.arange(ids.shape[1])
+        ids[place < whole[:, None]] = np.concatenate(texts)
+        ids[np.arange(len(ids)), whole] = EOS_ID
+        ids = ids[:, : max(1, int(length.max()))]
+        ids[place[: ids.shape[1]] >= length[:, None]] = 0
         return (ids, length), here
 
     def _vectors(
@@ -230,7 +234,7 @@ class TokenDataset:
         key, members = files.keys[row], files.members[spec.name]
         if members.ext(key) == MISSING_EXT:
             return None
-        modality = modalities.get(base_name(spec.name))
+        modality = modalities.get(stored_name(spec.name))
         image = modality.decode(members.read(key))
         box = crop_box(self.policy, key, crop, image.shape[1] / image.shape[0])
         side = spec.grid * spec.patch_size
@@ -249,7 +253,7 @@ class TokenDataset:
             number = self.shards[index]
             tokens, members, keys = dict[str, BlockReader](), dict[str, TarIndex](), list[str]()
             for spec in self.specs:
-                name = base_name(spec.name)
+                name = stored_name(spec.name)
                 path = self.store.local(self.manifest.path(name, number))
                 digest = self.manifest.sha256(name, number)
                 if spec.discrete:

@@ -190,12 +190,15 @@ class _Masks:
                 limit[:, i] = self.spans[spec.name][1] - 1
         return limit * self.here
 
-    def _attempts(self, spec: ModalitySpec, width: int) -> Callable[[int], np.ndarray]:
-        """Uniforms [B,width] for every attempt at masking a sequence, equal within a chunk."""
-        def draw(attempt: int) -> np.ndarray:
-            drawn = self.draws.uniform(f"{spec.name} {attempt}", spec.max_tokens)
+    def _attempts(
+        self, spec: ModalitySpec, width: int
+    ) -> Callable[[int, np.ndarray], np.ndarray]:
+        """Uniforms [n,width] for some rows and an attempt at masking them, equal within a chunk."""
+        def draw(attempt: int, rows: np.ndarray) -> np.ndarray:
+            drawn = self.draws.some(f"{spec.name} {attempt}", rows, spec.max_tokens)
             if spec.name in self.chunks:
-                return np.take_along_axis(drawn, self.chunks[spec.name] % spec.max_tokens, 1)
+                chunks = self.chunks[spec.name][rows]
+                return np.take_along_axis(drawn, chunks % spec.max_tokens, 1)
             return drawn[:, :width]
 
         return draw
@@ -288,7 +291,9 @@ class _Masks:
         """Random rank [B, positions] of every position of a grid."""
         if spec.name not in self.ranks:
             order = self.draws.uniform(f"{spec.name} order", spec.max_tokens)
-            self.ranks[spec.name] = order.argsort(1).argsort(1)
+            ranks = np.empty(order.shape, np.int64)
+            np.put_along_axis(ranks, order.argsort(1), np.arange(spec.max_tokens)[None], 1)
+            self.ranks[spec.name] = ranks
         return self.ranks[spec.name]
 
     def _input(self, i: int, spec: ModalitySpec) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from models.fourm.attention import PADDING, additive, attention, key_mask, target_mask
 from models.fourm.batch import IGNORED, Batch
 from models.fourm.embeddings import DenseInput, Positions, TokenTable
+from models.fourm.losses import summed_losses
 from models.fourm.spec import FourMConfig, ModalitySpec
 
 
@@ -200,23 +201,18 @@ class FourM(nn.Module):
 
     def losses(self, y: Tensor, parts: tuple[Tensor, ...]) -> Losses:
         """Losses of decoder outputs [B,M,D] at the slots and targets [R,2] of every modality."""
-        # One split, whose gradient is one concatenation, instead of a slice per modality.
+        parts = tuple(part for spec, part in zip(self.config.modalities, parts, strict=True)
+                      if spec.is_target)
         rows = y.reshape(-1, y.shape[-1]).index_select(0, torch.cat([part[:, 0] for part in parts]))
-        hidden = rows.split([part.shape[0] for part in parts])
-        heads = iter(self.heads.weight.split([m.vocab_size for m in self.config.targets]))
-        per_modality, counts = {}, []
-        for spec, part, found in zip(self.config.modalities, parts, hidden, strict=True):
-            if not spec.is_target:
-                continue
-            target = part[:, 1]
-            loss = F.cross_entropy(F.linear(found, next(heads)).float(), target,
-                                   ignore_index=IGNORED, reduction="sum")
-            counts.append((target != IGNORED).sum())
-            per_modality[spec.name] = loss / counts[-1].clamp(min=1)
-        total, count = torch.stack(list(per_modality.values())), torch.stack(counts)
+        targets = [part[:, 1] for part in parts]
+        specs = self.config.targets
+        sums = summed_losses(rows, self.heads.weight, targets, [m.vocab_size for m in specs])
+        count = torch.stack([(part != IGNORED).sum() for part in targets])
+        total = sums / count.clamp(min=1)
+        per_modality = {spec.name: loss for spec, loss in zip(specs, total.unbind(), strict=True)}
         if self.config.loss != "mod":
             if self.config.loss == "token_by_vocab":
-                count = count * count.new_tensor([m.vocab_size for m in self.config.targets])
+                count = count * count.new_tensor([m.vocab_size for m in specs])
             return Losses((total * count).sum() / count.sum().clamp(min=1), per_modality)
         return Losses(total.sum() / len(total), per_modality)
 
@@ -261,7 +257,8 @@ class FourM(nn.Module):
         """Decoder input [B,M,D]: mask token or the preceding token, plus position and modality."""
         used = (modality != PADDING).unsqueeze(2)
         modality = modality.clamp(min=0)
-        fed = (self.dec_tokens or self.heads)(modality, ids)
+        fed = self.heads.shared(modality, ids) if self.dec_tokens is None else \
+            self.dec_tokens(modality, ids)
         x = torch.where(self.is_grid[modality].unsqueeze(2), self.mask_token, fed)
         emb = self.dec_positions(modality, position) + F.embedding(modality, self.dec_modality)
         return (x + emb) * used

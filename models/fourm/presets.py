@@ -1,4 +1,4 @@
-"""How released 4M models are sampled: the defaults of their published sampler.
+"""How released 4M models are sampled: the defaults of their published sampler, and others by name.
 
 The table has a column for targets of an RGB picture and one for all others. Guidance is constant
 and grows: finished targets are conditions, and guide, like the ones that were given.
@@ -6,10 +6,19 @@ and grows: finished targets are conditions, and guide, like the ones that were g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 from models.fourm.decoding import Decoding
+from models.fourm.grammar import GRAMMARS
 from models.fourm.spec import ModalitySpec
+
+Preset = Literal["plain", "released", "halton", "greedy"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
+_HALTON_STEPS = 16
+_OF_GRIDS = ("order", "steps", "schedule", "temperature_schedule", "remask")
+_OF_SEQUENCES = ("well_formed",)
 
 _TOP_P = 0.8
 _COOLING = "onex:0.5:0.5"
@@ -56,6 +65,59 @@ def default_decoding(spec: ModalitySpec, given: Iterable[str]) -> Decoding:
         return _roar(spec, steps=50, temperature=5.0, cooling=_COOLING, guidance=3.0)
     steps = 25 if name == "rgb" else 8
     return _roar(spec, steps=steps, temperature=3.0, cooling=_COOLING)
+
+
+def preset(name: Preset, spec: ModalitySpec, given: Iterable[str]) -> Decoding:
+    """Settings for a target by one word.
+
+    Args:
+        name: "released" is the published sampler; "plain" the same without guidance, which needs a
+            training that often hides conditions, and with boxes, palettes and the like always well
+            formed; "halton" is plain with grids in 16 evenly spread steps; "greedy" is plain and
+            takes the most likely token, whatever the seed.
+        spec: The target.
+        given: As for `default_decoding`.
+
+    Raises:
+        ValueError: there is no such preset; lists those there are.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
+    found = default_decoding(spec, given)
+    if name == "released":
+        return found
+    sequence = spec.kind == "seq"
+    found = replace(found, guidance=1.0, show_opening=False,
+                    well_formed=sequence and base_name(spec.name) in GRAMMARS)  # fmt: skip
+    if name == "greedy":
+        return replace(found, temperature=0.0, temperature_schedule="constant")
+    if name == "halton" and not sequence:
+        steps = min(_HALTON_STEPS, spec.max_tokens)
+        return replace(found, order="halton", schedule="linear", steps=steps)
+    return found
+
+
+def changed(
+    decoding: Decoding, spec: ModalitySpec, changes: Mapping[str, Any], *, all_targets: bool
+) -> Decoding:
+    """Settings of a target with some of them replaced.
+
+    Args:
+        decoding: The settings.
+        spec: The target.
+        changes: Field of `Decoding` -> its value.
+        all_targets: Whether the changes are meant for every target, and those that only concern
+            the other kind are left out; else they are refused.
+
+    Raises:
+        ValueError: a field that means nothing for this target.
+    """
+    foreign = _OF_GRIDS if spec.kind == "seq" else _OF_SEQUENCES
+    odd = [field for field in changes if field in foreign]
+    if odd and not all_targets:
+        kind = "a sequence" if spec.kind == "seq" else "a grid"
+        raise ValueError(f"{base_name(spec.name)} is {kind}: {', '.join(odd)} mean nothing for it")
+    return replace(decoding, **{k: v for k, v in changes.items() if k not in odd})
 
 
 def _roar(

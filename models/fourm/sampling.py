@@ -48,7 +48,8 @@ def filtered(logits: Tensor, top_k: float = 0, top_p: float = 0.0) -> Tensor:
     Args:
         logits: [..., V], untempered.
         top_k: Tokens kept: a count, or a share of V if between 0 and 1; 0 keeps all.
-        top_p: Least probability mass kept, most likely tokens first; 0 or 1 keeps all.
+        top_p: Least probability mass kept, most likely tokens first, and with the least likely one
+            those that are as likely; 0 or 1 keeps all.
     """
     if top_k:
         kept = max(1, int(top_k * logits.shape[-1]) if top_k < 1 else int(top_k))
@@ -56,12 +57,20 @@ def filtered(logits: Tensor, top_k: float = 0, top_p: float = 0.0) -> Tensor:
             least = logits.topk(kept, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
     if 0.0 < top_p < 1.0:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        mass = ordered.softmax(-1).cumsum(-1)
+        ordered = _descending(logits)
+        share = ordered.softmax(-1)
         # The token that crosses the threshold is kept, so at least one always is.
-        drop = (mass - ordered.softmax(-1)) > top_p
-        logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), -torch.inf)
+        least_kept = (share.cumsum(-1) - share <= top_p).sum(-1, keepdim=True) - 1
+        logits = logits.masked_fill(logits < ordered.gather(-1, least_kept), -torch.inf)
     return logits
+
+
+def _descending(values: Tensor) -> Tensor:
+    """Values [..., V] sorted along the last dimension. NumPy sorts rows on a CPU with vector
+    instructions, several times faster than torch."""
+    if values.device.type != "cpu" or values.dtype != torch.float32:
+        return values.sort(dim=-1, descending=True).values
+    return torch.from_numpy(np.sort(values.detach().numpy(), axis=-1)).flip(-1)
 
 
 def sample(

@@ -53,15 +53,15 @@ def input_length(length: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 def fit_inputs(
     ids: np.ndarray, length: np.ndarray, probability: np.ndarray, budget: np.ndarray,
-    draw: Callable[[int], np.ndarray], *, chunked: bool = False,
+    draw: Callable[[int, np.ndarray], np.ndarray], *, chunked: bool = False,
 ) -> tuple[Ragged, Ragged]:
     """Span masks until every input fits its `budget` [B]: tokens stay with `probability` [B],
-    lowered by a tenth at each new attempt; `draw(attempt)` gives uniforms [B,L].
+    lowered by a tenth at each new attempt; `draw(attempt, rows)` gives uniforms [n,L] of n rows.
 
     With budget 0 the input is empty and everything is a target; of a sequence in chunks, whose
     facts need no context, only what would not have stayed, as released models were trained.
     """
-    keep = (draw(0) < probability[:, None]) & ((budget > 0)[:, None] | chunked)
+    keep = (draw(0, np.arange(len(ids))) < probability[:, None]) & ((budget > 0)[:, None] | chunked)
     probability, attempt = probability.copy(), 0
     pending = np.flatnonzero(budget > 0)
     while True:
@@ -71,7 +71,7 @@ def fit_inputs(
             break
         attempt += 1
         probability[pending] *= RETRY_DECAY
-        keep[pending] = draw(attempt)[pending] < probability[pending, None]
+        keep[pending] = draw(attempt, pending) < probability[pending, None]
     inputs, targets = span_mask(ids, length, keep)
     visible = np.where(budget > 0, inputs[1], 0)
     return (np.where(budget[:, None] > 0, inputs[0], PAD_ID), visible), targets
@@ -102,7 +102,7 @@ def cut_targets(targets: Ragged, budget: np.ndarray, choice: np.ndarray) -> Ragg
 
 def fit_vectors(
     length: np.ndarray, width: int, probability: np.ndarray, budget: np.ndarray,
-    draw: Callable[[int], np.ndarray],
+    draw: Callable[[int, np.ndarray], np.ndarray],
 ) -> Ragged:
     """Span masks sequences of `length` [B] vectors as `fit_inputs` does, without targets.
 

@@ -11,19 +11,23 @@ import torch
 from torch import Tensor
 
 from models.fourm.batch import patchify
+from models.fourm.catalogue import SIZE
 from models.fourm.conditions import FIRST, Shown
 from models.fourm.model import FourM
 from models.fourm.presets import base_name, resolution
 from models.fourm.spec import EOS_ID, ModalitySpec
 from models.fourm.vectors import pad_vectors, valid_vectors
-from tokenizers_vq.sequences import det_to_string
+from models.modalities import text_form
+from tokenizers_vq.sequences.boxes import read_boxes
+from tokenizers_vq.sequences.form import Page, TextForm
 
 if TYPE_CHECKING:
     from models.fourm.decoding import Drawn
     from tokenizers_vq.text import TextTokenizer
     from tokenizers_vq.tokenizer import Tokenizer
 
-COORDINATES = 4
+__all__ = ["Part", "Tokens", "Translator", "given_tokens", "read_boxes"]
+
 HOLE = "___"
 """Stands in a text for words that are not known."""
 
@@ -55,14 +59,18 @@ class Translator:
 
     Args:
         model: The network; put in evaluation mode.
-        tokenizers: A tokenizer for each modality of grids, by catalogue name.
-        text: The tokenizer of captions and boxes.
+        tokenizers: A tokenizer for each modality of grids and for each text that holds codes, by
+            catalogue name.
+        text: The tokenizer of all sequences.
+        forms: Text forms other than those of the catalogue, by catalogue name.
     """
 
     def __init__(
-        self, model: FourM, tokenizers: Mapping[str, Tokenizer], text: TextTokenizer
+        self, model: FourM, tokenizers: Mapping[str, Tokenizer], text: TextTokenizer,
+        forms: Mapping[str, TextForm] | None = None,
     ) -> None:
         self.model = model.eval()
+        self.forms = dict(forms or {})
         self.tokenizers = dict(tokenizers)
         self.text = text
 
@@ -172,7 +180,8 @@ class Translator:
         return ids
 
     def _shown_text(self, spec: ModalitySpec, values: Sequence[Any]) -> Shown:
-        ids = [[*line, EOS_ID][: spec.max_tokens] for line in self._lines(values)]
+        lines = self._lines(base_name(spec.name), values)
+        ids = [[*line, EOS_ID][: spec.max_tokens] for line in lines]
         table = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
         visible = torch.zeros(table.shape, dtype=torch.bool)
         for row, line in enumerate(ids):
@@ -180,8 +189,8 @@ class Translator:
             visible[row, : len(line)] = True
         return Shown(table, visible)
 
-    def _lines(self, values: Sequence[Any]) -> list[list[int]]:
-        """Ids of texts, boxes and texts with holes, without [EOS]."""
+    def _lines(self, name: str, values: Sequence[Any]) -> list[list[int]]:
+        """Ids of texts, texts with holes and values with a text form, without [EOS]."""
         pieces: list[list[str]] = []
         for value in values:
             if isinstance(value, Part):
@@ -191,7 +200,7 @@ class Translator:
             elif isinstance(value, str):
                 pieces.append([value])
             else:
-                pieces.append([det_to_string(value["instances"], bins=self.text.bins)])
+                pieces.append([self.written(name, value)])
         encoded = iter(self.text.encode_batch([piece for line in pieces for piece in line]))
         lines = []
         for line in pieces:
@@ -214,15 +223,39 @@ class Translator:
             return self._tokenizer(spec).decode_tokens(drawn.ids.cpu().numpy())
         confidence = drawn.confidence.float().cpu().numpy()
         found: list[Any] = []
+        name = base_name(spec.name)
+        form = self.form(name)
         lines = zip(drawn.ids.tolist(), drawn.lengths.tolist(), strict=True)
         for row, (ids, length) in enumerate(lines):
             ids = ids[: int(length)]
             ids = ids[: ids.index(EOS_ID)] if EOS_ID in ids else ids
-            if base_name(spec.name) == "det":
-                found.append({"instances": read_boxes(ids, confidence[row], self.text)})
+            if form is not None and form.read_scored is not None:
+                found.append(form.read_scored(ids, confidence[row], self.text))
             else:
-                found.append(self.text.decode(ids))
+                found.append(self.read(name, self.text.decode(ids)))
         return found
+
+    def form(self, name: str) -> TextForm | None:
+        """How values of a modality are written; None where only their text is known."""
+        return self.forms.get(name) or text_form(name)
+
+    def page(self, name: str) -> Page:
+        """What texts of a modality are written on."""
+        sides = [resolution(spec.name) for spec in self.model.config.modalities]
+        size = max(sides, default=0) or SIZE
+        return Page(bins=self.text.bins, size=size, codes=self.tokenizers.get(name))
+
+    def written(self, name: str, value: Any) -> str:
+        """The text of a value. Raises ValueError where the modality has no text form."""
+        form = self.form(name)
+        if form is None:
+            raise ValueError(f"{name!r} has no text form: give it as text, not as {type(value)}")
+        return form.write(value, self.page(name))
+
+    def read(self, name: str, text: str) -> Any:
+        """The value of a text, or the text itself where the modality has no text form."""
+        form = self.form(name)
+        return text if form is None else form.read(text, self.page(name))
 
 
 def given_tokens(spec: ModalitySpec, mask: np.ndarray | None) -> Tensor:
@@ -246,29 +279,3 @@ def _shown_vectors(spec: ModalitySpec, values: Sequence[Any]) -> Shown:
     vectors, length = pad_vectors(spec, [valid_vectors(value) for value in values])
     visible = np.arange(vectors.shape[1]) < length[:, None]
     return Shown(torch.from_numpy(vectors), torch.from_numpy(visible))
-
-
-def read_boxes(
-    ids: Sequence[int], confidence: Sequence[float] | np.ndarray, text: TextTokenizer
-) -> list[dict[str, Any]]:
-    """Boxes in a token sequence, each scored by the geometric mean of its tokens' confidence.
-
-    What is no complete, upright box is passed over.
-    """
-    first, bins = text.coordinate_id(0, 0), text.bins
-    axis = [(i - first) // bins if first <= i < first + COORDINATES * bins else -1 for i in ids]
-    boxes = []
-    for start in range(len(ids) - COORDINATES):
-        end = start + COORDINATES
-        if axis[start:end] != list(range(COORDINATES)):
-            continue
-        stop = end
-        while stop < len(ids) and axis[stop] < 0:
-            stop += 1
-        box = [(ids[start + k] - first - k * bins) / (bins - 1) for k in range(COORDINATES)]
-        if stop == end or box[2] < box[0] or box[3] < box[1]:
-            continue
-        score = float(np.exp(np.mean(np.log(np.maximum(confidence[start:stop], 1e-9)))))
-        name = text.decode(ids[end:stop]).strip()
-        boxes.append({"box": box, "class_name": name, "score": score})
-    return boxes

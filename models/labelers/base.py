@@ -215,6 +215,19 @@ class Labeler(ABC):
                     results[name][number] = value
 
 
+def weights_file(spec: LabelerSpec, name: str) -> Path:
+    """A file of a model's folder, or of its repository of the hub.
+
+    Raises:
+        OSError: It is not there.
+    """
+    from huggingface_hub import hf_hub_download
+
+    if Path(spec.source).is_dir():
+        return Path(spec.source) / name
+    return Path(hf_hub_download(spec.source, name, revision=spec.revision or None))
+
+
 def stack(images: Sequence[Image]) -> Any:
     """Return images of one size as one uint8 tensor [B, 3, H, W]."""
     import torch

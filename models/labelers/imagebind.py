@@ -2,7 +2,7 @@
 
 A ViT with pre-norm blocks, a norm before the first one and learned positions. The published network
 sees a still image as a film of two equal frames, so its 3-D patch kernel is summed over time.
-Published checkpoints are CC-BY-NC: what is labelled with them inherits their terms.
+Published checkpoints are CC-BY-NC-SA: what is labelled with them inherits their terms.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.labelers.base import weights_file
 
 if TYPE_CHECKING:
     from models.labelers.base import Labeler
@@ -125,9 +126,8 @@ class ImageBindTower:
     def __init__(self, labeler: Labeler) -> None:
         from safetensors import safe_open
 
-        source, revision = labeler.spec.source, labeler.spec.revision
-        config = json.loads(_file(source, revision, "config.json").read_text())
-        with safe_open(_file(source, revision, "model.safetensors"), "pt") as file:
+        config = json.loads(weights_file(labeler.spec, "config.json").read_text())
+        with safe_open(weights_file(labeler.spec, "model.safetensors"), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys() if ".vision." in name}
         heads = int(config.get("vision_num_heads", _HEADS))
         self.model = labeler.place(from_published(tensors, heads))
@@ -143,16 +143,3 @@ class ImageBindTower:
             torch.tensor(each, device=self.device).view(1, 3, 1, 1) for each in (_MEAN, _STD)
         )
         return self.model((pixels - mean) / std)
-
-
-def _file(source: str, revision: str, name: str) -> Path:
-    """A file of a folder, or of a repository of the hub.
-
-    Raises:
-        OSError: It is not there.
-    """
-    from huggingface_hub import hf_hub_download
-
-    if Path(source).is_dir():
-        return Path(source) / name
-    return Path(hf_hub_download(source, name, revision=revision or None))

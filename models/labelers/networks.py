@@ -1,6 +1,7 @@
 """Which network each preset takes for each kind of labeler: the one table of them.
 
-Licences are those that the model cards state; they bind whoever downloads the weights. Revisions
+Licences are those that the model cards state; they bind whoever downloads the weights. Where none
+of the pages that state or quote one was read, `licence_read` is False. Revisions
 are the hub's default branch unless one is named; a run that must be repeatable pins its own.
 """
 
@@ -21,6 +22,8 @@ class Network:
     """Hub id, "shipped:NAME", or "computed"."""
     licence: str
     """Of the weights."""
+    licence_read: bool = False
+    """Whether it was read on the model's card, or in a catalogue that quotes it."""
     resolution: str
     """What the network sees of an image."""
     revision: str = ""
@@ -32,13 +35,14 @@ class Network:
 
 
 def _shipped(kind: str, resolution: str) -> Network:
-    return Network(model_id=SHIPPED + kind, licence="Apache-2.0", resolution=resolution)
+    return Network(model_id=SHIPPED + kind, licence="Apache-2.0", licence_read=True,
+                   resolution=resolution)
 
 
 _DINOV2 = Network(
     model_id="facebook/dinov2-base",
     revision="f9e44c814b77203eaa57a6bdbbd535f21ede1415",
-    licence="Apache-2.0",
+    licence="Apache-2.0", licence_read=True,
     resolution="224 x 224",
     options={"image_size": 224},
 )
@@ -46,11 +50,22 @@ _DINOV2 = Network(
 
 _ANALYTIC = {
     "color_palette": Network(
-        model_id=COMPUTED, licence="none needed", resolution="64 x 64 pixels of any size"
+        model_id=COMPUTED,
+        licence="none needed",
+        licence_read=True,
+        resolution="64 x 64 pixels of any size",
     ),
-    "canny_edge": Network(model_id=COMPUTED, licence="none needed", resolution="full"),
+    "canny_edge": Network(
+        model_id=COMPUTED,
+        licence="none needed",
+        licence_read=True,
+        resolution="full",
+    ),
     "metadata": Network(
-        model_id=COMPUTED, licence="none needed", resolution="at most 1 Mpx, evenly thinned"
+        model_id=COMPUTED,
+        licence="none needed",
+        licence_read=True,
+        resolution="at most 1 Mpx, evenly thinned",
     ),
 }
 
@@ -61,6 +76,7 @@ SCENES: dict[str, Network] = {
     "det": _shipped("det", "128 x 128"),
     "caption": _shipped("caption", "144 x 144"),
     "clip": _shipped("clip", "128 x 128"),
+    "dinov2": _shipped("dinov2", "128 x 128"),
     **_ANALYTIC,
     "metadata": replace(
         _ANALYTIC["metadata"], options={"walkable": [1], "things": [2, 3, 4, 5]}
@@ -71,12 +87,15 @@ SCENES: dict[str, Network] = {
 MODERN: dict[str, Network] = {
     "depth": Network(
         model_id="depth-anything/Depth-Anything-V2-Small-hf",
-        licence="Apache-2.0",
+        licence="Apache-2.0", licence_read=True,
         resolution="shorter side 518, multiples of 14",
         options={"scale": "inverse"},
     ),
     "normal": Network(
-        model_id="google/tipsv2-b14-dpt", licence="Apache-2.0", resolution="of its processor"
+        model_id="google/tipsv2-b14-dpt",
+        licence="Apache-2.0",
+        licence_read=True,
+        resolution="of its processor",
     ),
     "semseg": Network(
         model_id="facebook/mask2former-swin-base-coco-panoptic",
@@ -84,11 +103,14 @@ MODERN: dict[str, Network] = {
         resolution="384 x 384",
     ),
     "det": Network(
-        model_id="PekingU/rtdetr_v2_r18vd", licence="Apache-2.0", resolution="640 x 640"
+        model_id="PekingU/rtdetr_v2_r18vd",
+        licence="Apache-2.0",
+        licence_read=True,
+        resolution="640 x 640",
     ),
     "caption": Network(
         model_id="Salesforce/blip-image-captioning-base",
-        licence="BSD-3-Clause",
+        licence="BSD-3-Clause", licence_read=True,
         resolution="384 x 384",
     ),
     "clip": Network(
@@ -104,11 +126,14 @@ MODERN: dict[str, Network] = {
         "768 numbers instead of 1280",
     ),
     "sam": Network(
-        model_id="facebook/sam-vit-base", licence="Apache-2.0", resolution="longer side 1024"
+        model_id="facebook/sam-vit-base",
+        licence="Apache-2.0",
+        licence_read=True,
+        resolution="longer side 1024",
     ),
     "human_poses": Network(
         model_id="usyd-community/vitpose-base-simple",
-        licence="Apache-2.0",
+        licence="Apache-2.0", licence_read=True,
         resolution="256 x 192 a person",
         note="2-D keypoints in place of the SMPL bodies of HMR2.0 (non-commercial)",
     ),
@@ -125,7 +150,7 @@ RELEASED: dict[str, Network] = {
     **MODERN,
     "depth": Network(
         model_id="Intel/dpt-hybrid-midas",
-        licence="Apache-2.0",
+        licence="Apache-2.0", licence_read=True,
         resolution="384 x 384",
         note="the architecture of Omnidata's DPT-Hybrid with MiDaS weights; Omnidata's do not "
         "load from the hub",
@@ -137,7 +162,7 @@ RELEASED: dict[str, Network] = {
     "semseg": replace(MODERN["semseg"], note="the network of 4M"),
     "det": Network(
         model_id="ustc-community/dfine-xlarge-obj2coco",
-        licence="Apache-2.0",
+        licence="Apache-2.0 (code)",
         resolution="640 x 640",
         note="in place of ViTDet ViT-H with a cascade, which no kept package loads; both know "
         "the 80 classes of COCO",
@@ -150,15 +175,17 @@ RELEASED: dict[str, Network] = {
     "dinov2": replace(_DINOV2, note="the network of 4M-21"),
     "imagebind": Network(
         model_id="nielsr/imagebind-huge",
-        licence="CC-BY-NC-SA-4.0",
+        licence="CC-BY-NC-SA-4.0", licence_read=True,
         resolution="224 x 224",
         note="the network of 4M-21, non-commercial; implemented here",
     ),
     "sam": Network(
-        model_id="facebook/sam-vit-huge",
-        licence="Apache-2.0",
+        model_id="ybelkada/segment-anything",
+        licence="Apache-2.0", licence_read=True,
         resolution="longer side 1024",
-        note="the network of 4M-21",
+        note="the network and the checkpoint of 4M-21 (SAM ViT-H) by the package "
+        "segment-anything, out of a copy of the published files on the hub",
+        options={"network": "vit_h", "checkpoint": "checkpoints/sam_vit_h_4b8939.pth"},
     ),
     "t5_caption": Network(
         model_id="google/t5-v1_1-xxl",

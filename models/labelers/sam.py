@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from models.labelers.base import Image, Labeler, LabelerSpec, options_of, stack
+from models.labelers.base import Image, Labeler, LabelerSpec, options_of
 from models.labelers.canny import sobel
 from models.modalities.sam_instance import instance
 
@@ -34,32 +34,32 @@ class SamLabeler(Labeler):
             (0.7).
         min_area: Fewest pixels of a mask (1).
         max_instances: Most masks of an image (1000).
+        network: A network of the package `segment-anything`, such as "vit_h", that the published
+            `checkpoint` is loaded into; empty: the model is one of `transformers` ("").
+        checkpoint: File of the model's folder or repository that holds it, .pth or .safetensors.
 
     Raises:
         ValueError: An option is unknown or out of its range.
     """
 
     def __init__(self, spec: LabelerSpec) -> None:
-        import torch
-        from transformers import AutoImageProcessor, SamModel
+        from models.labelers.sam_networks import HubSam, PublishedSam, SamNetwork
 
         super().__init__(spec)
         self.options = options_of(
             spec, points_per_side=32, points_per_batch=64, min_iou=0.88, min_stability=0.95,
-            max_overlap=0.7, min_area=1, max_instances=1000,
+            max_overlap=0.7, min_area=1, max_instances=1000, network="", checkpoint="",
         )  # fmt: skip
         for name in ("points_per_side", "points_per_batch", "min_area", "max_instances"):
             if self.options[name] < 1:
                 raise ValueError(f"{name}={self.options[name]} of SAM is below 1")
-        self.processor = AutoImageProcessor.from_pretrained(**self.pretrained())
-        self.model = self.place(
-            SamModel.from_pretrained(**self.pretrained(), dtype=torch.float32)
-        )
+        name, file = self.options["network"], self.options["checkpoint"]
+        if bool(name) != bool(file):
+            raise ValueError(f"network={name!r} and checkpoint={file!r} of SAM go together")
+        self.network: SamNetwork = PublishedSam(self, name, file) if name else HubSam(self)
 
     def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
-        inputs = self.processor(images=list(stack(images)), return_tensors="pt")
-        embeddings = self.model.get_image_embeddings(inputs["pixel_values"].to(self.device))
-        shape = tuple(int(side) for side in inputs["reshaped_input_sizes"][0])
+        embeddings, shape = self.network.embed(images)
         found: dict[str, list[Any]] = {"sam_instance": [], "sam_edge": []}
         for image, embedding in zip(images, embeddings, strict=True):
             masks, scores = self._masks(embedding[None], shape)
@@ -75,10 +75,9 @@ class SamLabeler(Labeler):
 
         kept, scores = [], []
         for points in self._points(shape):
-            out = self.model(image_embeddings=embedding, input_points=points.to(self.device))
-            logits, sure = out.pred_masks[0].flatten(0, 1).float(), out.iou_scores[0].flatten()
-            chosen = sure.float() >= self.options["min_iou"]
-            logits, sure = logits[chosen], sure[chosen].float()
+            logits, sure = (each.float() for each in self.network.ask(embedding, points))
+            chosen = sure >= self.options["min_iou"]
+            logits, sure = logits[chosen], sure[chosen]
             chosen = _stability(logits) >= self.options["min_stability"]
             chosen &= (logits > 0).any(2).any(1)
             kept.append(logits[chosen])
@@ -110,10 +109,7 @@ class SamLabeler(Labeler):
             return {"size": list(size), "instances": []}, edge.astype(np.uint8)
         together = max(1, _AT_ONCE // (size[0] * size[1]))
         for part, sure in zip(logits.split(together), scores.split(together), strict=True):
-            (full,) = self.processor.post_process_masks(
-                [part[:, None]], [size], [shape], binarize=False
-            )
-            full = full[:, 0].cpu().numpy()
+            full = self.network.full(part, shape, size).float().cpu().numpy()
             for mask, score in zip(full > 0, sure.tolist(), strict=True):
                 found = instance(mask, score)
                 if found and int(mask.sum()) >= self.options["min_area"]:

@@ -12,8 +12,9 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from models.modalities.base import Modality
+from tokenizers_vq.sequences.form import TextForm
 
-__all__ = ["Modality", "get", "names"]
+__all__ = ["Modality", "get", "is_embedded", "names", "text_form"]
 
 
 @cache
@@ -48,3 +49,15 @@ def get(name: str) -> Modality:
         return _catalogue()[name]
     except KeyError:
         raise ValueError(f"unknown modality {name!r}; choose from {', '.join(names())}") from None
+
+
+def text_form(name: str) -> TextForm | None:
+    """How values of a modality are written as text; None of others, and of unknown names."""
+    found = _catalogue().get(name)
+    return None if found is None else found.text
+
+
+def is_embedded(name: str) -> bool:
+    """Whether a model reads the labels themselves, as a sequence of vectors without tokens."""
+    found = _catalogue().get(name)
+    return found is not None and found.kind == "sequence" and found.text is None

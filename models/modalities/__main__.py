@@ -46,6 +46,35 @@ Values are what a labeler writes and a tokenizer reads. Vocabulary and tokens ar
 released 4M-7 and 4M-21 models; tokenizers that are trained here follow their recipes.
 
 """
+_TEXTS = """
+## Sequences
+
+Captions, boxes, metadata, palettes, poses and instances are told as text, in words of the text
+tokenizer: ordinary words, and numbers `v0=` to `v3=` of as many steps as it has coordinate bins.
+With the 1,000 bins of the released vocabulary the formats are the released ones but for poses.
+
+"""
+_TEXT_FORMS = (
+    ("`caption`", "the caption", "nothing but case and blanks"),
+    ("`det`", "`v0=xmin v1=ymin v2=xmax v3=ymax class`, nearest corner first",
+     "shares of the crop to a bin"),
+    ("`metadata`", "`v1=type v0=level` a field",
+     "qualities to 50 levels, sizes to 32 px, counts clipped to the bins"),
+    ("`color_palette`", "`v1=n`, then 3 n times `v0=`; which of the palettes is drawn a crop",
+     "colours, with fewer than 256 bins"),
+    ("`human_poses`", "`none`, or a person `human` box `pose`, then 17 times `v0=x v1=y` or `none`",
+     "shares of the crop to a bin"),
+    ("`sam_instance`", "at 7 points drawn a crop: `point` place, then `none`, or `polygon` box and "
+     "16 codes of each mask there", "masks to codes; places, with fewer bins than pixels"),
+)
+_POSES = """
+Poses are 2-D keypoints: the released models tell parameters of the SMPL body model instead, whose
+network and model may not be used freely. `models.modalities.human_poses.RELEASED_TEXT` writes and
+reads that text for released checkpoints: `Generator(..., forms={"human_poses": RELEASED_TEXT})`.
+`t5_caption` has no text: its vectors are published as they are, and models take them as an input.
+What a model writes is read tolerantly: incomplete or contradictory entries are left out, numbers
+out of range are clipped.
+"""
 _LABELERS = """
 ## Labelers
 
@@ -69,10 +98,11 @@ _NETWORKS = """
 
 """
 _FOOT = """
-Licences are those of the weights as their model cards state them. Without a revision the hub's
-default branch is taken: name one (`--models '{"depth": "org/name@revision"}'`) for a run that must
-be repeatable. No network of the hub has been run on its real weights by the tests, which load the
-same classes from tiny checkpoints through the same code.
+Licences are those of the weights as their model cards state them, or catalogues that quote them;
+where no such page was read they bear a * and are from memory: read the card first. Without a
+revision the hub's default branch is taken: name one for a run that must be repeatable
+(`--models '{"depth": "org/name@revision"}'`). No network of the hub has been run on its real
+weights by the tests, which load the same classes from tiny checkpoints through the same code.
 """
 
 
@@ -80,6 +110,7 @@ def document() -> str:
     """The page, as Markdown."""
     parts = [_HEAD, _table(("modality", "file", "value", "released name", "vocabulary", "tokens"),
                            _modalities())]  # fmt: skip
+    parts += [_TEXTS, _table(("modality", "text", "what is rounded"), _TEXT_FORMS), _POSES]
     parts += [_LABELERS, _table(("labeler", "writes", "reads"), _labelers())]
     for name, networks in PRESETS.items():
         parts.append(_NETWORKS.format(name=name, text=_PRESETS[name]))
@@ -104,8 +135,9 @@ def _labelers() -> Iterable[tuple[str, ...]]:
 
 def _network(kind: str, network: Network) -> tuple[str, ...]:
     revision = network.revision or "-"
+    licence = network.licence if network.licence_read else f"{network.licence} *"
     return (
-        f"`{kind}`", f"`{network.model_id}`", revision, network.licence, network.resolution,
+        f"`{kind}`", f"`{network.model_id}`", revision, licence, network.resolution,
         network.note or "-",
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ def edges(name: str, description: str) -> Modality:
     return Modality(
         name=name, kind="map", ext="png", encode=png, decode=_decode, crop=_crop,
         render=lambda value: np.repeat(value[..., None], 3, axis=2), description=description,
+        tokenizer={"kind": "edge"},
     )  # fmt: skip
 
 

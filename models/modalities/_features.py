@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 
 from models.crops import CropBox
 from models.modalities.base import Modality
+
+GLOBAL_TOKENS = 16
+"""Tokens of a vector, as many as in the released models."""
 
 
 def encode(value: np.ndarray) -> bytes:
@@ -38,6 +42,7 @@ def vector(name: str, description: str) -> Modality:
     return Modality(
         name=name, kind="vector", ext="npy", encode=encode, decode=decode,
         crop=lambda value, box, size: value, render=render_rows, description=description,
+        tokenizer={"kind": "vector", "groups": GLOBAL_TOKENS, "levels": (7, 5, 5, 5, 5)},
     )  # fmt: skip
 
 
@@ -62,15 +67,22 @@ def _crop_grid(value: np.ndarray, box: CropBox, size: int) -> np.ndarray:
 
 def _render_grid(value: np.ndarray) -> np.ndarray:
     """The three leading principal components of this map as colours."""
-    height, width, channels = value.shape
-    flat = value.reshape(-1, channels).astype(np.float32)
+    return render_alike([value])[0]
+
+
+def render_alike(maps: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Maps [h, w, C] as pictures in which like features have like colours: the three leading
+    principal components of them all."""
+    height, width, channels = maps[0].shape
+    flat = np.stack(maps).reshape(-1, channels).astype(np.float32)
     flat = flat - flat.mean(0)
-    _, _, axes = np.linalg.svd(flat, full_matrices=False)
-    parts = flat @ axes[:3].T
-    parts = (parts - parts.min(0)) / np.maximum(np.ptp(parts, axis=0), 1e-6)
-    picture = (parts.reshape(height, width, -1) * 255).astype(np.uint8)
+    _, axes = np.linalg.eigh(flat.T @ flat)
+    parts = flat @ axes[:, -3:]
+    low, high = np.percentile(parts, (1, 99), axis=0)
+    shades = np.clip((parts - low) / np.maximum(high - low, 1e-6), 0, 1)
+    pictures = (shades.reshape(len(maps), height, width, -1) * 255).astype(np.uint8)
     scale = max(1, 128 // height)
-    return picture.repeat(scale, 0).repeat(scale, 1)
+    return list(pictures.repeat(scale, 1).repeat(scale, 2))
 
 
 def render_rows(value: np.ndarray) -> np.ndarray:

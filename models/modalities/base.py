@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from models.crops import CropBox
+from tokenizers_vq.sequences.form import TextForm
 
 Kind = Literal["image", "map", "feature", "vector", "sequence"]
 MAX_PIXELS = 64_000_000
@@ -32,7 +33,7 @@ class Modality:
     """Name in stages, manifests and on the command line."""
     kind: Kind
     """image: colours; map: one value or vector a pixel; feature: a coarse grid; vector: one for the
-    whole image; sequence: text, or what is written as text."""
+    whole image; sequence: text, what is written as text, or vectors of a text."""
     ext: str
     """Extension of its member in a shard, without a dot."""
     encode: Callable[[Any], bytes]
@@ -50,8 +51,10 @@ class Modality:
     does; a subclass of `models.labelers.Labeler`."""
     model_id: str = ""
     """Network of that labeler, a hub id or a folder; empty where it computes without one."""
+    text: TextForm | None = None
+    """How its values are written as text; None where they are not."""
     tokenizer: Mapping[str, Any] | None = None
-    """Fields of the recipe of its learned tokenizer (`tasks.tokenizer_recipes.TokenizerRecipe`),
+    """Fields of the recipe of its learned tokenizer (`tasks.tokenizer_config.TokenizerRecipe`),
     at least "kind"; None where it has none, or one of the project's own recipes."""
 
 

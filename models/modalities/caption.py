@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw
 
 from models.crops import CropBox
 from models.modalities.base import Modality
+from tokenizers_vq.sequences.captions import string_to_caption
+from tokenizers_vq.sequences.form import TextForm
 
 
 def _crop(value: str, box: CropBox, size: int) -> str:
@@ -30,4 +32,9 @@ MODALITY = Modality(
     crop=_crop,
     render=_render,
     description="one sentence",
+    text=TextForm(
+        write=lambda value, page: value,
+        read=lambda text, page: string_to_caption(text),
+        whole=True,
+    ),
 )

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from models.modalities.base import Modality, to_json
+from tokenizers_vq.sequences.form import Page, TextForm
+from tokenizers_vq.sequences.palette import palette_to_string, string_to_palette
 
 MAX_COLORS = 7
 
@@ -53,6 +55,19 @@ def _render(value: Palettes) -> np.ndarray:
     return picture
 
 
+def _write(value: Palettes, page: Page) -> str:
+    """One of the palettes, each as likely as the others; nothing where there is none."""
+    if not value:
+        return ""
+    number = sorted(value)[int(page.rng.integers(len(value)))]
+    return palette_to_string(value[number], bins=page.bins)
+
+
+def _read(text: str, page: Page) -> Palettes:
+    colors = string_to_palette(text, bins=page.bins)
+    return {str(len(colors)): colors} if colors else {}
+
+
 MODALITY = Modality(
     name="color_palette",
     kind="sequence",
@@ -62,4 +77,5 @@ MODALITY = Modality(
     crop=lambda value, box, size: value,
     render=_render,
     description="palettes of 1 to 7 colours, integers 0..255, the most frequent first",
+    text=TextForm(write=_write, read=_read, min_bins=MAX_COLORS + 1),
 )

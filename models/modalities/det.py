@@ -15,6 +15,8 @@ from models.crops import CropBox
 from models.modalities._boxes import window
 from models.modalities.base import Modality, to_json
 from models.modalities.semseg import PALETTE
+from tokenizers_vq.sequences.boxes import MIN_SCORE, det_to_string, read_boxes, string_to_det
+from tokenizers_vq.sequences.form import Page, TextForm
 
 Detections = dict[str, Any]
 
@@ -49,6 +51,11 @@ def draw(value: Detections, canvas: np.ndarray) -> np.ndarray:
     return np.asarray(image)
 
 
+def _write(value: Detections, page: Page) -> str:
+    least = MIN_SCORE if page.min_score is None else page.min_score
+    return det_to_string(value["instances"], bins=page.bins, min_score=least)
+
+
 MODALITY = Modality(
     name="det",
     kind="sequence",
@@ -58,4 +65,10 @@ MODALITY = Modality(
     crop=_crop,
     render=lambda value: draw(value, np.full((128, 128, 3), 40, np.uint8)),
     description="boxes in 0..1 of the image with class name and score",
+    text=TextForm(
+        write=_write,
+        read=lambda text, page: string_to_det(text, bins=page.bins),
+        min_score=MIN_SCORE,
+        read_scored=lambda ids, confidence, text: {"instances": read_boxes(ids, confidence, text)},
+    ),
 )

@@ -3,6 +3,13 @@
     {"humans": [{"box": [xmin, ymin, xmax, ymax], "score": float, "keypoints": [[x, y, score]]}]}
 
 Coordinates are in 0..1 of the image; keypoints beyond it are guesses of the network.
+
+The released models tell poses by parameters of the SMPL body model instead, which no labeler here
+estimates. `RELEASED_TEXT` reads and writes their text, for released checkpoints and token sets:
+
+    Generator(model, tokenizers, text, forms={"human_poses": RELEASED_TEXT})
+
+Its value is `{"people": [{"box", "pose": 8 codes, "global", "camera", "shape"}]}`.
 """
 
 from __future__ import annotations
@@ -16,6 +23,10 @@ from PIL import Image, ImageDraw
 from models.crops import CropBox
 from models.modalities._boxes import point, window
 from models.modalities.base import Modality, to_json
+from tokenizers_vq.sequences.form import Page, TextForm
+from tokenizers_vq.sequences.keypoints import keypoints_to_string, string_to_keypoints
+from tokenizers_vq.sequences.poses import GROUPS, poses_to_string, string_to_poses
+from tokenizers_vq.sequences.words import BINS
 
 KEYPOINTS = (
     "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder",
@@ -70,6 +81,19 @@ def _render(value: Poses) -> np.ndarray:
     return np.asarray(image)
 
 
+RELEASED_TEXT = TextForm(
+    write=lambda value, page: poses_to_string(value["people"]),
+    read=lambda text, page: {"people": string_to_poses(text)},
+    words=("human", "none", *GROUPS),
+    min_bins=BINS,
+)
+"""The text of the released models: body-model parameters instead of keypoints."""
+
+
+def _read(text: str, page: Page) -> Poses:
+    return {"humans": string_to_keypoints(text, bins=page.bins)}
+
+
 MODALITY = Modality(
     name="human_poses",
     kind="sequence",
@@ -79,4 +103,10 @@ MODALITY = Modality(
     crop=_crop,
     render=_render,
     description="17 COCO keypoints a person, x and y in 0..1 of the image with a score",
+    text=TextForm(
+        write=lambda value, page: keypoints_to_string(value["humans"], bins=page.bins),
+        read=_read,
+        words=("human", "none", "pose"),
+        grammar="keypoints",
+    ),
 )

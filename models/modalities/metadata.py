@@ -13,7 +13,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from models.modalities.base import Modality, to_json
+from tokenizers_vq.sequences.form import TextForm
 from tokenizers_vq.sequences.metadata import FIELDS as _FIELDS
+from tokenizers_vq.sequences.metadata import metadata_to_string, string_to_metadata
 
 FIELDS = tuple(_FIELDS)
 
@@ -52,4 +54,10 @@ MODALITY = Modality(
     crop=lambda value, box, size: value,
     render=_render,
     description="up to 21 numbers by name; those that could not be computed are absent",
+    text=TextForm(
+        write=lambda value, page: metadata_to_string(value, bins=page.bins),
+        read=lambda text, page: string_to_metadata(text),
+        min_bins=len(FIELDS),
+        whole=True,
+    ),
 )

@@ -19,8 +19,17 @@ from models.crops import CropBox
 from models.modalities._boxes import MIN_VISIBLE
 from models.modalities.base import MAX_PIXELS, Modality, crop_image, to_json
 from models.modalities.semseg import PALETTE
+from tokenizers_vq.sequences.form import Codes, Page, Parts, TextForm
+from tokenizers_vq.sequences.instances import CODES, inside, sam_to_string, string_to_sam
+from tokenizers_vq.sequences.words import most_codes
 
 Instances = dict[str, Any]
+PATCH = 64
+"""Side of a mask that is stretched for its tokenizer, pixels."""
+WORDS = 290
+"""Longest text of a crop, as released: what comes after is not told."""
+POINTS = 7
+"""Places of a crop at which a text tells the instances."""
 
 
 def instance(mask: np.ndarray, score: float) -> dict[str, Any] | None:
@@ -34,7 +43,7 @@ def instance(mask: np.ndarray, score: float) -> dict[str, Any] | None:
     return {"box": [left, top, right, bottom], "score": float(score), "mask": cut}
 
 
-def patch(each: dict[str, Any], side: int = 64) -> np.ndarray:
+def patch(each: dict[str, Any], side: int = PATCH) -> np.ndarray:
     """The mask of an instance stretched to float32 [side, side] in 0..1, as tokenizers see it."""
     image = Image.fromarray(each["mask"].astype(np.float32))
     return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR), np.float32)
@@ -111,6 +120,60 @@ def _render(value: Instances) -> np.ndarray:
     return picture
 
 
+def _scale(value: Instances, page: Page) -> tuple[float, float]:
+    """What pixels of a value are multiplied with in its text."""
+    height, width = value["size"]
+    step = 1.0 if page.size < page.bins else (page.bins - 1) / page.size
+    return page.size / width * step, page.size / height * step
+
+
+def _codes(page: Page) -> Codes:
+    if page.codes is None:
+        raise ValueError("sam_instance is told in codes of masks: its tokenizer is missing")
+    return page.codes
+
+
+def _write(value: Instances, page: Page) -> str:
+    """What lies at places drawn evenly from the crop."""
+    height, width = value["size"]
+    rng = page.rng
+    points = [(int(rng.integers(width)), int(rng.integers(height))) for _ in range(POINTS)]
+    seen = [each for each in value["instances"] if any(inside(each, *place) for place in points)]
+    told: list[dict[str, Any]] = []
+    if seen:
+        codes = _codes(page).encode_values([patch(each) for each in seen])
+        told = [{**each, "codes": row.tolist()} for each, row in zip(seen, codes, strict=True)]
+    line = sam_to_string(told, points, bins=page.bins, scale=_scale(value, page))
+    return " ".join(line.split()[:WORDS])
+
+
+def _told(text: str, page: Page) -> Instances:
+    """Every instance of a text once; masks are those that its codes stand for."""
+    value: Instances = {"size": [page.size, page.size], "instances": []}
+    x_scale, y_scale = _scale(value, page)
+    found: dict[tuple[int, ...], list[int]] = {}
+    for place in string_to_sam(text, bins=page.bins):
+        for each in place["instances"]:
+            corners = zip(each["box"], (x_scale, y_scale) * 2, strict=True)
+            box = tuple(min(round(x / scale), page.size) for x, scale in corners)
+            if box[0] < box[2] and box[1] < box[3]:
+                found.setdefault(box, each["codes"])
+    if found:
+        codes = np.minimum(np.array(list(found.values())), _codes(page).vocab_size - 1)
+        masks = _codes(page).decode_tokens(codes)
+        value["instances"] = [
+            {"box": list(box), "score": 1.0, "mask": _stretched(mask, box)}
+            for box, mask in zip(found, masks, strict=True)
+        ]
+    return value
+
+
+def _stretched(mask: np.ndarray, box: tuple[int, ...]) -> np.ndarray:
+    image = Image.fromarray((mask > 0).astype(np.float32))
+    shape = box[2] - box[0], box[3] - box[1]
+    return np.asarray(image.resize(shape, Image.Resampling.BILINEAR)) >= 0.5
+
+
 MODALITY = Modality(
     name="sam_instance",
     kind="sequence",
@@ -120,4 +183,16 @@ MODALITY = Modality(
     crop=_crop,
     render=_render,
     description="masks with boxes in pixels and scores, best first",
+    text=TextForm(
+        write=_write,
+        read=_told,
+        words=("none", "point", "polygon"),
+        parts=Parts(
+            of=lambda value: [patch(each) for each in value["instances"]],
+            show=lambda part: (np.clip(part, 0, 1) * 255).astype(np.uint8)[..., None].repeat(3, 2),
+            count=CODES,
+            most=most_codes,
+        ),
+    ),
+    tokenizer={"kind": "mask", "size": PATCH, "levels": (4, 4, 4, 4, 4)},
 )

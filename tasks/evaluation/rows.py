@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from models.fourm.generate import Generator
 from tasks.evaluation.baseline import constant
 from tasks.evaluation.scores import (
     FROM_RGB,
+    MEASURED,
     Scores,
     TaskScore,
     box_scores,
@@ -22,6 +24,7 @@ from tasks.evaluation.scores import (
     class_f1,
     entry,
 )
+from tasks.evaluation.teachers import told
 from tasks.evaluation.truth import Truth, Values
 
 if TYPE_CHECKING:
@@ -41,16 +44,30 @@ _PICTURE = Decoding(order="roar", steps=8, schedule="linear", temperature=1.0, t
 _WORDS = Decoding(order="autoregressive", temperature=0.0)
 _SPREAD_WORDS = Decoding(order="autoregressive", temperature=0.7, top_p=0.95)
 
-ONE: dict[str, Decoding] = {
-    **dict.fromkeys(("depth", "normal", "semseg"), _GREEDY),
-    "rgb": _PICTURE, "caption": _WORDS, "det": _WORDS,
-}  # fmt: skip
-"""How the single sample of each target is decoded: what the model is most sure of."""
-MANY: dict[str, Decoding] = {
-    **dict.fromkeys(("depth", "normal", "semseg"), _SPREAD),
-    "rgb": _PICTURE, "caption": _SPREAD_WORDS, "det": _SPREAD_WORDS,
-}  # fmt: skip
-"""How samples that are averaged are decoded: they must differ."""
+
+
+def one(generator: Generator) -> dict[str, Decoding]:
+    """How the single sample of each target is decoded: what the model is most sure of."""
+    return _decodings(generator, _GREEDY, _WORDS)
+
+
+def many(generator: Generator) -> dict[str, Decoding]:
+    """How samples that are averaged are decoded: they must differ."""
+    return _decodings(generator, _SPREAD, _SPREAD_WORDS)
+
+
+def _decodings(generator: Generator, grid: Decoding, words: Decoding) -> dict[str, Decoding]:
+    found = {}
+    for name in generator.targets:
+        written = generator.spec(name, target=True).kind == "seq"
+        found[name] = words if written else _PICTURE if name == "rgb" else grid
+    # A tokenizer that was trained without boxes has no words for their classes.
+    if "det" in found:
+        named = bool(generator.text.class_names)
+        found["det"] = replace(found["det"], well_formed=named)
+    for name in found.keys() & {"color_palette", "metadata"}:
+        found[name] = replace(found[name], well_formed=True)
+    return found
 
 
 @dataclass
@@ -85,6 +102,17 @@ class Bench:
     seed: int = 0
     kept: Predictions = field(default_factory=Predictions)
 
+    @cached_property
+    def said(self) -> Values:
+        """What the teachers say of the pictures, each knowing what those before it said."""
+        wanted = set(MEASURED) | (set(self.generator.inputs) - {"rgb"})
+        found = told({"rgb": self.truth.rgb}, self.teachers, sorted(wanted))
+        return {name: values for name, values in found.items() if name != "rgb"}
+
+    def values(self, name: str) -> list[Any]:
+        """The truth of a modality, the pictures themselves among them."""
+        return self.truth.rgb if name == "rgb" else self.truth.values[name]
+
     def tasks_from_rgb(self) -> list[TaskScore]:
         """Tasks from RGB that the model, its teachers and the truth allow."""
         able = set(self.generator.targets) & set(self.teachers) & set(self.truth.values)
@@ -98,10 +126,10 @@ class Bench:
         fallback = constant(name, self.training[name], truth.similarity)
         predictions = {
             "constant": [fallback] * len(truth),
-            "teacher": self.teachers[name].label(truth.rgb)[name],
+            "teacher": self.said[name],
             "tokenizer_bound": round_trip(self.generator, name, truth.values[name]),
-            "fourm": self._generate("rgb", truth.rgb, name, 1),
-            f"fourm_{self.samples}": self._generate("rgb", truth.rgb, name, self.samples),
+            "fourm": self.predict("rgb", truth.rgb, name, 1),
+            f"fourm_{self.samples}": self.predict("rgb", truth.rgb, name, self.samples),
         }
         rows: dict[str, Scores | None] = {}
         for row, values in predictions.items():
@@ -109,13 +137,13 @@ class Bench:
             rows["fourm_10" if row == f"fourm_{self.samples}" else row] = task.score(values, truth)
         return entry(task, rows)
 
-    def _generate(self, condition: str, values: Sequence[Any], target: str, count: int) -> list:
-        settings = dict(ONE if count == 1 else MANY)
-        # A tokenizer that was trained without boxes has no words for their classes.
-        settings["det"] = replace(settings["det"],
-                                  well_formed=bool(self.generator.text.class_names))  # fmt: skip
+    def predict(
+        self, condition: str, values: Sequence[Any], target: str, count: int
+    ) -> list[Any]:
+        """A target from one modality: one sample, or `count` of them combined."""
         found = self.generator.generate(
-            {condition: values}, [target], settings=settings, num_samples=count,
+            {condition: values}, [target], num_samples=count,
+            settings=one(self.generator) if count == 1 else many(self.generator),
             seeds=[self.seed + i for i in range(len(values))], batch_size=BATCH,
             similarity=self.truth.similarity,
         )  # fmt: skip
@@ -134,16 +162,13 @@ class Bench:
         What counts is what the teacher finds in a picture. Ten samples are ten pictures, and
         what the teacher finds in them is combined as samples are.
         """
-        truth = Truth(
-            self.truth.source, self.truth.rgb[:count],
-            {name: values[:count] for name, values in self.truth.values.items()},
-            self.truth.classes, self.truth.similarity,
-        )  # fmt: skip
+        truth = self.truth.first(count)
         asked = truth.values[task.condition]
-        single = self._generate(task.condition, asked, "rgb", 1)
+        single = self.predict(task.condition, asked, "rgb", 1)
         found = self.generator.generate(
-            {task.condition: asked}, ["rgb"], settings=MANY, num_samples=self.samples,
-            seeds=[self.seed + i for i in range(len(asked))], batch_size=BATCH,
+            {task.condition: asked}, ["rgb"], num_samples=self.samples,
+            settings=many(self.generator), batch_size=BATCH,
+            seeds=[self.seed + i for i in range(len(asked))],
         )["rgb"].samples  # fmt: skip
         mean = constant("rgb", self.training["rgb"], truth.similarity)
         pictures = {
@@ -183,13 +208,9 @@ TO_RGB = (
 
 def round_trip(generator: Generator, name: str, values: Sequence[Any]) -> list[Any]:
     """Values encoded to tokens and decoded again: the best that any token predictor can reach."""
-    from tokenizers_vq.sequences import det_to_string, string_to_det
-
     text = generator.text
-    if name == "caption":
-        return [text.decode(text.encode(value)) for value in values]
-    if name == "det":
-        strings = [det_to_string(value["instances"], bins=text.bins) for value in values]
-        return [string_to_det(string, bins=text.bins) for string in strings]
+    if generator.form(name) is not None:
+        ids = (text.encode(generator.written(name, value)) for value in values)
+        return [generator.read(name, text.decode(line)) for line in ids]
     tokenizer = generator.tokenizers[name]
     return list(tokenizer.decode_tokens(tokenizer.encode_values(list(values))))

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tasks import metrics
 from tasks.evaluation.truth import Truth
 
 Scores = dict[str, float]
+Score = Callable[[Sequence[Any], Truth], Scores]
 ROWS = ("constant", "teacher", "tokenizer_bound", "fourm", "fourm_10")
 
 
@@ -27,7 +29,7 @@ class TaskScore:
     target: str
     metric: str
     lower_is_better: bool
-    score: Callable[[Sequence[Any], Truth], Scores]
+    score: Score
 
     @property
     def name(self) -> str:
@@ -65,6 +67,56 @@ def caption_scores(predicted: Sequence[str], truth: Truth) -> Scores:
     """Share of the attributes that captions get right."""
     pairs = zip(predicted, truth.values["caption"], strict=True)
     return {"attributes": float(np.mean([truth.similarity(p, t) for p, t in pairs]))}
+
+
+def edge_scores(name: str) -> Score:
+    """F1 of the edge pixels of a modality, to within one pixel."""
+    def score(predicted: Sequence[np.ndarray], truth: Truth) -> Scores:
+        return {"edge_f1": metrics.edge_f1(np.stack(predicted), np.stack(truth.values[name]))}
+
+    return score
+
+
+def feature_scores(name: str) -> Score:
+    """Mean cosine with the teacher's features; of whole-image vectors also how often a predicted
+    one finds its picture."""
+    def score(predicted: Sequence[np.ndarray], truth: Truth) -> Scores:
+        found, facts = np.stack(predicted), np.stack(truth.values[name])
+        scores = {"cosine": metrics.mean_cosine(found, facts)}
+        return scores if found.ndim > 2 else {**scores, **recall_scores(found, facts)}
+
+    return score
+
+
+def recall_scores(predicted: ArrayLike, gallery: ArrayLike) -> Scores:
+    """Recall among all pictures of the truth, at ranks 1 and 5."""
+    first, fifth = metrics.recall(predicted, gallery, (1, 5))
+    return {"recall@1": first, "recall@5": fifth}
+
+
+def palette_scores(predicted: Sequence[dict[str, Any]], truth: Truth) -> Scores:
+    """Mean distance of the colours of palettes."""
+    pairs = zip(predicted, truth.values["color_palette"], strict=True)
+    return {"color_distance": float(np.mean([metrics.palette_distance(p, t) for p, t in pairs]))}
+
+
+def metadata_scores(predicted: Sequence[dict[str, Any]], truth: Truth) -> Scores:
+    """Share of the fields that are right."""
+    pairs = zip(predicted, truth.values["metadata"], strict=True)
+    return {"fields": float(np.mean([metrics.metadata_right(p, t) for p, t in pairs]))}
+
+
+def pose_scores(predicted: Sequence[dict[str, Any]], truth: Truth) -> Scores:
+    """F1 of keypoints, the mean over pictures."""
+    pairs = zip(predicted, truth.values["human_poses"], strict=True)
+    found = [metrics.keypoints_right(p["humans"], t["humans"]) for p, t in pairs]
+    return {"keypoint_f1": float(np.mean(found))}
+
+
+def instance_scores(predicted: Sequence[dict[str, Any]], truth: Truth) -> Scores:
+    """Mean IoU of the true masks with the predicted ones that fit them best."""
+    pairs = zip(predicted, truth.values["sam_instance"], strict=True)
+    return {"mask_iou": float(np.mean([metrics.mask_overlap(p, t) for p, t in pairs]))}
 
 
 def box_f1(predicted: Sequence[dict[str, Any]], facts: Sequence[dict[str, Any]]) -> float:
@@ -109,7 +161,23 @@ FROM_RGB = (
               score=box_scores),
     TaskScore(condition="rgb", target="caption", metric="attributes", lower_is_better=False,
               score=caption_scores),
+    *(TaskScore(condition="rgb", target=name, metric="cosine", lower_is_better=False,
+                score=feature_scores(name))
+      for name in ("clip", "dinov2", "dinov2_global", "imagebind", "imagebind_global")),
+    *(TaskScore(condition="rgb", target=name, metric="edge_f1", lower_is_better=False,
+                score=edge_scores(name))
+      for name in ("canny_edge", "sam_edge")),
+    TaskScore(condition="rgb", target="color_palette", metric="color_distance",
+              lower_is_better=True, score=palette_scores),
+    TaskScore(condition="rgb", target="metadata", metric="fields", lower_is_better=False,
+              score=metadata_scores),
+    TaskScore(condition="rgb", target="human_poses", metric="keypoint_f1", lower_is_better=False,
+              score=pose_scores),
+    TaskScore(condition="rgb", target="sam_instance", metric="mask_iou", lower_is_better=False,
+              score=instance_scores),
 )  # fmt: skip
+MEASURED = tuple(task.target for task in FROM_RGB)
+"""Modalities that there is a score for."""
 
 
 def entry(task: TaskScore, rows: dict[str, Scores | None]) -> dict[str, Any]:

@@ -3,44 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from infra.ui import contact_sheet
 from models import modalities
 from models.fourm.generate import Generator
+from models.modalities._features import render_alike
 from models.modalities.det import draw
-from tasks.evaluation.rows import MANY, ONE, Bench
-
-if TYPE_CHECKING:
-    from PIL import Image
+from tasks.evaluation.rows import Bench, many, one
 
 MOVES = 5
 """Positions of the moving box."""
+_TILE = 128
+
+
+def overview(bench: Bench, shown: int = 3) -> dict[str, Image.Image]:
+    """Every modality at once: a picture with its labels, and below what 4M predicts from it."""
+    names = [task.target for task in bench.tasks_from_rgb()
+             if task.name in bench.kept.values]  # fmt: skip
+    if not names:
+        return {}
+    kept = {name: bench.kept.values[f"rgb->{name}"] for name in names}
+    count = min(shown, len(bench.truth))
+    pictures = bench.truth.rgb[:count]
+    columns = [
+        _column(name, [*kept[name]["teacher"][:count], *kept[name]["fourm"][:count]], pictures * 2)
+        for name in names
+    ]
+    rows = []
+    for number, picture in enumerate(pictures):
+        rows.append([picture, *(_tile(column[number]) for column in columns)])
+        made = [_tile(column[count + number]) for column in columns]
+        rows.append([np.full_like(picture, 255), *made])
+    sides = ["labels", "4M from RGB"] * count
+    return {"overview": contact_sheet(rows, ["rgb", *names], row_titles=sides)}
+
+
+def _tile(picture: np.ndarray) -> np.ndarray:
+    """A picture in the size of an overview's cells."""
+    if picture.shape[:2] == (_TILE, _TILE):
+        return picture
+    return np.asarray(Image.fromarray(picture).resize((_TILE, _TILE), Image.Resampling.LANCZOS))
 
 
 def prediction_sheets(bench: Bench, shown: int) -> dict[str, Image.Image]:
     """A sheet a task from RGB: picture, truth, teacher, 4M, one row a sample."""
     sheets = {}
-    many = f"fourm_{bench.samples}"
+    several = f"fourm_{bench.samples}"
     for task in bench.tasks_from_rgb():
         name = task.target
         if name == "caption" or task.name not in bench.kept.values:
             continue
         rows = bench.kept.values[task.name]
-        columns = [bench.truth.values[name], rows["teacher"], rows["fourm"], rows[many]]
-        grid = []
-        for number in range(min(shown, len(bench.truth))):
-            picture = bench.truth.rgb[number]
-            cells = [_picture(name, column[number], picture) for column in columns]
-            grid.append([picture, *cells])
+        pictures = bench.truth.rgb[:shown]
+        sides = [bench.truth.values[name], rows["teacher"], rows["fourm"], rows[several]]
+        flat = [value for side in sides for value in side[:shown]]
+        cells = _column(name, flat, pictures * len(sides))
+        step = len(pictures)
+        grid = [[picture, *cells[i::step]] for i, picture in enumerate(pictures)]
         titles = ["RGB", "truth", "teacher", "4M", f"4M, {bench.samples} samples"]
         sheets[f"rgb-to-{name}"] = contact_sheet(grid, titles)
     return sheets
 
 
-def _picture(name: str, value: Any, image: np.ndarray) -> np.ndarray:
+def _column(
+    name: str, values: Sequence[Any], pictures: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Values of one modality as pictures that can be compared."""
+    if modalities.get(name).kind == "feature":
+        return render_alike(values)
+    return [picture_of(name, *pair) for pair in zip(values, pictures, strict=True)]
+
+
+def picture_of(name: str, value: Any, image: np.ndarray) -> np.ndarray:
+    """A value as a picture; boxes are drawn over the image."""
     if name == "det":
         # Hardly anyone wants to see the boxes that nine of ten samples deny.
         likely = [i for i in value["instances"] if i["score"] >= 0.3]
@@ -66,7 +105,7 @@ def generation_sheets(bench: Bench, shown: int, variants: int = 4) -> dict[str, 
     for task in bench.tasks_to_rgb():
         asked = bench.truth.values[task.condition][:shown]
         found = bench.generator.generate(
-            {task.condition: asked}, ["rgb"], settings=MANY, num_samples=variants,
+            {task.condition: asked}, ["rgb"], settings=many(bench.generator), num_samples=variants,
             seeds=list(range(len(asked))),
         )["rgb"].samples  # fmt: skip
         rows = []
@@ -103,7 +142,9 @@ def moving_box(
     rows, titles = [], []
     for name in classes:
         asked = [_at(0.08 + 0.54 * step / (MOVES - 1), name) for step in range(MOVES)]
-        made = generator.generate({"det": asked}, ["rgb"], settings=ONE, seeds=[seed] * MOVES)
+        made = generator.generate(
+            {"det": asked}, ["rgb"], settings=one(generator), seeds=[seed] * MOVES
+        )
         blank = np.full((size, size, 3), 40, np.uint8)
         rows += [[draw(value, blank) for value in asked], made["rgb"].values]
         titles += [f"{name}: asked", f"{name}: 4M"]

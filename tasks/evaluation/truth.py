@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +30,7 @@ class Truth:
     Attributes:
         source: "scenes", or "labels" where the labelers' word stands for the truth.
         rgb: uint8 [S, S, 3] each.
-        values: depth, normal, semseg, det, caption of each picture, as far as known.
+        values: One value a picture, of each modality that is known.
         classes: Number of class ids of semseg.
         similarity: Share of a caption that is right, from (prediction, truth).
     """
@@ -43,6 +43,11 @@ class Truth:
 
     def __len__(self) -> int:
         return len(self.rgb)
+
+    def first(self, count: int) -> Truth:
+        """The first pictures, at most `count`."""
+        values = {name: each[:count] for name, each in self.values.items()}
+        return replace(self, rgb=self.rgb[:count], values=values)
 
 
 def scene_truth(count: int, size: int, first_seed: int | None = None) -> Truth:
@@ -80,11 +85,12 @@ def recompressed(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.open(buffer, formats=("JPEG",)))
 
 
-def label_truth(chain: Chain, shards: list[int], count: int) -> Truth:
+def label_truth(chain: Chain, names: Iterable[str], shards: list[int], count: int) -> Truth:
     """Pictures of a dataset with their labels for truth, centre crops.
 
     Args:
         chain: The dataset.
+        names: Modalities to have, as far as the dataset has them.
         shards: Where to take them from; those of the validation split.
         count: Pictures, at most.
 
@@ -93,8 +99,7 @@ def label_truth(chain: Chain, shards: list[int], count: int) -> Truth:
     """
     from models.fourm.ensemble import word_overlap
 
-    wanted = [name for name in ("depth", "normal", "semseg", "det", "caption")
-              if name in chain.sources]  # fmt: skip
+    wanted = [name for name in names if name in chain.sources]
     values = read_centred(chain, ["rgb", *wanted], shards, count)
     if not values["rgb"]:
         raise ValueError(f"no picture of shards {shards} has all of {', '.join(wanted)}")

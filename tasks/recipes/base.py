@@ -63,7 +63,7 @@ class Lora:
 
     rank: int = 16
     """Rank of each update."""
-    alpha: float = 32.0
+    alpha: int = 32
     """Scale of an update times the rank."""
     dropout: float = 0.0
     """Share of a matrix' inputs that its update does not see in training."""

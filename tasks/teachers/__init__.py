@@ -19,6 +19,7 @@ TEACHERS = {
     "normal": "tasks.teachers.dense:NormalTeacher",
     "semseg": "tasks.teachers.dense:SemsegTeacher",
     "clip": "tasks.teachers.clip:ClipTeacher",
+    "dinov2": "tasks.teachers.dinov2:Dinov2Teacher",
     "det": "tasks.teachers.detection:DetectionTeacher",
     "caption": "tasks.teachers.caption:CaptionTeacher",
 }

@@ -29,7 +29,7 @@ def _semseg(values: list[Any], scenes: TeacherScenes, numbers: range) -> dict[st
     return {"miou": miou(confusion(np.stack(values), truth, len(CLASSES)))}
 
 
-def _clip(values: list[Any], scenes: TeacherScenes, numbers: range) -> dict[str, float]:
+def _patches(values: list[Any], scenes: TeacherScenes, numbers: range) -> dict[str, float]:
     """How well a linear map reads a solid's attributes from the patch at whose centre it is."""
     from tasks.teachers.clip import patch_targets
 
@@ -54,7 +54,8 @@ _SCORES: dict[str, Callable[[list[Any], TeacherScenes, range], dict[str, float]]
     "depth": _depth,
     "normal": _normal,
     "semseg": _semseg,
-    "clip": _clip,
+    "clip": _patches,
+    "dinov2": _patches,
 }
 
 

@@ -34,11 +34,12 @@ _WORDS = ("a", "an", "empty", "room", "left", "of", "in", "front", "behind")
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PAD, _START, _END = 0, 2, 3
 
-_ATTRIBUTES: dict[str, tuple[str, ...]] = {
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "color": tuple(COLORS),
     "size": SIZES,
     "material": MATERIALS,
 }
+"""What is told of a solid beside its shape, and the words for it."""
 
 
 def build() -> tuple[nn.Module, list[Any]]:
@@ -80,19 +81,19 @@ def build() -> tuple[nn.Module, list[Any]]:
 
 
 def patch_targets(
-    scenes: TeacherScenes, chosen: Indices, mirrored: bool
+    scenes: TeacherScenes, chosen: Indices, mirrored: bool, step: int = PATCH
 ) -> dict[str, Tensor]:
-    """What stands at the patches' centres: int64 [B, patches] each.
+    """What stands at the centres of patches of `step` pixels: int64 [B, patches] each.
 
     Returns:
         "shape", an index into `CLASSES`, and "color", "size" and "material": 0 for none, else
         one more than the index into the words.
     """
-    middle = slice(PATCH // 2, None, PATCH)
+    middle = slice(step // 2, None, step)
     shape = maps_of(scenes.classes, chosen, mirrored)[:, middle, middle].flatten(1)
     found = {"shape": shape.long()}
     instance = maps_of(scenes.instances, chosen, mirrored)[:, middle, middle].flatten(1).numpy()
-    for key, words in _ATTRIBUTES.items():
+    for key, words in ATTRIBUTES.items():
         rows = []
         for number, places in zip(chosen, instance, strict=True):
             solids = scenes.annotations[number]["objects"]
@@ -108,7 +109,7 @@ class _Learner(nn.Module):
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
         self.clip = clip
-        sizes = {"shape": len(CLASSES)} | {key: 1 + len(w) for key, w in _ATTRIBUTES.items()}
+        sizes = {"shape": len(CLASSES)} | {key: 1 + len(w) for key, w in ATTRIBUTES.items()}
         self.heads = nn.ModuleDict({key: nn.Linear(WIDTH, size) for key, size in sizes.items()})
         # A patch feature has no scale of its own, for whoever tokenizes it: keep it near 1.
         self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)

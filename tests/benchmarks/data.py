@@ -1,8 +1,8 @@
-"""Synthetic data in the shapes of the demo: pictures of 128 px, grids of 64 tokens, short texts."""
+"""Synthetic data: pictures in the shape of the demo's, tokens in that of the released models'."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 
@@ -16,9 +16,14 @@ from infra.scenes import render, sample_scene
 from infra.shards import sample_key, write_tar
 from infra.store import Store
 from models import modalities
+from models.fourm.catalogue import SIZE, released_spec
+from models.fourm.spec import ModalitySpec
+from tasks.specs import tokenizer_key
 
-SIZE, TOKENS, CROPS, TEXT_VOCAB, FIRST_WORD = 128, 64, 4, 640, 204
-VOCABULARIES = {"rgb": 4375, "depth": 1000, "normal": 1000, "semseg": 1000, "clip": 1000}
+PICTURE, CROPS = 128, 4
+RELEASED_CROPS = 10
+FIRST_WORD = 4300
+"""First id of ordinary words of released models, behind sentinels, numbers and class names."""
 DISTINCT = 32
 """Scenes that are rendered for a shard of pictures."""
 FETCH = Stage("fetch", 1, {}, ("rgb",))
@@ -53,23 +58,19 @@ def scenes_shard(store: Store, rows: int, size: int, stage: Stage = FETCH) -> li
     return [codec.decode(stored[row % len(stored)]) for row in range(rows)]
 
 
-def token_set(store: Store, rows: int = 256) -> Manifest:
-    """Publishes pictures and random tokens of every modality: one shard to train on, a small one
-    that is held out."""
-    rng = np.random.default_rng(0)
-    names = ("rgb", *(f"tok_{name}" for name in VOCABULARIES), "caption", "det")
-    stages = {name: Stage(f"make:{name}", 1, {}, (name,)) for name in names}
-    for name, stage in stages.items():
-        for shard, count in enumerate((rows, 8)):
-            keys = [sample_key(shard, row) for row in range(count)]
-            pixels = name == "rgb"
-            data = _tar(keys, [picture(rng) for _ in keys]) if pixels else _tokens(name, keys, rng)
-            _commit(store, stage, shard, keys, data)
-    sizes = {name: {"vocab_size": v, "num_tokens": TOKENS} for name, v in VOCABULARIES.items()}
-    sizes["text"] = {"vocab_size": TEXT_VOCAB, "num_tokens": 0}
-    crops = {"num_crops": CROPS, "min_scale": 0.8, "hflip": False, "size": SIZE}
-    return publish(Ledger(store), "bench", stages, range(2), splits={"train": [0], "val": [1]},
-                   tokenizers=sizes, meta={"crops": crops})
+def released_set(store: Store, names: Sequence[str], rows: int) -> Manifest:
+    """Publishes random tokens in the shapes of the released models: one shard to train on."""
+    rng, stages, tokenizers = np.random.default_rng(0), {}, {}
+    keys = [sample_key(0, row) for row in range(rows)]
+    for name in names:
+        spec = released_spec(name)
+        stages[name] = Stage(f"make:{name}", 1, {}, (name,))
+        _commit(store, stages[name], 0, keys, _tokens(spec, keys, rng))
+        count = 0 if spec.kind == "seq" else spec.max_tokens
+        tokenizers[tokenizer_key(name)] = {"vocab_size": spec.vocab_size, "num_tokens": count}
+    crops = {"num_crops": RELEASED_CROPS, "min_scale": 0.8, "hflip": False, "size": SIZE}
+    return publish(Ledger(store), "bench", stages, range(1), splits={"train": [0]},
+                   tokenizers=tokenizers, meta={"crops": crops})
 
 
 def _commit(store: Store, stage: Stage, shard: int, keys: list[str], data: bytes) -> None:
@@ -83,16 +84,15 @@ def _tar(keys: list[str], images: list[np.ndarray]) -> bytes:
                       for key, image in zip(keys, images, strict=True)])
 
 
-def _tokens(name: str, keys: list[str], rng: np.random.Generator) -> bytes:
-    text = name in ("caption", "det")
-    columns = [f"crop{i}" for i in range(CROPS)]
-    column = Column("uint16", None if text else TOKENS)
+def _tokens(spec: ModalitySpec, keys: list[str], rng: np.random.Generator) -> bytes:
+    text = spec.kind == "seq"
+    columns = [f"crop{i}" for i in range(RELEASED_CROPS)]
+    column = Column("uint16", None if text else spec.max_tokens)
     writer = BlockWriter(dict.fromkeys(columns, column), {})
+    longest = min(60, spec.max_tokens - 1)
     for key in keys:
-        if text:
-            row = [rng.integers(FIRST_WORD, TEXT_VOCAB, rng.integers(10, 50)) for _ in columns]
-        else:
-            vocabulary = VOCABULARIES[name.removeprefix("tok_")]
-            row = [rng.integers(0, vocabulary, TOKENS) for _ in columns]
+        sizes = rng.integers(min(20, longest - 1), longest, len(columns)) if text \
+            else [spec.max_tokens] * len(columns)
+        row = [rng.integers(FIRST_WORD if text else 0, spec.vocab_size, size) for size in sizes]
         writer.add(key, dict(zip(columns, row, strict=True)))
     return writer.finish()

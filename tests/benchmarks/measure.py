@@ -13,6 +13,7 @@ from typing import Any
 from infra.machine import commit_hash, describe
 
 MIN_ROUNDS = 2
+Call = Callable[[], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,19 @@ class Options:
     """CPU threads of torch; reading and encoding threads of the engine come on top."""
     seconds: float = 5.0
     """Least time spent measuring, over all sides of a comparison."""
+    peer: str = ""
+    """What is measured beside ours: the folder of a checkout of the released code, or the name of
+    another program."""
+    peer_python: str = ""
+    """Interpreter that has that program."""
+    rows: int = 40_000
+    """Length of the list that is downloaded."""
+    sizes: Sequence[str] = ("tiny",)
+    """Networks of 4M-7 that are measured, see `seven.SIZES`."""
+    only: str = ""
+    """Measure only records whose name holds this."""
+    compile: bool = False
+    """Whether the blocks of trained networks are compiled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +51,8 @@ class Record:
     """Of the engine, in `unit`: the median of the rounds."""
     bare: float | None = None
     """The same work by the network alone, where that can be told apart."""
+    peer: float | None = None
+    """The same work by another program, where that was asked for."""
     shape: dict[str, Any]
     dtype: str
     threads: int
@@ -44,8 +60,10 @@ class Record:
     """Further figures of the same run."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, ratio = ours / bare, and machine, load, commit and date as JSON types."""
-        ratio = None if self.bare is None else round(self.ours / self.bare, 3)
+        """The fields, ratio = ours / peer or bare, and machine, load, commit and date as JSON
+        types."""
+        other = self.bare if self.peer is None else self.peer
+        ratio = None if other is None else round(self.ours / other, 3)
         return {
             **asdict(self),
             "ratio": ratio,
@@ -56,18 +74,23 @@ class Record:
         }
 
 
-def rates(calls: Sequence[Callable[[], Any]], units: float, seconds: float) -> list[float]:
-    """Units/s of each call: medians over rounds, after one call of each that is not counted.
+def rates(calls: Sequence[Call], units: float, seconds: float) -> list[float]:
+    """Units/s of each call: medians over rounds, see `rounds`."""
+    return [round(units / statistics.median(taken), 2) for taken in rounds(calls, seconds)]
 
-    A round runs every call once, so that other load on the machine meets all of them alike.
+
+def rounds(calls: Sequence[Call], seconds: float) -> list[list[float]]:
+    """Seconds that each call took, round by round, without the first round.
+
+    A round runs every call once, so that other load on the machine meets all of them alike. A call
+    that runs elsewhere returns the seconds it took there, as a float.
     """
-    for call in calls:
-        call()
     found: list[list[float]] = [[] for _ in calls]
     began = time.perf_counter()
-    while len(found[0]) < MIN_ROUNDS or time.perf_counter() - began < seconds:
-        for call, each in zip(calls, found, strict=True):
+    while len(found[0]) <= MIN_ROUNDS or time.perf_counter() - began < seconds:
+        for call, taken in zip(calls, found, strict=True):
             start = time.perf_counter()
-            call()
-            each.append(units / (time.perf_counter() - start))
-    return [round(statistics.median(each), 2) for each in found]
+            own = call()
+            wall = time.perf_counter() - start
+            taken.append(own if isinstance(own, float) else wall)
+    return [taken[1:] for taken in found]

@@ -100,7 +100,7 @@ def _sequence(entry: dict[str, Any]) -> Pairs:
     keeps = [np.array([keep])[:, numbers[0]] for keep in entry["keep_masks"]]
     tried: list[int] = []
 
-    def draw(attempt: int) -> np.ndarray:
+    def draw(attempt: int, _: np.ndarray) -> np.ndarray:
         tried.append(attempt)
         return np.where(keeps[attempt], 0.0, 1.0)
 
@@ -180,7 +180,7 @@ def _vectors(entry: dict[str, Any]) -> Pairs:
     count, longest = entry["num_embeddings"], entry["max_tokens"]
     keep = np.where(np.array([entry["keep"]]), 0.0, 1.0)
     source, visible = fit_vectors(np.array([count]), count, np.ones(1),
-                                  np.array([entry["input_budget"]]), lambda _: keep)
+                                  np.array([entry["input_budget"]]), lambda *_: keep)
     rows = np.zeros(longest, int)
     rows[: visible[0]] = source[0, : visible[0]] + 1
     return [("rows", rows, entry["output_rows"]),

@@ -1,6 +1,7 @@
 """Serves the flow that the cancel test runs: python cancel_flow.py <store url>."""
 
 import sys
+from typing import Any
 
 from prefect import flow
 
@@ -11,7 +12,12 @@ from infra.ui import follow
 from tests.infra.test_runner_cancel import toy_job
 
 
-@flow
+def note_hook(flow: Any, flow_run: Any, state: Any) -> None:
+    """Leaves a trace of the hook in the store."""
+    Store(flow_run.parameters["url"]).write("hook", state.name.encode())
+
+
+@flow(on_cancellation=[note_hook])
 def labelling(url: str) -> None:
     """A quick stage and one that takes minutes."""
     jobs = [toy_job(2, "label:quick"), toy_job(8, "label:slow", seconds=60)]

@@ -17,7 +17,7 @@ import pytest
 from infra.automations import NEXT, announce, event_name, set_up, version_of
 from infra.ledger import Ledger
 from infra.store import Store
-from tests.infra.serving import post, server, until
+from tests.infra.serving import get, post, server, until
 from tests.infra.test_runner import run, toy_job
 
 
@@ -218,7 +218,7 @@ def _runs(api: str, flow: str) -> list[dict[str, Any]]:
 
 
 def _state(api: str, run_id: str) -> str:
-    return httpx.get(f"{api}/flow_runs/{run_id}", timeout=30).json()["state"]["type"]
+    return get(api, f"/flow_runs/{run_id}")["state"]["type"]
 
 
 def _silent_run(api: str) -> str:

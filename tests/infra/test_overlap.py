@@ -53,23 +53,38 @@ def test_letting_go_of_a_pipeline_ends_its_threads():
 
 
 def test_the_source_runs_ahead_by_the_depth_alone_and_stops_with_the_consumer():
-    made = []
+    made, before = [], set(threading.enumerate())
     stream = prefetch((made.append(i) or i for i in range(1000)), depth=2)
     next(stream)
     time.sleep(0.2)
     assert len(made) <= 4
     stream.close()
-    deadline = time.monotonic() + 5
-    while any(t.name == "prefetch" for t in threading.enumerate()):
-        assert time.monotonic() < deadline, "the thread outlives its consumer"
-        time.sleep(0.02)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+        assert not thread.is_alive(), "the thread outlives its consumer"
+
+
+def test_closing_returns_after_the_item_under_way_where_asked():
+    made, go, begun = [], threading.Event(), threading.Event()
+
+    def source():
+        yield 1
+        begun.set()
+        assert go.wait(60)
+        made.append(2)
+        yield 2
+
+    stream = prefetch(source(), wait=True)
+    next(stream)
+    assert begun.wait(60)
+    threading.Timer(0.2, go.set).start()
+    stream.close()
+    assert made == [2]
+    assert not any(t.name == "prefetch" for t in threading.enumerate())
 
 
 def test_stages_overlap():
+    """Three stages meet while each has an item in hand: one after another they never would."""
     meeting = threading.Barrier(3, timeout=60)
-
-    def at(stop):
-        return lambda item: meeting.wait() and item if item == stop else item
-
-    # Passes only if the three work on different items at the same time.
-    assert len(list(pipelined(range(1, 9), at(5), at(3), at(1)))) == 8
+    stages = [lambda x, at=at: meeting.wait() * 0 + x if x == at else x for at in (2, 1, 0)]
+    assert list(pipelined(range(3), *stages)) == [0, 1, 2]

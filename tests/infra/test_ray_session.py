@@ -7,7 +7,9 @@ import psutil
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from infra.ray_session import Embedded, Existing, RayTarget, ray_session
+from infra import ray_session as module
+from infra.ray_session import START_ATTEMPTS, Embedded, Existing, RayTarget, ray_session
+from tests.infra.serving import alive, until
 
 
 def test_targets_are_told_apart_by_kind():
@@ -43,18 +45,40 @@ def test_session_keeps_handlers_and_environment_nests_and_leaves_no_process(monk
             _listen_on_loopback_only(ray_processes)
         assert not ray.is_initialized()
         assert signal.getsignal(signal.SIGTERM) is handler
-        assert not [p for p in ray_processes if p.is_running() and p.status() != "zombie"]
+        until(lambda: not any(map(alive, ray_processes)), 120, "the end of Ray's processes")
         added = os.environ.keys() - environment.keys()
         assert not {name for name in added if name.startswith("RAY_")}
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
+def test_a_ray_that_does_not_start_in_time_is_tried_again(monkeypatch):
+    outcomes = [RuntimeError("timed out during startup"), RuntimeError("once more"), None]
+
+    def init(target: object) -> None:
+        if error := outcomes.pop(0):
+            raise error
+
+    monkeypatch.setattr(module, "_init", init)
+    with ray_session(Embedded()):
+        assert outcomes == []
+    outcomes += [RuntimeError("too busy")] * START_ATTEMPTS
+    with pytest.raises(RuntimeError, match="too busy"), ray_session(Embedded()):
+        pass
+    outcomes += [ConnectionError("no such cluster"), None]
+    with pytest.raises(ConnectionError), ray_session(Existing(address="127.0.0.1:1")):
+        pass
+    assert outcomes == [None], "a cluster that is not ours is not asked twice"
+
+
 def _listen_on_loopback_only(processes: set[psutil.Process]) -> None:
     """Without authentication nobody else may reach the cluster."""
     addresses = set()
     for process in processes:
-        connections = process.net_connections(kind="tcp")
+        try:
+            connections = process.net_connections(kind="tcp")
+        except psutil.NoSuchProcess:  # Ray's start has helpers that end by themselves
+            continue
         addresses |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
     assert addresses
     assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}

@@ -13,6 +13,7 @@ from infra.ledger import Ledger, Stage
 from infra.ray_session import Embedded
 from infra.runner import Resources, RunProgress, StageJob, run_stages
 from infra.store import Store
+from tests.infra.serving import alive, descendants
 
 EMBEDDED = Embedded(num_cpus=2)
 ROOT = Path(__file__).parents[2]
@@ -30,14 +31,17 @@ def hashes(store: Store, job: StageJob) -> dict[int, str]:
 
 @pytest.mark.chaos
 def test_interrupting_a_run_ends_its_ray_at_once_and_resumes(tmp_path, monkeypatch):
+    began = 0.0
+
     def interrupt(now: RunProgress) -> None:
+        nonlocal began
+        began = time.monotonic()
         raise KeyboardInterrupt
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     store = Store(str(tmp_path / "store"))
-    quick, slow = toy_job(1, "label:quick"), toy_job(4, "label:slow", seconds=60)
-    before = set(psutil.Process().children(recursive=True))
-    began = time.monotonic()
+    quick, slow = toy_job(1, "label:quick"), toy_job(4, "label:slow", seconds=120)
+    before = set(descendants(psutil.Process()))
     with pytest.raises(KeyboardInterrupt):
         run_stages(
             store,
@@ -46,8 +50,8 @@ def test_interrupting_a_run_ends_its_ray_at_once_and_resumes(tmp_path, monkeypat
             resources=Resources(workers=2),
             on_progress=interrupt,
         )
-    assert time.monotonic() - began < 45
-    assert not set(psutil.Process().children(recursive=True)) - before
+    assert time.monotonic() - began < 60, "the unit at hand takes as long: it was waited for"
+    assert not [p for p in descendants(psutil.Process()) if p not in before and alive(p)]
     jobs = [quick, toy_job(4, "label:slow")]
     reports = run_stages(store, jobs, target=EMBEDDED, resources=Resources(workers=0))
     assert [report.done for report in reports.values()] == [0, 4]
@@ -80,7 +84,7 @@ def _drive_and_kill(store: Store, stage: Stage, commits: int) -> None:
     """Run the driver in a process that is killed once there are that many commits."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, store.url], env=environment)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(Ledger(store).committed(stage)) < commits:
         assert time.monotonic() < deadline, "the run makes no headway"
         assert driver.poll() is None, "the run ended before it was killed"

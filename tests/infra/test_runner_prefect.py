@@ -1,10 +1,10 @@
 """Cancelling in Prefect ends the run as Cancelled, with no Ray process left and resumable."""
 
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
@@ -12,7 +12,7 @@ from infra.ledger import Ledger
 from infra.ray_session import Embedded
 from infra.runner import Resources, run_stages
 from infra.store import Store
-from tests.infra.serving import post, process, server, until
+from tests.infra.serving import command_of, descendants, get, post, process, server, until
 from tests.infra.test_runner_cancel import toy_job
 
 
@@ -29,11 +29,14 @@ def test_cancelling_through_the_api_ends_cancelled_and_resumes(tmp_path):
         until(lambda: len(Ledger(store).committed(quick.stage)) == 2, 120, "the first commits")
         ray_processes = _ray_of(serving)
         assert ray_processes
+        began = time.monotonic()
         state = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
         post(api, f"/flow_runs/{run['id']}/set_state", state)
-        ended = until(lambda: _terminal(api, run["id"]), 60, "the end of the run")
+        ended = until(lambda: _terminal(api, run["id"]), 120, "the end of the run")
         assert ended == ("CANCELLED", "Cancelled")
-        until(lambda: not _ray_of(serving), 15, "the end of Ray")
+        assert time.monotonic() - began < 60, "30 s are meant; a busy machine may take longer"
+        until(lambda: not _ray_of(serving), 60, "the end of Ray")
+        assert until(lambda: store.exists("hook") and store.read("hook"), 60, "the hook")
         artifacts = post(api, "/artifacts/filter", {})
         assert any(artifact["key"] == "labelling" for artifact in artifacts)
     assert Ledger(store).committed(slow.stage) == set()
@@ -43,18 +46,11 @@ def test_cancelling_through_the_api_ends_cancelled_and_resumes(tmp_path):
 
 
 def _ray_of(process: psutil.Process) -> list[str]:
-    commands = [_command(child) for child in process.children(recursive=True)]
+    commands = [command_of(child) for child in descendants(process)]
     return [command for command in commands if "ray::" in command or "raylet" in command]
 
 
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
 def _terminal(api: str, run_id: str) -> tuple[str, str] | None:
-    state = httpx.get(f"{api}/flow_runs/{run_id}", timeout=30).json()["state"]
+    state = get(api, f"/flow_runs/{run_id}")["state"]
     ended = state["type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
     return (state["type"], state["name"]) if ended else None

@@ -3,7 +3,6 @@
 import http.client
 import io
 import json
-import socket
 import struct
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from PIL import Image
 from infra.scenes import render, sample_scene, scene_caption
 from infra.scenes.rows import DELIVERING, FAULTS, path_of, read_path, scene_rows, write_tsv
 from infra.scenes.server import ENDLESS_BYTES, SceneServer
+from tests.infra.serving import free_port
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def server():
 
 
 def _get(server, path):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
@@ -88,7 +88,7 @@ def test_a_huge_picture_is_small_on_the_wire(server):
 
 
 def test_an_endless_picture_names_no_length_and_exceeds_any_limit(server):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
     connection.request("GET", path_of("endless", 101))
     answer = connection.getresponse()
     assert answer.getheader("Content-Length") is None
@@ -104,10 +104,7 @@ def test_a_redirect_leads_into_a_private_network(server):
 
 
 def test_links_outlive_a_restart_on_a_fixed_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    bodies = []
+    port, bodies = free_port(), []
     for _ in range(2):
         with SceneServer(0, 1, size=32, port=port, workers=1) as server:
             assert server.url == f"http://127.0.0.1:{port}"

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import tracemalloc
+import uuid
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from infra.shards import write_tar
 from infra.sources import MAX_LINE, Row, Source, detect, read_rows
+from infra.store import Store
 
 URLS = [f"http://example.org/{i}.jpg" for i in range(3)]
 TEXTS = ["a cat", "two,\tdogs", 'a "bird"\nin a tree']
@@ -58,6 +60,59 @@ def test_text_lists_plain_and_compressed_give_the_same_rows(
     file = tmp_path / f"{name}{pack}"
     file.write_bytes(packers[pack](content.encode()))
     assert seen(rows(file)) == list(zip(URLS, TEXTS, strict=True))
+
+
+@pytest.fixture
+def bucket(s3_url: str) -> str:
+    """An empty folder of a bucket."""
+    return f"{s3_url}/{uuid.uuid4().hex}"
+
+
+def put(path: str, data: bytes) -> None:
+    Store(path.rpartition("/")[0]).write(path.rpartition("/")[2], data)
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [("l.tsv", ""), ("l.tsv", ".gz"), ("l.csv", ""), ("l.csv", ".zst"), ("l.jsonl", ".gz"),
+     ("l.parquet", "")],
+)  # fmt: skip
+def test_lists_in_a_bucket_give_the_same_rows(bucket: str, name: str, pack: str) -> None:
+    if name == "l.parquet":
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table({"url": URLS, "caption": TEXTS}), sink, compression="zstd")
+        put(f"{bucket}/{name}", sink.getvalue().to_pybytes())
+    else:
+        tsv = "".join(f"{u}\tpicture {i}\n" for i, u in enumerate(URLS))
+        content = {"l.tsv": tsv, "l.csv": CSV, "l.jsonl": JSONL}[name].encode()
+        packed = {"": bytes, ".gz": gzip.compress, ".zst": zstd}[pack](content)
+        put(f"{bucket}/{name}{pack}", packed)
+    found = seen(rows(f"{bucket}/{name}{pack}"))
+    assert [url for url, _ in found] == URLS
+    assert name == "l.tsv" or [text for _, text in found] == TEXTS
+
+
+def test_patterns_folders_and_tars_of_a_bucket_are_found(bucket: str) -> None:
+    for number, url in enumerate(URLS):
+        put(f"{bucket}/parts/{number}.jsonl", json.dumps({"url": url, "caption": ""}).encode())
+    assert [row.url for row in rows(f"{bucket}/parts/*.jsonl")] == URLS
+    assert [row.url for row in rows(f"{bucket}/parts")] == URLS
+    for name in ("b/2.png", "b/1.jpg", "b/1.txt", "a.jpeg"):
+        put(f"{bucket}/pictures/{name}", b"x")
+    found = rows(f"{bucket}/pictures")
+    assert [(r.url, r.sidecar) for r in found] == [
+        ("a.jpeg", ""), ("b/1.jpg", "b/1.txt"), ("b/2.png", ""),
+    ]  # fmt: skip
+    put(f"{bucket}/tars/00000.tar", write_tar([]))
+    assert [row.url for row in rows(f"{bucket}/tars")] == [f"{bucket}/tars/00000.tar"]
+
+
+def test_a_list_that_is_not_in_the_bucket_or_torn_is_named(bucket: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.csv"):
+        rows(f"{bucket}/none.csv")
+    put(f"{bucket}/l.jsonl.gz", gzip.compress(JSONL.encode() * 1000)[:-40])
+    with pytest.raises(ValueError, match=r"l\.jsonl\.gz"):
+        rows(f"{bucket}/l.jsonl.gz")
 
 
 def test_parquet_gives_the_same_rows_from_one_file_and_from_several(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ def test_filters_keep_the_likely_tokens_of_untempered_logits() -> None:
     assert torch.isfinite(filtered(logits, top_k=2)).tolist() == [[True, True, False, False]]
     assert torch.isfinite(filtered(logits, top_k=0.25)).tolist() == [[True, False, False, False]]
     assert torch.isfinite(filtered(logits, top_p=0.7)).tolist() == [[True, True, False, False]]
+    even = torch.zeros(1, 4)
+    assert torch.isfinite(filtered(even, top_p=0.3)).all()  # none is likelier than the others
 
 
 def test_samples_follow_their_probabilities_and_greedy_takes_the_best() -> None:
@@ -243,6 +245,13 @@ def test_samples_combine_as_their_modality_asks() -> None:
     classes = [np.full((1, 1), c, np.uint8) for c in (5, 2, 5)]
     assert combine("semseg", classes).tolist() == [[5]]
     assert combine("caption", ["a b", "a b c", "x"]) in ("a b", "a b c")
+    two, other = [[0, 0, 0], [10, 20, 30]], [[4, 0, 0], [20, 20, 30]]
+    palettes = [{"2": two}, {"1": [[9, 9, 9]]}, {"2": other}]
+    assert combine("color_palette", palettes) == {"2": [[2, 0, 0], [15, 20, 30]]}
+    assert combine("color_palette", [{}, {}]) == {}
+    fields = [{"n_humans": 1}, {"n_humans": 4, "contrast": 2.0}, {"n_humans": 2}, {"n_humans": 9}]
+    assert combine("metadata", fields) == {"n_humans": 2, "contrast": 2.0}
+    assert combine("human_poses", [{"humans": []}, {"humans": [1]}]) == {"humans": []}
 
 
 def test_boxes_are_voted_for() -> None:

@@ -24,7 +24,7 @@ from models.fourm.grammar import (
 from models.fourm.sampling import sample
 from models.fourm.spec import EOS_ID
 from tests.models.tiny_fourm import Grey, network, small_text, tokens
-from tokenizers_vq.sequences import string_to_det
+from tokenizers_vq.sequences import string_to_det, string_to_keypoints
 from tokenizers_vq.text import TextTokenizer, train_text_tokenizer
 
 ROWS = 4
@@ -120,6 +120,12 @@ def read_poses(text: str, ids: list[int]) -> None:
         assert not rest.strip()
 
 
+def read_keypoints(text: str, ids: list[int]) -> None:
+    people = string_to_keypoints(text)
+    assert len(people) == text.split().count("human")
+    assert (text == "none") == (not people)
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 999), length=st.integers(1, 23),
        liked=st.lists(st.integers(0, 400), max_size=6))
@@ -136,6 +142,7 @@ def test_boxes_can_be_read_whatever_the_logits_are(
     ("color_palette", read_palette, 23),
     ("metadata", read_metadata, 40),
     ("human_poses", read_poses, 200),
+    ("keypoints", read_keypoints, 120),
 ])
 def test_other_sequences_can_be_read_whatever_the_logits_are(
     wide: TextTokenizer, name: str, read: Callable[[str, list[int]], None], length: int
@@ -168,8 +175,8 @@ def test_no_box_is_begun_that_does_not_fit(small: TextTokenizer) -> None:
 def test_what_has_no_grammar_or_no_room_is_refused(small: TextTokenizer) -> None:
     with pytest.raises(ValueError, match="'caption' has no grammar; choose from det"):
         grammar_for("caption", small, 320)
-    with pytest.raises(ValueError, match="8 coordinate bins, the grammar needs 256"):
-        grammar_for("color_palette", small, 320)
+    with pytest.raises(ValueError, match="8 coordinate bins, the grammar needs 21"):
+        grammar_for("metadata", small, 320)
     with pytest.raises(ValueError, match="there are 100"):
         Grammar(boxes(small), 100)
     with pytest.raises(ValueError, match="lead to two states"):

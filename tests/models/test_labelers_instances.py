@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import segment_anything
 import torch
 import transformers as hf
+from safetensors.torch import save_file
+from segment_anything import modeling as sam_modules
 
 from models import modalities
-from models.labelers import LabelerSpec, load_labeler
+from models.labelers import LabelerSpec, load_labeler, preset
 from models.labelers.base import Labeler
 from models.modalities.human_poses import KEYPOINTS
 
@@ -110,7 +113,7 @@ def test_each_object_is_found_once_at_its_place_however_many_points_hit_it(sam, 
         (slice(2, 6), slice(2, 6)), (slice(1, 7), slice(9, 15)), (slice(2, 6), slice(2, 7)),
         scores=(0.97, 0.99, 0.9),
     )  # fmt: skip
-    monkeypatch.setattr(labeler, "model", known)
+    monkeypatch.setattr(labeler.network, "model", known)
     found = labeler.label([picture(40, 80)])
     instances = found["sam_instance"][0]["instances"]
     assert [round(each["score"], 2) for each in instances] == [0.99, 0.97]
@@ -131,7 +134,7 @@ def test_masks_that_are_unsure_unstable_too_small_or_too_many_are_left_out(sam, 
 
     def count(**options: Any) -> int:
         labeler = load("sam", sam, "sam_instance", points_per_side=2, **options)
-        monkeypatch.setattr(labeler, "model", known)
+        monkeypatch.setattr(labeler.network, "model", known)
         return len(labeler.label([picture(32, 64)])["sam_instance"][0]["instances"])
 
     assert count() == 1
@@ -151,6 +154,92 @@ def test_a_picture_without_objects_has_no_instances_and_no_edges(sam):
 def test_options_of_sam_out_of_range_are_refused(sam):
     with pytest.raises(ValueError, match="points_per_side=0 of SAM"):
         load("sam", sam, *SAM, points_per_side=0)
+
+
+@pytest.fixture(scope="module", params=[".pth", ".safetensors"])
+def published_sam(tmp_path_factory: pytest.TempPathFactory, request: Any) -> Path:
+    """A checkpoint with the published names of tensors, of a network as small as can be."""
+    torch.manual_seed(1)
+    folder: Path = tmp_path_factory.mktemp("published")
+    tensors = tiny_sam().state_dict()
+    if request.param == ".pth":
+        torch.save(tensors, folder / "sam.pth")
+    else:
+        save_file(tensors, folder / "sam.safetensors")
+    return folder
+
+
+def tiny_sam(checkpoint: None = None) -> sam_modules.Sam:
+    """A network of the package that sees 64 x 64 pixels."""
+    encoder = sam_modules.ImageEncoderViT(
+        img_size=64, patch_size=16, embed_dim=16, depth=2, num_heads=2, out_chans=16,
+        use_rel_pos=True, window_size=2, global_attn_indexes=(1,),
+    )  # fmt: skip
+    prompts = sam_modules.PromptEncoder(
+        embed_dim=16, image_embedding_size=(4, 4), input_image_size=(64, 64), mask_in_chans=4
+    )
+    decoder = sam_modules.MaskDecoder(
+        transformer_dim=16, iou_head_hidden_dim=16, num_multimask_outputs=3,
+        transformer=sam_modules.TwoWayTransformer(2, 16, num_heads=2, mlp_dim=16),
+    )  # fmt: skip
+    return sam_modules.Sam(encoder, prompts, decoder).eval()
+
+
+def load_published(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Labeler:
+    monkeypatch.setitem(segment_anything.sam_model_registry, "tiny", tiny_sam)
+    (file,) = folder.iterdir()
+    return load("sam", folder, *SAM, network="tiny", checkpoint=file.name, **options)
+
+
+def test_the_published_network_labels_as_the_other_does(published_sam, monkeypatch):
+    labeler = load_published(published_sam, monkeypatch, **ANY)
+    images = [picture(40, 80), picture(1, 1), picture(40, 80)]
+    found = labeler.label(images)
+    for image, value, edge in zip(images, found["sam_instance"], found["sam_edge"], strict=True):
+        assert value["size"] == list(image.shape[:2])
+        assert edge.shape == image.shape[:2]
+    assert found["sam_instance"][0]["instances"]
+    first, last = found["sam_instance"][0], found["sam_instance"][2]
+    encode = modalities.get("sam_instance").encode
+    assert encode(first) == encode(last)
+
+
+def test_the_published_network_answers_as_the_package_s_own_predictor(published_sam, monkeypatch):
+    labeler = load_published(published_sam, monkeypatch)
+    image = picture(64, 48)
+    predictor = segment_anything.SamPredictor(labeler.network.model)
+    predictor.set_image(image)
+    places = torch.tensor([[[10.0, 20.0]], [[33.0, 5.0]]])
+    full, scores, logits = predictor.predict_torch(
+        places, torch.ones(2, 1), multimask_output=True, return_logits=True
+    )
+    with torch.no_grad():
+        embeddings, seen = labeler.network.embed([image])
+        ours, sure = labeler.network.ask(embeddings, places[None])
+        assert seen == (64, 48)
+        assert torch.allclose(ours, logits.flatten(0, 1), atol=1e-4)
+        assert torch.allclose(sure, scores.flatten(), atol=1e-4)
+        wide = labeler.network.full(ours, seen, image.shape[:2])
+    assert torch.allclose(wide, full.flatten(0, 1), atol=1e-4)
+
+
+def test_a_checkpoint_of_another_network_is_refused(published_sam, monkeypatch):
+    with pytest.raises(ValueError, match="network='vit_x' of SAM: choose one of default"):
+        load("sam", published_sam, *SAM, network="vit_x", checkpoint="a.pth")
+    with pytest.raises(ValueError, match="go together"):
+        load("sam", published_sam, *SAM, network="vit_h")
+    wider = tiny_sam()
+    wider.mask_decoder.iou_token = torch.nn.Embedding(1, 32)
+    monkeypatch.setitem(segment_anything.sam_model_registry, "wider", lambda: wider)
+    (file,) = published_sam.iterdir()
+    with pytest.raises(ValueError, match="is no checkpoint of wider"):
+        load("sam", published_sam, *SAM, network="wider", checkpoint=file.name)
+
+
+def test_the_released_preset_takes_the_published_network():
+    options = preset("released")["sam"].options
+    assert options["network"] in segment_anything.sam_model_registry
+    assert options["checkpoint"].endswith("sam_vit_h_4b8939.pth")
 
 
 # --- poses ------------------------------------------------------------------------------------

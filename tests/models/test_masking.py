@@ -69,9 +69,10 @@ def test_inputs_over_budget_are_drawn_again_with_lower_probability():
     ids = np.array([[301, 302, 303, EOS_ID]] * 2)
     attempts: list[int] = []
 
-    def draw(attempt: int) -> np.ndarray:
+    def draw(attempt: int, rows: np.ndarray) -> np.ndarray:
         attempts.append(attempt)
-        return np.full((2, 4), 0.95 if attempt == 2 else 0.0)
+        assert rows.tolist() == ([0] if attempt else [0, 1])
+        return np.full((len(rows), 4), 0.95 if attempt == 2 else 0.0)
 
     inputs, targets = fit_inputs(ids, np.array([4, 4]), np.ones(2), np.array([1, 4]), draw)
     assert attempts == [0, 1, 2]
@@ -79,10 +80,19 @@ def test_inputs_over_budget_are_drawn_again_with_lower_probability():
     assert targets[0][0, :6].tolist() == [S1, 301, 302, 303, EOS_ID, S2]
 
 
+@pytest.mark.parametrize("share", [slice(None), slice(1, None, 3), slice(4, 30)])
+def test_draws_of_some_rows_are_those_rows_of_all_draws(share):
+    draws = Draws(3, 5, 40, share)
+    every = draws.uniform("tag", 7)
+    for chosen in ([], [0], [len(every) - 1], [1, 4], list(range(len(every)))):
+        rows = np.array(chosen, int)
+        assert np.array_equal(draws.some("tag", rows, 7), every[rows])
+
+
 def test_without_input_budget_everything_is_a_target():
     ids = np.array([[301, EOS_ID]])
     inputs, targets = fit_inputs(ids, np.array([2]), np.ones(1), np.array([0]),
-                                 lambda _: np.zeros((1, 2)))
+                                 lambda *_: np.zeros((1, 2)))
     assert inputs[1].tolist() == [0]
     assert targets[0][0, :4].tolist() == [S1, 301, EOS_ID, S2]
 
@@ -253,7 +263,7 @@ def test_metadata_without_a_place_in_the_input_is_predicted_whole_in_evaluation(
 def test_removed_runs_of_vectors_leave_one_zero_vector():
     keep = np.array([[0, 1, 1, 0, 1]] * 2)
     source, visible = fit_vectors(np.array([5, 4]), 5, np.ones(2), np.array([9, 9]),
-                                  lambda _: keep.astype(float))
+                                  lambda *_: keep.astype(float))
     assert source[0, : visible[0]].tolist() == [0, -1, 3, -1]
     assert source[1, : visible[1]].tolist() == [0, -1, 3]
 

@@ -19,7 +19,7 @@ SLEEP = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str
 
 
 def _wait_for(path: Path) -> int:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if path.exists() and (text := path.read_text()):
             return int(text)
@@ -28,7 +28,7 @@ def _wait_for(path: Path) -> int:
 
 
 def _is_gone(pid: int) -> bool:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:  # a process may vanish between any two questions about it
             if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:

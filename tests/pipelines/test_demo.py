@@ -20,10 +20,11 @@ from infra.verify import verify
 pytestmark = pytest.mark.timeout(1800)
 
 ROOT = Path(__file__).resolve().parents[2]
-TASKS = {
-    "rgb->depth", "rgb->normal", "rgb->semseg", "rgb->det", "rgb->caption", "caption->rgb",
-    "det->rgb",
+MODALITIES = {
+    "rgb", "depth", "normal", "semseg", "det", "caption", "clip", "dinov2", "dinov2_global",
+    "canny_edge", "color_palette", "metadata",
 }  # fmt: skip
+TASKS = {*(f"rgb->{name}" for name in MODALITIES - {"rgb"}), "caption->rgb", "det->rgb"}
 ROWS = {"metric", "lower_is_better", "constant", "teacher", "tokenizer_bound", "fourm", "fourm_10",
         "gap_recovered"}  # fmt: skip
 
@@ -61,9 +62,26 @@ def test_the_demo_measures_every_task(demo: tuple[Path, str]) -> None:
     assert results["tasks"].keys() == TASKS
     for task in results["tasks"].values():
         assert task.keys() >= ROWS
+        assert None not in (task["constant"], task["teacher"], task["fourm"])
+    assert results["matrix"].keys() == {"nothing", *MODALITIES}
     page = (root / "report.html").read_text()
     assert "data:image/" in page
     assert "src=\"http" not in page
+
+
+def test_the_demo_searches_by_predicted_vectors_and_walks_a_chain(demo: tuple[Path, str]) -> None:
+    results = json.loads((demo[0] / "results.json").read_text())
+    (name, found), = results["retrieval"].items()
+    assert name == "dinov2_global"
+    assert found["from"].keys() == MODALITIES - {"dinov2", "dinov2_global"}
+    assert found["tokenizer_bound"].keys() == {"recall@1", "recall@5"}
+    steps = results["chain"]["steps"]
+    assert len(steps) >= 6
+    assert set(steps) <= MODALITIES
+    assert results["chain"]["scores"].keys() == set(steps[1:]) - {"rgb"}
+    shown = {path.stem for path in (demo[0] / "reports").rglob("*.png")}
+    assert {"overview", "chain", "search-dinov2_global"} <= shown
+    assert shown >= {f"rgb-to-{name}" for name in MODALITIES - {"rgb", "caption"}}
 
 
 def test_everything_in_the_dataset_verifies(demo: tuple[Path, str]) -> None:

@@ -17,7 +17,8 @@ def test_a_stage_shows_done_left_failed_pace_workers_and_slowest(tmp_path, monke
     Ledger(store).write_plan({"num_shards": 9})
     job = toy_job(4, fail=[3])
     run(store, job)
-    store.write("runs/first/curve.jsonl", b'{"step": 7, "loss": 1.5, "samples_per_second": 2.0}\n')
+    store.write("runs/first/curve.jsonl", b'{"step": 7, "loss": 1.5, "samples_per_second": 2.0}\n'
+                                          b'{"step": 7, "val/rgb->depth": 2.5}\n')
     console = Console(width=200, file=io.StringIO())
     console.print(table(store))
     text = console.file.getvalue()

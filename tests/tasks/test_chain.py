@@ -17,7 +17,8 @@ from pipelines.params import (
     TokenizeOptions,
     TokenizerOptions,
 )
-from tasks.chain import Chain, check, labelers, remember, remember_tokenizers
+from tasks.chain import Chain, labelers, remember, remember_tokenizers
+from tasks.checks import check
 from tasks.fetch import make_plan
 
 ROWS, SHARD = 6, 2

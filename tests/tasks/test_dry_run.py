@@ -40,6 +40,9 @@ def test_sharding_divides_what_it_should_and_recomputing_shrinks_activations():
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(split, part) == pytest.approx(getattr(whole, part) / 128)
     assert whole.optimizer == 2 * whole.weights
+    assert (whole.mean, split.mean) == (0, 0)
+    averaged = recipe("fourm_xl", ema=0.9999)
+    assert plan_training(averaged, Machines()).memory.mean == whole.weights
     assert (whole.gathered, split.gathered > 0) == (0, True)
     again = Machines(devices=128, parallel="fsdp", recompute=True)
     assert plan_training(chosen, again).memory.activations < split.activations / 4

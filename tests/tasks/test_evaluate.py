@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,24 @@ from models.fourm.generate import Generator
 from tasks import metrics
 from tasks.evaluate import EvaluateConfig, Evaluation, _show, _token_values
 from tasks.evaluation.baseline import constant
+from tasks.evaluation.journey import CHAIN, journey, steps
 from tasks.evaluation.matrix import NOTHING, loss_matrix
+from tasks.evaluation.retrieval import nearest, retrieval
 from tasks.evaluation.rows import Bench
 from tasks.evaluation.scores import box_f1, class_f1, gap
+from tasks.evaluation.teachers import told
 from tasks.evaluation.truth import Truth, scene_truth
 from tasks.report import task_rows, write_report
-from tests.tasks.tiny import SIDE, Coarse, network
+from tests.tasks.tiny import SIDE, Coarse, Codes, network
 from tokenizers_vq.text import train_text_tokenizer
+
+VECTOR = 6
 
 
 class Knowing:
     """A teacher that knows the truth of the pictures it is shown; of others it says nothing."""
+
+    reads, also_reads = ("rgb",), ()
 
     def __init__(self, name: str, truth: Truth) -> None:
         self.name, self.truth = name, truth
@@ -39,6 +47,9 @@ class Knowing:
         found = [known.get(image.tobytes()) for image in images]
         values = self.truth.values[self.name]
         return {self.name: [nothing if i is None else values[i] for i in found]}
+
+    def label_samples(self, samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        return self.label([sample["rgb"] for sample in samples])
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +65,13 @@ def bench(truth: Truth) -> Bench:
         truth.values["caption"] * 3, class_names=SHAPES, bins=16, vocab_size=400
     )
     names = ("rgb", "depth", "normal", "semseg")
+    vectors = list(np.random.default_rng(0).uniform(-1, 1, (len(truth), VECTOR)))
+    truth = replace(truth, values={**truth.values, "dinov2_global": vectors})
     values = dict(truth.values)
     teachers = {name: Knowing(name, truth) for name in values}
     training = {name: v[:3] for name, v in {**values, "rgb": truth.rgb}.items()}
-    generator = Generator(network(text), {n: Coarse(n) for n in names}, text, bf16=False)  # type: ignore
+    tokenizers: Any = {**{n: Coarse(n) for n in names}, "dinov2_global": Codes()}
+    generator = Generator(network(text, VECTOR), tokenizers, text, bf16=False)
     return Bench(generator, teachers, truth, training, samples=2)  # type: ignore[arg-type]
 
 
@@ -140,6 +154,14 @@ def test_constants_are_the_best_that_ignores_the_input() -> None:
     assert np.linalg.norm(constant("normal", normals, same)) == pytest.approx(1)
     assert constant("det", [boxes()], same) == {"instances": []}
     assert constant("caption", ["a", "b", "b"], same) in ("a", "b")
+    edges = [np.diag([255] * 8).astype(np.uint8) for _ in range(3)]
+    assert np.array_equal(constant("canny_edge", edges, same), edges[0])
+    palettes = [{"1": [[0, 10, 20]]}, {"1": [[10, 30, 20]]}]
+    assert constant("color_palette", palettes, same) == {"1": [[5, 20, 20]]}
+    fields = [{"contrast": 1.0}, {"contrast": 5.0, "entropy": 2.0}, {"contrast": 3.0}]
+    assert constant("metadata", fields, same) == {"contrast": 3.0, "entropy": 2.0}
+    vectors = [np.array([1.0, 0.5]), np.array([0.0, 0.5])]
+    assert constant("dinov2_global", vectors, same) == pytest.approx(np.array([0.5, 0.5]))
 
 
 def test_the_loss_matrix_starts_at_the_logarithm_of_the_vocabulary(bench: Bench) -> None:
@@ -161,20 +183,99 @@ def test_a_report_is_one_page_and_results_that_hold_what_is_promised(
         if task.target in ("depth", "caption"):
             evaluation.tasks[task.name] = bench.from_rgb(task)
     evaluation.matrix = loss_matrix(bench.generator, _token_values(bench))
+    evaluation.retrieval, evaluation.chain = retrieval(bench), journey(bench, 2)
     _show(evaluation, bench, EvaluateConfig(shown=2))
     store = Store(str(tmp_path))
     store.write("runs/main/curve.jsonl", b'{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
     write_report(store, "main", evaluation, samples=100, seconds={"train": 90.0})
     found = json.loads(store.read("reports/main/results.json"))
-    assert {"commit", "date", "machine", "samples", "seconds", "tasks", "matrix"} <= set(found)
+    assert {"commit", "date", "machine", "samples", "seconds", "tasks", "matrix", "retrieval",
+            "chain"} <= set(found)  # fmt: skip
     assert found["seconds"]["total"] == pytest.approx(90, abs=1)
     page = store.read("reports/main/report.html").decode()
     assert "gap recovered" in page
     assert not re.search(r"(src|href)=(?!.data:)", page)
-    assert {"reports/main/rgb-to-depth.png", "reports/main/caption-to-rgb.png"} <= set(
-        store.list("reports/")
-    )
+    assert "recall@5" in page
+    assert "depth → normal" in page
+    shown = ("rgb-to-depth", "caption-to-rgb", "overview", "chain", "search-dinov2_global")
+    assert {f"reports/main/{name}.png" for name in shown} <= set(store.list("reports/"))
     assert len(task_rows(found["tasks"])) == 2
+
+
+def test_a_search_counts_the_rank_of_the_picture_itself_and_draws_count_as_lost() -> None:
+    gallery = np.eye(6)
+    assert metrics.recall(gallery, gallery) == [1, 1]
+    assert metrics.recall(np.roll(gallery, 1, 0), gallery) == [0, 0]
+    assert metrics.recall(np.ones((6, 6)), gallery) == [0, 0]
+    assert metrics.recall(gallery * 3 + gallery[::-1] * 4, gallery, (1, 2)) == [0, 1]
+    assert nearest(np.array([0.1, 0.9, 0.5, 0, 0, 0]), gallery * 7, 3) == [1, 2, 0]
+
+
+def test_retrieval_searches_from_every_other_modality_and_states_chance(bench: Bench) -> None:
+    (name, found), = retrieval(bench).items()
+    assert name == "dinov2_global"
+    assert found["pictures"] == 4
+    assert found["chance"] == {"recall@1": 0.25, "recall@5": 1.0}
+    assert found["tokenizer_bound"] == {"recall@1": 1.0, "recall@5": 1.0}
+    assert set(found["from"]) == {"rgb", "depth", "normal", "semseg", "caption", "det"}
+    for rows in found["from"].values():
+        assert set(rows) == {"fourm", "fourm_10"}
+        assert all(0 <= row["recall@1"] <= row["recall@5"] <= 1 for row in rows.values())
+
+
+def test_the_chain_begins_with_the_first_that_is_known_and_is_scored_step_by_step(
+    bench: Bench,
+) -> None:
+    expected = ["depth", "normal", "semseg", "det", "caption", "rgb"]
+    assert steps(bench) == expected == [name for name in CHAIN if name in expected]
+    found = journey(bench, 3)
+    assert (found["steps"], found["pictures"]) == (expected, 3)
+    assert set(found["scores"]) == {"normal", "semseg", "det", "caption"}
+    assert set(bench.kept.values["chain"]) == set(expected[1:])
+    assert journey(replace(bench, truth=replace(bench.truth, values={})), 3) == {}
+
+
+class Counting:
+    """Tells how many of the modalities it may look at were there."""
+
+    reads, also_reads = ("rgb",), ("depth", "det")
+
+    def label_samples(self, samples: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        return {"metadata": [len(sample) for sample in samples]}
+
+
+def test_labelers_that_look_at_labels_see_what_is_known_and_what_others_said(
+    truth: Truth,
+) -> None:
+    teachers: Any = {"metadata": Counting(), "depth": Knowing("depth", truth)}
+    rgb = {"rgb": truth.rgb}
+    assert told(rgb, teachers, ["metadata"])["metadata"] == [2 - 1] * 4
+    assert told(rgb, teachers, ["metadata", "depth"])["metadata"] == [2] * 4
+    assert told({**rgb, **truth.values}, teachers, ["metadata"])["metadata"] == [3] * 4
+    assert set(told(rgb, teachers, ["normal"])) == {"rgb"}
+
+
+def test_edges_may_lie_a_pixel_off() -> None:
+    line = np.zeros((1, 16, 16), np.uint8)
+    line[0, 8] = 255
+    assert metrics.edge_f1(line, line) == 1
+    assert metrics.edge_f1(np.roll(line, 1, 1), line) == 1
+    assert metrics.edge_f1(np.roll(line, 3, 1), line) == 0
+    assert metrics.edge_f1(line * 0, line) == 0
+
+
+def test_palettes_are_held_against_those_of_as_many_colours() -> None:
+    truth = {"1": [[0, 0, 0]], "2": [[255, 255, 255], [0, 0, 0]]}
+    assert metrics.palette_distance({"2": [[0, 0, 0], [255, 255, 255]]}, truth) == 0
+    assert metrics.palette_distance({"1": [[0, 30, 40]]}, truth) == 50
+    assert metrics.palette_distance({}, {"1": [[3, 0, 4]]}) == 5
+
+
+def test_metadata_is_right_to_the_count_and_to_a_level() -> None:
+    truth = {"n_humans": 3, "brightness": 100.0}
+    assert metrics.metadata_right(truth, truth) == 1
+    assert metrics.metadata_right({"n_humans": 2, "brightness": 104.0}, truth) == 0.5
+    assert metrics.metadata_right({"brightness": 120.0}, truth) == 0
 
 
 def test_impossible_numbers_are_refused() -> None:

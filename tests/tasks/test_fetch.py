@@ -6,6 +6,7 @@ import io
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from aiohttp import web
 from PIL import Image
 
 from infra.addresses import AddressPolicy
-from infra.download import DownloadPolicy
+from infra.download import Download, Downloader, DownloadPolicy
 from infra.ledger import Ledger
 from infra.runner import SystemicFailure
 from infra.shards import read_tar, sample_key
@@ -34,11 +35,13 @@ class HostileWeb:
 
     def __init__(self) -> None:
         self.asked: Counter[str] = Counter()
-        self.port = 0
+        self.agents: set[str] = set()
+        self.port = self.now = self.most = 0
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         kind, name = request.match_info["kind"], request.match_info["name"]
         self.asked[request.path] += 1
+        self.agents.add(request.headers["User-Agent"])
         if kind == "img":
             return web.Response(body=jpeg(int(name)), content_type="image/jpeg")
         if kind == "flaky" and self.asked[request.path] > 1:
@@ -53,6 +56,14 @@ class HostileWeb:
             targets = {"private": "http://10.0.0.1/a.jpg", "file": "file:///etc/passwd",
                        "loop": request.path, "good": "/img/77"}  # fmt: skip
             raise web.HTTPFound(targets[name])
+        if kind in ("crowd", "detour"):
+            self.now += 1
+            self.most = max(self.most, self.now)
+            await asyncio.sleep(0.05)
+            self.now -= 1
+            if kind == "detour":
+                raise web.HTTPFound(f"/crowd/{name}")
+            return web.Response(body=jpeg(int(name)))
         if kind == "optout":
             return web.Response(body=jpeg(1), headers={"X-Robots-Tag": "noai"})
         return await self._stream(request, kind)
@@ -84,7 +95,7 @@ def hostile() -> Iterator[HostileWeb]:
     loop.create_task(start())
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    ready.wait(10)
+    assert ready.wait(120)
     yield site
     loop.call_soon_threadsafe(loop.stop)
 
@@ -147,6 +158,7 @@ def test_every_row_gets_its_fate_and_good_rows_their_bytes(hostile, tmp_path):
     assert ledger.commit(stage, 0, data).samples == 3
     assert hostile.asked["/status/404"] == 1  # what no retry can mend is not retried
     assert hostile.asked["/status/500"] == 3
+    assert all(agent.startswith("fourm ") for agent in hostile.agents)
 
 
 def test_a_body_that_drips_runs_out_of_time(hostile, tmp_path):
@@ -154,6 +166,68 @@ def test_a_body_that_drips_runs_out_of_time(hostile, tmp_path):
     _, _, data = ingest(tmp_path, lines, config(hostile.port, timeout=0.5))
     assert [reason for _, reason, _ in data.statuses] == ["timeout"]
     assert hostile.asked["/drip/x"] <= 3
+
+
+def test_a_host_is_asked_for_no_more_at_once_than_is_polite(hostile, tmp_path):
+    base, settings = f"http://127.0.0.1:{hostile.port}", config(hostile.port)
+    settings = replace(settings, downloads=replace(settings.downloads, per_host=2))
+    hostile.most = 0
+    lines = [f"{base}/{kind}/{100 + i}\tc" for i in range(6) for kind in ("crowd", "detour")]
+    _, _, data = ingest(tmp_path, [*lines, f"{base}/crowd/1\tc"], settings)
+    assert len(data.keys) == 7  # a detour ends at the picture that was there already
+    assert 1 <= hostile.most <= 2
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "least"), [(None, [1, 2, 4]), (3.0, [3, 3, 4]), (30.0, []), (1e9, [])]
+)
+def test_pauses_double_and_last_as_long_as_the_server_asks_or_leave_it_to_a_later_pass(
+    monkeypatch, asked_for, least
+):
+    pauses: list[float] = []
+
+    async def attempt(self, index, url):
+        return Download(index, "rate_limited", retry_after=asked_for)
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    async def persist():
+        downloader = Downloader(DownloadPolicy(attempts=4, backoff=2, timeout=20))
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio, "sleep", sleep)
+            found = await downloader._persist(0, "http://example.org/")
+        await downloader.close()
+        return found
+
+    monkeypatch.setattr(Downloader, "_attempt", attempt)
+    assert asyncio.run(persist()).reason == "rate_limited"
+    assert len(pauses) == len(least)
+    assert all(a >= b for a, b in zip(pauses, least, strict=True))
+
+
+def test_no_more_bodies_are_fetched_than_are_taken_and_leaving_early_frees_the_slots(monkeypatch):
+    begun: list[int] = []
+
+    async def persist(self, index, url):
+        begun.append(index)
+        return Download(index, "ok", body=b"x")
+
+    async def take():
+        downloader = Downloader(DownloadPolicy(concurrency=3))
+        urls = ["http://example.org/"] * 9
+        slow = downloader.each(urls)
+        await anext(slow)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert len(begun) <= 4
+        await slow.aclose()
+        found = [download.index async for download in downloader.each(urls)]
+        await downloader.close()
+        return found
+
+    monkeypatch.setattr(Downloader, "_persist", persist)
+    assert sorted(asyncio.run(take())) == list(range(9))
 
 
 def test_proxies_of_the_environment_are_never_asked(hostile, tmp_path, monkeypatch):

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import json
+import threading
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from infra.download import Download, DownloadPolicy
+from infra.download import Download, Downloader, DownloadPolicy
 from infra.ledger import Ledger
 from infra.runner import SystemicFailure
 from infra.shards import TornShard, read_tar, sample_key, write_tar
 from infra.sources import Source
 from infra.store import Store
-from tasks import fetch as fetching
 from tasks.fetch import FetchConfig, FetchWork, fetch_stage, make_plan
 from tasks.pictures import PicturePolicy
 from tasks.plans import Plan, plan_retry
@@ -108,9 +111,9 @@ class Web:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.fates: dict[str, str] = {}
         self.asked: list[str] = []
-        monkeypatch.setattr(fetching, "download_all", self.download_all)
+        monkeypatch.setattr(Downloader, "each", lambda _, urls: self.each(urls))
 
-    async def download_all(self, urls, policy):
+    async def each(self, urls):
         for index, url in enumerate(urls):
             self.asked.append(url)
             reason = self.fates.get(url, "ok")
@@ -133,6 +136,31 @@ def run_all(store: Store) -> Ledger:
     for shard in ledger.todo(stage, range(ledger.read_plan()["num_shards"])):
         ledger.commit(stage, shard, work(store).run(shard))
     return ledger
+
+
+def test_shards_of_a_worker_overlap_while_one_waits_for_a_slow_server(tmp_path, monkeypatch):
+    asked, later = [], threading.Event()
+
+    async def persist(self, index, url):
+        number = int(url.rpartition("/")[2])
+        asked.append(number)
+        while number == 0 and not later.is_set():
+            await asyncio.sleep(0.01)
+        if number == 5:
+            later.set()  # the slow row of the first shard ends when the last of the second has
+        return Download(index, "ok", body=jpeg(number))
+
+    monkeypatch.setattr(Downloader, "_persist", persist)
+    store, _ = planned(tmp_path, rows=6, shard_rows=3)
+    worker = work(store, concurrency=2)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(worker.run, 0)
+        while not asked:
+            time.sleep(0.01)
+        second = pool.submit(worker.run, 1)
+        assert [list(fates(d.result(60)).values()) for d in (first, second)] == [["ok"] * 3] * 2
+    worker.close()
+    assert asked == [0, 1, 2, 3, 4, 5]  # in the order of the shards
 
 
 def test_a_retry_takes_up_passing_failures_only_and_touches_nothing_that_is_done(

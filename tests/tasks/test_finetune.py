@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import sys
 
 import pytest
 import torch
@@ -25,7 +25,6 @@ BASE = dataclasses.replace(TINY, mixture=MASKS, muon=False,
                            modalities=("rgb", "tok_rgb", "caption"))
 MORE = dataclasses.replace(BASE, modalities=(), start="base")
 OLD = ("caption", "rgb@32", "tok_rgb@32")
-HAS_PEFT = importlib.util.find_spec("peft") is not None
 
 
 @pytest.fixture(scope="module")
@@ -147,18 +146,20 @@ def test_new_modalities_inherit_vectors_of_the_same_codes():
 def test_patterns_that_match_nothing_or_everything_are_refused(token_set):
     odd = dataclasses.replace(MORE, freeze=("encodr.*",))
     with pytest.raises(ValueError, match=r"'encodr.\*' names no tensor; names begin with decoder"):
-        FourMTask(*token_set, odd).build_model()
+        FourMTask(*token_set, odd).check_start()
     with pytest.raises(ValueError, match="leaves nothing to train"):
-        FourMTask(*token_set, dataclasses.replace(MORE, freeze=("*",))).build_model()
+        FourMTask(*token_set, dataclasses.replace(MORE, freeze=("*",))).check_start()
 
 
-@pytest.mark.skipif(HAS_PEFT, reason="peft is installed")
-def test_low_rank_training_without_peft_names_the_extra(token_set):
-    with pytest.raises(ImportError, match=r"pip install 'fourm\[lora\]'"):
-        FourMTask(*token_set, dataclasses.replace(MORE, lora=Lora(rank=2))).build_model()
+def test_low_rank_training_without_peft_names_the_extra_before_it_starts(token_set, monkeypatch):
+    store, manifest = token_set
+    monkeypatch.setitem(sys.modules, "peft", None)
+    low = dataclasses.replace(MORE, lora=Lora(rank=2))
+    with pytest.raises(ValueError, match=r"pip install 'fourm\[lora\]'"):
+        train_fourm(store, manifest, low, run="without")
+    assert not store.list("runs/without")
 
 
-@pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
 def test_low_rank_updates_are_trained_alone_and_stored_merged(token_set):
     store, manifest = token_set
     low = dataclasses.replace(MORE, lora=Lora(rank=2), training=dataclasses.replace(
@@ -174,7 +175,6 @@ def test_low_rank_updates_are_trained_alone_and_stored_merged(token_set):
     assert torch.linalg.matrix_rank(difference, rtol=1e-4) <= 2
 
 
-@pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
 def test_merging_changes_no_prediction(token_set):
     task = FourMTask(*token_set, dataclasses.replace(MORE, lora=Lora(rank=2)))
     torch.manual_seed(0)

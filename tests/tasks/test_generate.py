@@ -12,7 +12,11 @@ from PIL import Image
 
 from infra.store import Store
 from models.fourm.generate import Generator
+from models.fourm.spec import ModalitySpec
 from tasks import generate as task
+from tasks.generate import How
+from tasks.generate_files import read_input
+from tests.models import tiny_fourm
 from tests.tasks.tiny import SIDE, Coarse, network
 from tokenizers_vq.text import train_text_tokenizer
 
@@ -47,9 +51,9 @@ def test_a_photo_becomes_pictures_values_and_text(store: Store, photo: str, tmp_
 
 def test_samples_are_different_files_and_repeat_with_the_seed(store: Store, tmp_path: Path) -> None:
     first = task.generate(store, "main", {"caption": "a red cube"}, ["rgb"], tmp_path / "a",
-                          samples=2, guidance=1.0)  # fmt: skip
+                          How(samples=2, guidance=1.0))  # fmt: skip
     again = task.generate(store, "main", {"caption": "a red cube"}, ["rgb"], tmp_path / "b",
-                          samples=2, guidance=1.0)  # fmt: skip
+                          How(samples=2, guidance=1.0))  # fmt: skip
     assert [path.name for path in first] == ["rgb-0.png", "rgb-1.png"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
     assert first[0].read_bytes() != first[1].read_bytes()
@@ -71,10 +75,10 @@ def test_a_part_of_a_photo_is_redrawn_and_the_rest_is_the_photo(
 ) -> None:
     def redrawn(name: str, how: str, **more: str) -> np.ndarray:
         given = {"rgb": photo, **more}
-        [path] = task.generate(store, "main", given, ["rgb"], tmp_path / name, redraw=how)
+        [path] = task.generate(store, "main", given, ["rgb"], tmp_path / name, How(redraw=how))
         return np.asarray(Image.open(path))
 
-    before = task.read_input(task.load_generator(store, "main"), "rgb", photo)
+    before = read_input(task.load_generator(store, "main"), "rgb", photo)
     by_box = redrawn("box", "0.5,0,0.75,0.25", caption="a red cube")
     cells = (by_box != before).reshape(4, 16, 4, 16, 3).any((1, 3, 4))
     assert np.argwhere(cells).tolist() == [[0, 2]]
@@ -102,13 +106,129 @@ def test_an_area_that_makes_no_sense_is_refused_before_anything_is_written(
 ) -> None:
     def refused(inputs: dict[str, str], targets: list[str], redraw: str, words: str) -> None:
         with pytest.raises(ValueError, match=words):
-            task.generate(store, "main", inputs, targets, tmp_path / "out", redraw=redraw)
+            task.generate(store, "main", inputs, targets, tmp_path / "out", How(redraw=redraw))
 
-    refused({"rgb": photo}, ["depth"], "0,0,1,1", "needs rgb as an input and as only target")
+    refused({"rgb": photo}, ["depth"], "0,0,1,1", "needs rgb as a whole input and as only target")
     refused({"rgb": photo}, ["rgb"], "0.9,0,0.1,1", r"'0.9,0,0.1,1': a box is xmin")
     refused({"rgb": photo}, ["rgb"], "a,b,c,d", "could not convert string to float")
     refused({"rgb": photo}, ["rgb"], '{"instances": []}', "the boxes after the edit")
     refused({"rgb": photo}, ["rgb"], "nothing.png", "cannot be read as a mask picture")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_known_part_is_kept_and_the_rest_is_generated(
+    store: Store, photo: str, tmp_path: Path
+) -> None:
+    generator = task.load_generator(store, "main")
+    whole = read_input(generator, "rgb", photo)
+    [path] = task.generate(store, "main", {"rgb": photo}, ["rgb"], tmp_path / "a",
+                           How(known={"rgb": "0,0,1,0.5"}))  # fmt: skip
+    made = np.asarray(Image.open(path))
+    codes = [Coarse("rgb").encode_values([value])[0].reshape(4, 4) for value in (made, whole)]
+    assert np.array_equal(codes[0][:2], codes[1][:2])
+    assert not np.array_equal(codes[0][2:], codes[1][2:])
+    # As a mere condition the part is what the model sees.
+    parts = [task.generate(store, "main", {"rgb": photo}, ["depth"], tmp_path / name, how)
+             for name, how in (("b", How(known={"rgb": "0,0,1,0.5"})), ("c", How()))]  # fmt: skip
+    assert parts[0][0].read_bytes() != parts[1][0].read_bytes()
+
+
+def test_a_caption_with_holes_keeps_its_words(store: Store, photo: str, tmp_path: Path) -> None:
+    [path] = task.generate(store, "main", {"rgb": photo, "caption": "a red ___"}, ["caption"],
+                           tmp_path / "a")  # fmt: skip
+    assert path.read_text().startswith("a red")
+
+
+def test_samples_are_combined_into_one_result_where_asked(
+    store: Store, photo: str, tmp_path: Path
+) -> None:
+    def depths(name: str, how: How) -> list[np.ndarray]:
+        files = task.generate(store, "main", {"rgb": photo}, ["depth"], tmp_path / name, how)
+        decode = task_modality("depth").decode
+        return [decode(file.read_bytes()) for file in files if ".value." in file.name]
+
+    hot = {"*": {"temperature": 5.0, "steps": 4}}
+    apart = depths("apart", How(samples=3, decoding=hot))
+    [together] = depths("together", How(samples=3, decoding=hot, combine=True))
+    assert len(apart) == 3
+    assert np.abs(together - np.mean(apart, 0)).max() < 1e-3
+
+
+def task_modality(name: str):
+    from models import modalities
+
+    return modalities.get(name)
+
+
+def test_guides_pull_and_push_without_any_plain_condition(store: Store, tmp_path: Path) -> None:
+    def made(name: str, *guides: tuple[dict[str, str], float]) -> bytes:
+        [path] = task.generate(store, "main", {}, ["rgb"], tmp_path / name, How(guides=guides))
+        return path.read_bytes()
+
+    towards, away = ({"caption": "a red cube"}, 8.0), ({"caption": "a a a"}, -8.0)
+    assert made("a", towards) == made("b", towards) != made("c", towards, away)
+
+
+def test_presets_and_changes_decide_how_a_target_is_decoded(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = task.load_generator(store, "main")
+
+    def settings(how: How) -> dict:
+        return task._settings(generator, ["caption"], ["rgb", "det"], how)
+
+    plain, released = settings(How())["rgb"], settings(How(preset="released"))["rgb"]
+    assert (plain.guidance, released.guidance, plain.order) == (1.0, 2.0, "roar")
+    assert settings(How(guidance=3.0))["rgb"].guidance == 3.0
+    assert settings(How())["det"].well_formed
+    halton = settings(How(preset="halton"))
+    assert (halton["rgb"].order, halton["rgb"].steps) == ("halton", 16)
+    assert halton["det"].order == "autoregressive"
+    assert settings(How(preset="greedy"))["det"].temperature == 0
+    both = settings(How(decoding={"*": {"order": "maskgit", "top_p": 0.5}, "rgb": {"steps": 3}}))
+    assert (both["rgb"].order, both["rgb"].steps, both["rgb"].top_p) == ("maskgit", 3, 0.5)
+    assert (both["det"].order, both["det"].top_p) == ("autoregressive", 0.5)
+    with pytest.raises(ValueError, match="det is a sequence: steps mean nothing for it"):
+        settings(How(decoding={"det": {"steps": 3}}))
+    with pytest.raises(ValueError, match="unknown preset 'best'; choose from plain, released"):
+        settings(How(preset="best"))  # type: ignore[arg-type]
+
+
+def test_a_second_run_refines_what_the_first_made(
+    store: Store, photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tiny_fourm.small_text()
+    pixels = ModalitySpec(name="rgb@64", kind="pixels", max_tokens=16, is_target=False)
+    grey = {"rgb": tiny_fourm.Grey(colours=True), "depth": tiny_fourm.Grey()}
+    low = tiny_fourm.network(text, pixels, *tiny_fourm.grids(64, "rgb", "depth"))
+    fine = tiny_fourm.network(text, pixels, *tiny_fourm.grids(64, "rgb", "depth"),
+                              *tiny_fourm.grids(128, "depth"))  # fmt: skip
+    found = {name: Generator(model, grey, text, bf16=False)  # type: ignore[arg-type]
+             for name, model in (("low", low), ("fine", fine))}  # fmt: skip
+    monkeypatch.setattr(task, "load_generator", lambda store, run: found[run])
+    files = task.generate(store, "low", {"rgb": photo}, ["depth"], tmp_path / "out",
+                          How(upscale="fine", samples=2))  # fmt: skip
+    sizes = {Image.open(file).size for file in files if file.name.startswith("depth-")}
+    assert sizes == {(128, 128)}
+    with pytest.raises(ValueError, match="run 'low' refines nothing, none of depth"):
+        task.generate(store, "fine", {"rgb": photo}, ["depth"], tmp_path / "no",
+                      How(upscale="low"))  # fmt: skip
+
+
+def test_settings_of_what_is_not_there_are_refused(
+    store: Store, photo: str, tmp_path: Path
+) -> None:
+    def refused(how: How, words: str) -> None:
+        with pytest.raises(ValueError, match=words):
+            task.generate(store, "main", {"rgb": photo}, ["depth"], tmp_path / "out", how)
+
+    refused(How(decoding={"rgb": {}}), r"decoding names 'rgb'; choose from depth, \*")
+    refused(How(known={"depth": "0,0,1,1"}), "known names 'depth'; choose from rgb")
+    refused(How(known={"rgb": "0,0,2,1"}), "the known part of rgb, '0,0,2,1': a box is xmin")
+    refused(How(known={"rgb": "no.png"}), "'no.png' cannot be read as a mask picture")
+    refused(How(guides=[({"sound": "x"}, 1.0)]), "'sound' cannot be an input")
+    with pytest.raises(ValueError, match="guides take the place of a guidance scale"):
+        How(guides=[({"caption": "x"}, 1.0)], guidance=2.0)
     assert not (tmp_path / "out").exists()
 
 

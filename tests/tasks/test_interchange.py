@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,22 @@ def test_a_round_trip_gives_the_same_tars_keys_splits_and_tokenizers(dataset, tm
     listed = [path for path in out.list("") if "fourm" not in path]
     assert [path for path in again.list("") if "fourm" not in path] == listed
     assert all(again.read(path) == out.read(path) for path in listed)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "layout"),
+    [("file", "s3", "ml-4m"), ("s3", "file", "webdataset"), ("s3", "s3", "parquet")],
+)
+def test_a_round_trip_may_begin_and_end_in_a_bucket(
+    dataset, tmp_path, s3_url, begin, end, layout
+):
+    places = {"file": f"{tmp_path}/there", "s3": f"{s3_url}/{uuid.uuid4().hex}"}
+    ours, out = (Store(f"{places[side]}/{name}") for side, name in ((begin, "ours"), (end, "out")))
+    for path in dataset.list():
+        ours.write(path, dataset.read(path))
+    done = export_set(ours, out, layout=layout)
+    back = imported(Store(f"{places[begin]}/back"), out)
+    assert done.left_out or contents(back) == contents(dataset)
 
 
 def test_ml_4m_looks_as_the_released_code_reads_it(dataset, tmp_path):

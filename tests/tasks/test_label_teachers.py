@@ -73,7 +73,7 @@ def test_a_teacher_trains_saves_and_loads_as_a_labeler(scenes, tmp_path, kind):
     if kind in ("caption", "det"):
         assert isinstance(value, str if kind == "caption" else dict)
         return
-    assert value.shape[:2] == ((8, 8) if kind == "clip" else (SIZE, SIZE))
+    assert value.shape[:2] == ((8, 8) if kind in ("clip", "dinov2") else (SIZE, SIZE))
     assert np.isfinite(value.astype(np.float32)).all()
 
 

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from tasks.pictures import BadPicture, PicturePolicy, clean
 
@@ -127,3 +127,72 @@ def test_a_text_chunk_that_inflates_without_end_is_refused():
 def test_each_resize_policy_gives_its_size(resize, size):
     policy = PicturePolicy(size=64, resize=resize)
     assert opened(clean(encoded(NOISE, "PNG"), policy)).size == size
+
+
+def swapped_profile() -> bytes:
+    """sRGB with the primaries of red and green exchanged, under another name."""
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for old, new in ((b"rXYZ", b"~XYZ"), (b"gXYZ", b"rXYZ"), (b"~XYZ", b"gXYZ")):
+        data = data.replace(old, new, 1)
+    return data.replace("sRGB".encode("utf-16-be"), "Odds".encode("utf-16-be"))
+
+
+def printer_profile() -> bytes:
+    """A CMYK profile whose cyan ink is red: paper is white, all that holds black is black."""
+    paper, red, black = (255, 128, 128), (138, 208, 195), (0, 128, 128)  # Lab in bytes
+    grid = [black if inks & 1 else red if inks & 8 else paper for inks in range(16)]
+    ramp = bytes(range(256))
+    matrix = b"".join(struct.pack(">i", 65536 * (i % 4 == 0)) for i in range(9))
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + ramp * 4
+    table += bytes(value for entry in grid for value in entry) + ramp * 3
+    head = struct.pack(">I4sI4s4s4s", 128 + 16 + len(table), b"none", 0x02400000, b"prtr", b"CMYK",
+                       b"Lab ")  # fmt: skip
+    head += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    return head.ljust(128, b"\0") + struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
+
+
+def centre(data: bytes, **policy: object) -> tuple[int, ...]:
+    image = opened(clean(data, PicturePolicy(size=64, min_side=8, **policy)))
+    assert not set(image.info) & {"icc_profile", "exif"}
+    return image.convert("RGB").getpixel((image.width // 2, image.height // 2))
+
+
+def close(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    return all(abs(a - b) <= 12 for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize("resize", ["no", "keep_ratio"])
+def test_colours_of_a_profile_are_stored_as_srgb(mode, resize):
+    image = Image.new("RGB", (128, 96), (255, 0, 0)).convert(mode)
+    data = encoded(image, "PNG", icc_profile=swapped_profile())
+    assert close(centre(data, resize=resize), (0, 255, 0))
+    assert close(centre(encoded(image, "PNG"), resize=resize), (255, 0, 0))
+
+
+def test_cmyk_is_read_as_its_profile_says():
+    image = Image.new("CMYK", (128, 96), (255, 0, 0, 0))
+    plain, profiled = (
+        centre(encoded(image, "JPEG", quality=95, icc_profile=profile))
+        for profile in (None, printer_profile())
+    )
+    assert close(plain, (0, 255, 255))
+    assert close(profiled, (255, 0, 0))
+
+
+def test_a_profile_of_srgb_changes_no_pixel():
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = Image.effect_noise((64, 64), 80).convert("RGB")
+    assert clean(encoded(image, "PNG", icc_profile=profile), POLICY) == clean(
+        encoded(image, "PNG"), POLICY
+    )
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [b"no profile", swapped_profile()[:200], printer_profile(), bytes(5 << 20)],
+    ids=["text", "truncated", "of CMYK", "huge"],
+)
+def test_a_broken_profile_or_one_for_other_pictures_is_not_obeyed(profile):
+    image = Image.new("RGB", (128, 96), (255, 0, 0))
+    assert close(centre(encoded(image, "JPEG", quality=95, icc_profile=profile)), (255, 0, 0))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tasks.recipes import RECIPES, Lora, Phase, Source, described, recipe
 
-RELEASED = sorted(set(RECIPES) - {"demo", "demo_long", "speedrun"})
+RELEASED = sorted(set(RECIPES) - {"demo", "demo_12", "demo_long", "speedrun"})
 TOKENS = {"fourm": 500e9, "t2i": 100e9, "sr": 100e9}
 
 
@@ -54,9 +54,27 @@ def test_released_recipes_state_cost_score_and_command(name):
     assert "Command:" in said
 
 
+def test_a_mean_of_the_weights_is_asked_for_by_its_decay_and_makes_another_run():
+    training = recipe("demo", ema=0.999).training
+    assert (training.ema_decay, training.finish_with_ema) == (0.999, True)
+    assert described(recipe("demo", ema=0.999)) != described(recipe("demo"))
+
+
 def test_a_run_of_the_demo_keeps_the_name_it_had_before_recipes_grew():
     digest = hashlib.sha256(json.dumps(described(recipe("demo")), sort_keys=True).encode())
     assert digest.hexdigest()[:12] == "3470b2401c63"
+
+
+def test_twelve_modalities_cost_those_of_4m_7_no_batch():
+    seven, twelve = (recipe(name) for name in ("demo", "demo_12"))
+    shares = []
+    for chosen in (seven, twelve):
+        parts = chosen.mixture.components
+        share = parts[0].weight / sum(part.weight for part in parts)
+        shares.append(share * chosen.training.steps)
+    assert twelve.mixture.components[0] == seven.mixture.components[0]
+    assert twelve.network == seven.network
+    assert shares[1] > 0.9 * shares[0]
 
 
 def test_on_how_much_hardware_a_run_is_computed_does_not_rename_it():

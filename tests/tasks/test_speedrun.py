@@ -105,8 +105,7 @@ def test_a_recipe_must_measure_where_it_logs(store):
 
 def test_the_shipped_entry_can_be_run():
     training = recipe("speedrun").training
-    assert training.eval_every == training.log_every
-    assert training.steps % training.eval_every == 0
+    assert 0 < training.eval_every == training.log_every < training.steps
 
 
 def test_the_board_takes_only_what_is_faster_and_committed(tmp_path, monkeypatch):

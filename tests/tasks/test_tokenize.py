@@ -1,19 +1,25 @@
 """Tokenizers from labels to token shards: trained once, found again, aligned crops, holes kept."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from infra import ui
 from infra.blocks import BlockReader
 from infra.ledger import Ledger, ShardData, Stage
 from infra.shards import hole, sample_key, write_tar
 from infra.store import Store
 from models import modalities
 from models.crops import CropPolicy, crop_box
+from tasks.run_store import read_curve
 from tasks.tokenize import build_work, token_jobs, token_stage, tokenizer_infos
-from tasks.tokenizer_recipes import TextRecipe, tokenizer_recipe
+from tasks.tokenizer_config import TextRecipe
+from tasks.tokenizer_health import histogram_picture, show_health
+from tasks.tokenizer_recipes import tokenizer_recipe
 from tasks.train_tokenizers import TEXT, train_tokenizers
 from tokenizers_vq.sequences import string_to_det
 from tokenizers_vq.text import FILE, TextTokenizer
@@ -95,6 +101,44 @@ def test_trained_tokenizers_state_quality_and_code_usage(dataset):
     assert tokenizer_infos(store, {n: i.path for n, i in infos.items()}) == infos
 
 
+def test_health_is_kept_as_json_as_pictures_and_in_the_curve(dataset):
+    store, _, _, infos = dataset
+    for name in ("rgb", "depth", "clip"):
+        health = store.read_json(f"{infos[name].path}/health.json")
+        assert health["metrics"] == infos[name].metrics
+        assert len(health["histogram"]) == infos[name].vocab_size
+        assert sum(health["histogram"]) % infos[name].num_tokens == 0
+        curve = read_curve(store, f"runs/{infos[name].path}")
+        assert curve[-1].items() >= health["metrics"].items()
+        assert any(point.keys() >= {"reconstruction", "bottleneck"} for point in curve)
+        with Image.open(io.BytesIO(store.read(f"{infos[name].path}/sheet.jpg"))) as sheet:
+            assert sheet.height > 3 * SIZE
+        events = store.list(f"runs/{infos[name].path}/tensorboard")
+        assert any(b"health/codes" in store.read(file) for file in events)
+    assert infos["rgb"].metrics.keys() >= {"psnr", "ssim"}
+
+
+def test_the_artifact_of_a_tokenizer_shows_figures_and_pictures_below_300_kb(dataset):
+    store, _, _, infos = dataset
+    sent = []
+    with ui.relayed(lambda what, arguments: sent.append((what, arguments))):
+        show_health(store, "rgb", infos["rgb"].path)
+    ((what, artifact),) = sent
+    assert (what, artifact["key"]) == ("markdown", "tokenizer-rgb")
+    assert all(f"| {name} |" in artifact["text"] for name in ("psnr", "ssim", "usage"))
+    assert "data:image/jpeg;base64," in artifact["text"]
+    assert len(artifact["text"]) <= 300_000
+
+
+def test_the_histogram_ranks_codes_and_marks_unused_ones():
+    picture = histogram_picture(np.array([0, 9, 1, 0]), 8)
+    blue, red = np.array([60, 110, 190]), np.array([200, 40, 40])
+    heights = (picture == blue).all(2).sum(0)
+    assert heights[0] == heights[1] > heights[2] == heights[3] > 0 == heights[4:].sum()
+    assert (picture[0, 4:] == red).all()
+    assert not (picture[0, :4] == red).all(1).any()
+
+
 def test_a_rerun_finds_every_tokenizer_and_trains_nothing(dataset, monkeypatch):
     store, stages, recipes, infos = dataset
     monkeypatch.setattr("tasks.train_tokenizers.Trainer", None)
@@ -128,6 +172,45 @@ def test_no_labels_and_unknown_modalities_are_refused_before_any_work(dataset):
         tokenizer_recipe("caption")
     with pytest.raises(ValueError, match="needs the depth tokenizer"):
         token_stage("depth", infos["rgb"], POLICY, stages["depth"])
+
+
+def test_ordered_tokens_are_stored_as_few_as_asked_for(dataset):
+    store, stages, _, _ = dataset
+    recipe = {"depth": tokenizer_recipe("depth", **SMALL, registers=8)}
+    info = train_tokenizers(store, stages, recipe, shards=range(SHARDS))["depth"]
+    assert (info.num_tokens, info.ordered, info.length(SIZE)) == (8, True, 8)
+    assert info.metrics.keys() >= {"abs_rel", "abs_rel@1", "abs_rel@4"}
+    whole, few = (token_stage("depth", info, POLICY, stages["depth"], kept=k) for k in (0, 3))
+    assert whole.fingerprint != few.fingerprint
+    tokens = []
+    for stage in (whole, few):
+        data = build_work(store.url, stage, {"precision": "fp32"}).run(0)
+        tokens.append(BlockReader.from_bytes(data.outputs["tok_depth"], "").fixed("crop1"))
+    assert tokens[1][0].shape == (ROWS, 3)
+    assert (tokens[0][0][:, :3] == tokens[1][0]).all()
+    assert (tokens[0][1] == tokens[1][1]).all()
+    with pytest.raises(ValueError, match="depth: 9 tokens of the 1 to 8 there are"):
+        token_stage("depth", info, POLICY, stages["depth"], kept=9)
+
+
+def test_few_tokens_of_a_grid_are_refused(dataset):
+    _, stages, _, infos = dataset
+    with pytest.raises(ValueError, match="the first 4 of 16 tokens on a grid do not decode"):
+        token_stage("depth", infos["depth"], POLICY, stages["depth"], kept=4)
+
+
+def test_pictures_twice_as_large_have_four_times_the_tokens(dataset):
+    store, stages, _, infos = dataset
+    policy = CropPolicy(num_crops=1, size=2 * SIZE)
+    assert infos["rgb"].length(policy.size) == 4 * infos["rgb"].num_tokens
+    assert infos["clip"].length(policy.size) == infos["clip"].num_tokens
+    stage = token_stage("rgb", infos["rgb"], policy, stages["rgb"])
+    data = build_work(store.url, stage, {"precision": "fp32"}).run(0)
+    tokens, valid = BlockReader.from_bytes(data.outputs["tok_rgb"], "").fixed("crop0")
+    assert tokens.shape == (ROWS, 64)
+    assert valid.all()
+    back = load_tokenizer(store, infos["rgb"].path, "fp32").decode_tokens(tokens[:1])
+    assert back[0].shape == (2 * SIZE, 2 * SIZE, 3)
 
 
 @pytest.mark.parametrize("name", ["rgb", "depth", "semseg", "clip"])

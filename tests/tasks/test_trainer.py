@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
+from infra.ray_session import Embedded, ray_session
 from infra.store import Store
+from tasks.distributed import RESULT, STOP, _told, _worker
 from tasks.flops import Load, peak_flops
 from tasks.optim import learning_rate_scale
 from tasks.preemption import Stopped
@@ -204,6 +208,18 @@ def test_rates_of_tokens_and_utilisation_are_points_of_the_curve(tmp_path):
     assert line["mfu"] == pytest.approx(3e6 * line["samples_per_second"] / 8 / peak)
 
 
+def test_tensorboard_gets_every_point_and_what_it_measures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Trainer(Store(str(tmp_path)), "run", Counted(), CONFIG).fit()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"loss", "error", "lr", "grad_norm", "mfu", "samples_per_second",
+            "tokens_per_second", "tokens_per_second/x"} <= set(tags)
+    assert [event.step for event in events.Scalars("lr")] == [2, 4, 6, 8, 10, 12]
+
+
 @pytest.mark.parametrize("field", ["ema_decay", "accumulate", "parallel"])
 def test_settings_of_the_layout_are_checked(field):
     wrong = {"ema_decay": 1.0, "accumulate": 0, "parallel": "zero"}[field]
@@ -229,12 +245,40 @@ def test_sigterm_ends_after_a_checkpoint_and_reaches_the_handler_before(tmp_path
         assert torch.equal(a, b)
 
 
+def test_sigterm_of_the_driver_ends_its_workers_after_a_checkpoint(tmp_path):
+    store, config = Store(str(tmp_path)), dataclasses.replace(CONFIG, checkpoint_seconds=1e6)
+    heard = types.SimpleNamespace(requested=True)
+    with _told(store, "run", heard):
+        deadline = time.monotonic() + 60
+        while not store.exists(f"run/{STOP}"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    with pytest.raises(Stopped):
+        Trainer(store, "run", Regression(), config,
+                asked=lambda: (False, store.exists(f"run/{STOP}"))).fit()
+    assert Checkpoints(store, "run").steps() == [2]
+
+
+def test_a_worker_whose_node_is_about_to_go_keeps_one_checkpoint_at_once(tmp_path, monkeypatch):
+    import ray.train
+
+    context = types.SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    told = iter([None, "soon"])
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: next(told, "soon"),
+                        raising=False)
+    store, config = Store(str(tmp_path)), dataclasses.replace(CONFIG, checkpoint_seconds=1e6)
+    _worker({"store": store, "path": "run", "task": Regression(), "config": config})
+    assert Checkpoints(store, "run").steps() == [4, 12]
+    assert store.read_json(f"run/{RESULT}")["steps"] == 12
+
+
 def test_a_checkpoint_is_written_while_training_goes_on(tmp_path):
     """A store that takes long to write delays no step but that of the next checkpoint."""
     class Slow(Store):
         def write(self, path: str, data: bytes) -> None:
             if path.endswith("model.safetensors"):
-                assert free.wait(30)
+                assert free.wait(600)
             super().write(path, data)
 
     free, store = threading.Event(), Slow(str(tmp_path))
@@ -285,23 +329,17 @@ def test_weights_and_biases_gets_the_curve_or_is_asked_for_by_name(tmp_path, mon
 
 
 @pytest.mark.slow
-def test_two_gloo_workers_train_what_one_process_trains(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    import ray
-
+def test_two_gloo_workers_train_what_one_process_trains(tmp_path):
     from tasks.distributed import fit_distributed
 
     store = Store(str(tmp_path))
     config = dataclasses.replace(CONFIG, steps=4, log_every=1)
     seen: list[tuple[int, int]] = []
-    ray.init(num_cpus=3, include_dashboard=False, _node_ip_address="127.0.0.1")
-    try:
+    with ray_session(Embedded(num_cpus=3)):
         result = fit_distributed(
             store, "two", Linear(), config, num_workers=2,
             on_progress=lambda step, steps, metrics: seen.append((step, steps)),
         )
-    finally:
-        ray.shutdown()
     assert result.steps == 4
     # What the workers log reaches the process that shows it, the last point by its end at least.
     assert seen == sorted(seen)
@@ -338,22 +376,83 @@ class Mortal(Linear):
 
 @pytest.mark.slow
 @pytest.mark.chaos
-def test_a_killed_worker_is_restarted_and_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    import ray
-
+def test_a_killed_worker_is_restarted_and_goes_on_from_a_checkpoint(tmp_path):
     from tasks.distributed import fit_distributed
 
     store = Store(str(tmp_path))
     config = dataclasses.replace(CONFIG, steps=8, log_every=1)
-    ray.init(num_cpus=3, include_dashboard=False, _node_ip_address="127.0.0.1")
-    try:
+    with ray_session(Embedded(num_cpus=3)):
         result = fit_distributed(store, "run", Mortal(store), config, num_workers=2)
-    finally:
-        ray.shutdown()
     assert store.exists("killed")
     assert result.steps == 8
     one = Trainer(store, "one", Linear(), config).fit().model.state_dict()
     kept, _ = Checkpoints(store, "run").newest()
     for name, value in kept["model"].items():
         assert torch.allclose(value, one[name], atol=1e-6)
+
+
+class Fatal(Linear):
+    """Kills, once and at step 5, the process whose id `victim` holds in the store."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self.store = store
+
+    def batch(self, step: int, rank: int, world: int) -> torch.Tensor:
+        if step == 5 and rank == 0:
+            while not Checkpoints(self.store, "run").steps():
+                time.sleep(0.05)
+            if self.store.create("killed", b""):
+                os.kill(int(self.store.read("victim")), signal.SIGKILL)
+                time.sleep(600)
+        return super().batch(step, rank, world)
+
+
+SHORT = dataclasses.replace(CONFIG, steps=8, log_every=1)
+
+
+def _alone(root: str) -> None:
+    store = Store(root)
+    store.write("victim", str(os.getpid()).encode())
+    Trainer(store, "run", Fatal(store), SHORT).fit()
+
+
+def _drive(root: str) -> None:
+    from tasks.distributed import fit_distributed
+
+    store = Store(root)
+    store.write("victim", str(os.getpid()).encode())
+    with ray_session(Embedded(num_cpus=3)):
+        fit_distributed(store, "run", Fatal(store), SHORT, num_workers=2)
+
+
+def _killed(target: Callable[[str], None], root: str) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=target, args=(root,))
+    process.start()
+    process.join(600)
+    assert process.exitcode == -signal.SIGKILL
+    assert 0 < Checkpoints(Store(root), "run").steps()[-1] <= 5
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+def test_a_training_that_was_killed_with_its_process_ends_in_the_same_bits(tmp_path):
+    store = Store(str(tmp_path))
+    _killed(_alone, str(tmp_path))
+    resumed = Trainer(store, "run", Fatal(store), SHORT).fit().model.state_dict()
+    whole = Trainer(store, "whole", Linear(), SHORT).fit().model.state_dict()
+    for name, value in whole.items():
+        assert torch.equal(resumed[name], value)
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+def test_after_its_driver_was_killed_a_training_goes_on_with_another_number_of_workers(tmp_path):
+    """The same samples: two workers, then one, train what one process does without a break."""
+    store = Store(str(tmp_path))
+    _killed(_drive, str(tmp_path))
+    resumed = Trainer(store, "run", Fatal(store), SHORT).fit()
+    assert resumed.steps == 8
+    whole = Trainer(store, "whole", Linear(), SHORT).fit().model.state_dict()
+    for name, value in resumed.model.state_dict().items():
+        assert torch.allclose(value, whole[name], atol=1e-6)

@@ -12,17 +12,31 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from infra.manifest import load_manifest
 from infra.store import Store
+from models.fourm.checkpoint import load_stored
 from models.fourm.model import FourM
+from tasks.finetune import modality_of
+from tasks.frozen import held_rows, hold_rows
 from tasks.parallel import blocks, restore_forwards, spread
 from tasks.run_store import Checkpoints
 from tasks.task import Task
+from tasks.train import FourMTask, train_fourm
 from tasks.train_config import TrainConfig
 from tasks.trainer import Trainer
+from tests.models.token_set import make_set
+from tests.tasks.test_finetune import BASE, MORE, released
 
 CONFIG = TrainConfig(
     steps=6, batch_size=8, lr=1e-2, warmup_steps=2, precision="fp32", log_every=1,
     checkpoint_seconds=0.0, parallel="fsdp", ema_decay=0.9, accumulate=2, recompute=True,
+)
+
+# Rows of shared tables and whole tensors stay; the rest is trained, sharded, and averaged.
+FROZEN = dataclasses.replace(
+    MORE, freeze=("encoder.*", "*.caption.*", "*_embeddings.tok_rgb@32.*"),
+    training=dataclasses.replace(BASE.training, parallel="fsdp", ema_decay=0.5,
+                                 finish_with_ema=True, weight_decay=0.5),
 )
 
 
@@ -91,12 +105,15 @@ def _work(rank: int, root: str) -> None:
             assert task.die_at
     half = dataclasses.replace(CONFIG, precision="bf16", steps=2)
     Trainer(store, "half", Fit(), half, rank=rank, world=2).fit()
+    task = FourMTask(store, load_manifest(store, "set"), FROZEN)
+    Trainer(store, "frozen", task, FROZEN.training, rank=rank, world=2).fit()
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Store:
     root = tmp_path_factory.mktemp("sharded")
+    train_fourm(*make_set(str(root)), BASE, run="base")
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_work, args=(rank, str(root))) for rank in range(2)]
     for worker in workers:
@@ -146,6 +163,39 @@ def test_bf16_shards_keep_fp32_weights(trained):
     tensors, _ = Checkpoints(trained, "half").newest()
     assert {value.dtype for value in tensors["model"].values()} == {torch.float32}
     assert all(torch.isfinite(value).all() for value in tensors["model"].values())
+
+
+@pytest.mark.slow
+def test_frozen_rows_of_sharded_tables_stay_bit_for_bit_while_others_learn(trained, tmp_path):
+    task = FourMTask(trained, load_manifest(trained, "set"), FROZEN)
+    model = task.build_model()
+    model.load_state_dict(Checkpoints(trained, "frozen").newest()[0]["model"], strict=False)
+    before, after = released(load_stored(trained, "runs/base/model")), released(model)
+    moved = set()
+    for name, value in before.items():
+        if name.startswith("encoder.") or modality_of(name) in ("caption", "tok_rgb@32"):
+            assert torch.equal(after[name], value), name
+        elif not torch.equal(after[name], value):
+            moved.add(name)
+    assert {"decoder.0.mlp.fc1.weight", "decoder_norm.weight"} <= moved
+    alone = Trainer(Store(str(tmp_path)), "one", task, dataclasses.replace(
+        FROZEN.training, parallel="ddp", accumulate=2)).fit().model
+    for name, value in released(alone).items():
+        assert torch.allclose(after[name], value, atol=2e-3), name
+
+
+def test_held_rows_outlast_gradients_that_are_not_finite_and_updates():
+    model = nn.Linear(3, 5)
+    hold_rows(model, "weight", torch.tensor([1, 4]))
+    before, (held,) = model.weight.detach().clone(), held_rows(model)
+    model.weight.grad = torch.full_like(model.weight, float("nan"))
+    held.clear_gradient()
+    assert torch.isfinite(model.weight.grad).all(1).tolist() == [False, True, False, False, True]
+    with torch.no_grad():
+        model.weight += 1
+    held.put_back()
+    moved = (model.weight != before).all(1)
+    assert moved.tolist() == [True, False, True, True, False]
 
 
 def test_blocks_are_the_outermost_members_of_module_lists():

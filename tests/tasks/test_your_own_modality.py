@@ -22,7 +22,8 @@ from infra.store import Store
 from models import modalities
 from models.labelers import kinds, preset
 from pipelines.params import IngestOptions, LabelOptions, TokenizeOptions, TokenizerOptions
-from tasks.chain import Chain, check, remember, remember_tokenizers
+from tasks.chain import Chain, remember, remember_tokenizers
+from tasks.checks import check
 from tasks.fetch import make_plan
 from tasks.label import label_jobs
 from tasks.publish import publish_tokens
@@ -91,6 +92,7 @@ def test_a_modality_of_one_file_goes_through_labelling_tokenizing_and_publishing
 ) -> None:
     store = ingested(tmp_path)
     assert package in kinds()
+    assert package in LabelOptions.model_json_schema()["properties"]["labelers"]["items"]["enum"]
     for name in ("modern", "scenes", "released"):
         assert preset(name)[package].outputs == (package,)
 

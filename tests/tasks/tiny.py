@@ -36,7 +36,18 @@ class Coarse:
         return list(grid.astype(np.float32))
 
 
-def network(text: TextTokenizer) -> FourM:
+class Codes:
+    """A tokenizer of vectors in -1..1: a code a number, 16 steps."""
+
+    def encode_values(self, values: list[np.ndarray]) -> np.ndarray:
+        return np.clip((np.stack(values) + 1) / 2 * 15, 0, 15).round().astype(np.uint16)
+
+    def decode_tokens(self, tokens: np.ndarray) -> list[np.ndarray]:
+        return list((np.asarray(tokens) / 15 * 2 - 1).astype(np.float32))
+
+
+def network(text: TextTokenizer, vector: int = 0) -> FourM:
+    """With `vector` above 0 also of vectors "dinov2_global" of so many numbers."""
     grids = [
         ModalitySpec(name=f"tok_{name}@{SIDE}", kind="img", max_tokens=GRID**2, vocab_size=16)
         for name in ("rgb", "depth", "normal", "semseg")
@@ -48,7 +59,12 @@ def network(text: TextTokenizer) -> FourM:
     pixels = ModalitySpec(
         name=f"rgb@{SIDE}", kind="pixels", max_tokens=GRID**2, patch_size=16, is_target=False
     )
+    vectors = [
+        ModalitySpec(name="tok_dinov2_global", kind="img", max_tokens=vector, vocab_size=16,
+                     learned_positions=True)
+    ] if vector else []  # fmt: skip
     config = FourMConfig(
-        modalities=(pixels, *grids, *words), dim=32, encoder_depth=1, decoder_depth=1, num_heads=2
+        modalities=(pixels, *grids, *words, *vectors), dim=32, encoder_depth=1,
+        decoder_depth=1, num_heads=2,
     )
     return FourM(config).eval()

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from tokenizers_vq.codec import ValueCodec, feature_statistics
-from tokenizers_vq.losses import LOSSES
-from tokenizers_vq.quality import reconstruction_quality
+from tokenizers_vq.losses import LOSSES, perceptual_network
+from tokenizers_vq.quality import picture_quality, reconstruction_quality
 from tokenizers_vq.quantizers import FiniteScalar, Whitening, code_statistics
 from tokenizers_vq.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from tokenizers_vq.vqvae import VQVAE, VQConfig, attention, sincos_positions
@@ -192,3 +192,40 @@ def test_quality_of_hand_made_values():
     assert reconstruction_quality("semseg", [pred], [true]) == {"miou": 1.0}
     white = np.full((2, 2, 3), 255, np.uint8)
     assert reconstruction_quality("rgb", [white * 0], [white]) == {"psnr": pytest.approx(0)}
+
+
+def test_codes_that_are_used_unequally_cost_and_the_loss_moves_latents_apart():
+    quantizer = FiniteScalar(2, (5, 5), spread=0.5).train()
+    steps = torch.linspace(-1, 1, 5)
+    even = torch.cartesian_prod(steps, steps)
+    assert quantizer._unevenness(even) < 0.05
+    alike = torch.zeros(25, 2, requires_grad=True)
+    cost = quantizer._unevenness(alike)
+    assert cost > 0.9
+    (slope,) = torch.autograd.grad(quantizer._unevenness(alike + 0.1 * even), alike)
+    assert slope.abs().sum() > 0
+    assert quantizer(torch.randn(2, 8, 2)).loss > 0
+    assert quantizer.eval()(torch.randn(2, 8, 2)).loss == 0
+    assert "spread" not in config("rgb").to_dict()
+    assert config("rgb", spread=0.1).to_dict()["spread"] == 0.1
+
+
+def test_equal_pictures_are_alike_in_every_figure():
+    class Mean(torch.nn.Linear):
+        def forward(self, pred, target):
+            return (pred - target).abs().mean()
+
+    given = [RNG.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8) for _ in range(40)]
+    same = picture_quality(given, given, Mean(1, 1))
+    assert same["ssim"] == pytest.approx(1)
+    assert same["perceptual"] == 0
+    other = picture_quality(given[::-1], given, Mean(1, 1))
+    assert other["ssim"] < 0.5
+    assert other["perceptual"] > 0.1
+    edges = [picture[:, :, 0] for picture in given]
+    assert picture_quality(edges, edges)["ssim"] == pytest.approx(1)
+
+
+def test_lpips_has_three_networks():
+    with pytest.raises(ValueError, match="lpips:alex, lpips:vgg or lpips:squeeze"):
+        perceptual_network("lpips:resnet")

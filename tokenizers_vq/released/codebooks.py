@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizers_vq.quantizers import Quantized
+from tokenizers_vq.quantizers import Quantized, full_precision
 
 
 class _Codes(nn.Module):
@@ -58,7 +58,7 @@ class MovingCodebook(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantises [B, D, h, w]; in training the codebook moves and gradients pass through."""
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             z = z.float()
             z = F.normalize(z, dim=1) if self.norm_latents else z
             flat = z.movedim(1, -1).flatten(0, -2)
@@ -130,7 +130,7 @@ class Memcodes(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantises [B, D, h, w]; tokens are [B, K, h, w]."""
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             parts = z.float().unflatten(1, (self.heads, -1))
             scale = parts.shape[2] ** -0.5
             logits = torch.einsum("bkdhw,kvd->bkhwv", parts * scale, self.to_k(self.codes))

@@ -18,6 +18,10 @@ from tokenizers_vq.released.codebooks import Memcodes, MovingCodebook
 from tokenizers_vq.released.unet import PatchedUNet
 from tokenizers_vq.released.uvit import UViT
 from tokenizers_vq.released.vit import BottleneckMLP, ViTDecoder, ViTEncoder
+from tokenizers_vq.vqvae import take_encoder
+
+_DECODING = ("decoder.", "post_quant_proj.")
+"""Parameters that stand behind the codes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,8 @@ class ReleasedVQ(nn.Module):
         diffusion: What a `PatchedUNet` or `UViT` decoder was trained for.
     """
 
+    frozen = False
+
     def __init__(
         self, shape: ReleasedShape, *, encoder: ViTEncoder | BottleneckMLP,
         quantize: MovingCodebook | Memcodes, latent: int, features: tuple[int, int],
@@ -121,10 +127,38 @@ class ReleasedVQ(nn.Module):
         """Values or class ids to tokens int64 [B, h, w], or [B, K, h, w] of memcodes."""
         return self.quantize(self.latents(x)).tokens
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
-        """Values to their reconstruction (logits for classes) and codes; not for DiVAE."""
+    def forward(
+        self, x: Tensor, noise: Tensor | None = None, t: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> tuple[Tensor, Quantized]:
+        """Values to their reconstruction (logits for classes) and codes.
+
+        A diffusion decoder answers to x_t instead of x, made of `noise` [B, C, H, W] at steps
+        `t` [B] with the codes not shown where `hidden` [B, h, w].
+        """
         quantized = self.quantize(self.latents(x))
-        return self._plain(quantized.latents), quantized
+        if self.diffusion is None:
+            return self._plain(quantized.latents), quantized
+        assert noise is not None
+        assert t is not None
+        xt = self.diffusion.noisy(x, noise, t)
+        return self.denoise(xt, t, quantized.latents, hidden), quantized
+
+    def take_encoder(self, source: nn.Module) -> None:
+        """Takes over everything up to the codes from a trained network, and freezes it.
+
+        Raises:
+            ValueError: if the two differ in more than their decoders.
+        """
+        take_encoder(self, source, _DECODING)
+        self.frozen = True
+
+    def train(self, mode: bool = True) -> ReleasedVQ:
+        """A frozen bottleneck keeps its codes in training, too."""
+        super().train(mode)
+        if self.frozen:
+            self.quantize.eval()
+        return self
 
     def denoise(
         self, xt: Tensor, t: Tensor, latents: Tensor, hidden: Tensor | None = None

@@ -210,14 +210,7 @@ class UViT(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, condition: Tensor, hidden: Tensor | None = None
     ) -> Tensor:
-        """One denoising call.
-
-        Args:
-            x: x_t [B, C, H, W].
-            t: Steps int64 [B].
-            condition: [B, D, h, w].
-            hidden: bool [B, h, w], True where the condition is not shown.
-        """
+        """One denoising call; the arguments are those of `PatchedUNet`."""
         emb = self.time_embedding(time_features(t, self.width))
         x = self.conv_in(x)
         skips = [x]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizers_vq.quantizers import full_precision
 from tokenizers_vq.released.layers import EPS, Block, Mlp, add_positions, to_grid, to_tokens
 
 
@@ -44,7 +45,7 @@ class ViTEncoder(nn.Module):
             x = block(x)
         if hasattr(self, "post_mlp"):
             # In full precision: what follows chooses a code.
-            with torch.autocast(x.device.type, enabled=False):
+            with full_precision(x):
                 x = x.float()
                 x = x + self.post_mlp(self.norm_mlp(x))
         return to_grid(x, height, breadth)

@@ -9,8 +9,15 @@ for the text may come from a model: what is no complete, upright box is passed o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tokenizers_vq.sequences.words import AXES
+
+if TYPE_CHECKING:
+    from tokenizers_vq.text import TextTokenizer
 
 MIN_SCORE = 0.6
 """Detections below this confidence are not written."""
@@ -60,3 +67,29 @@ def string_to_det(text: str, *, bins: int = 1000) -> dict[str, Any]:
         if box[2] >= box[0] and box[3] >= box[1]:
             instances.append({"box": box, "class_name": match.group(5).strip(), "score": 1.0})
     return {"instances": instances}
+
+
+def read_boxes(
+    ids: Sequence[int], confidence: Sequence[float] | np.ndarray, text: TextTokenizer
+) -> list[dict[str, Any]]:
+    """Boxes in a token sequence, each scored by the geometric mean of its tokens' confidence.
+
+    What is no complete, upright box is passed over.
+    """
+    first, bins = text.coordinate_id(0, 0), text.bins
+    axis = [(i - first) // bins if first <= i < first + AXES * bins else -1 for i in ids]
+    boxes = []
+    for start in range(len(ids) - AXES):
+        end = start + AXES
+        if axis[start:end] != list(range(AXES)):
+            continue
+        stop = end
+        while stop < len(ids) and axis[stop] < 0:
+            stop += 1
+        box = [(ids[start + k] - first - k * bins) / (bins - 1) for k in range(AXES)]
+        if stop == end or box[2] < box[0] or box[3] < box[1]:
+            continue
+        score = float(np.exp(np.mean(np.log(np.maximum(confidence[start:stop], 1e-9)))))
+        name = text.decode(ids[end:stop]).strip()
+        boxes.append({"box": box, "class_name": name, "score": score})
+    return boxes

@@ -3,7 +3,8 @@
     point v0={y} v1={x} none
     point v0={y} v1={x} polygon v0={xmin} v1={ymin} v2={xmax} v3={ymax} + 16 codes ...
 
-Coordinates are whole pixels of the crop; codes are those of the mask tokenizer, 0..1023.
+Coordinates are whole pixels of the crop, scaled where there are fewer bins than pixels; codes are
+those of the mask tokenizer, 0..1023 (fewer with few bins).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers_vq.sequences.words import (
+    BINS,
     Word,
     code_word,
     number,
@@ -25,7 +27,13 @@ CODES = 16
 Point = Sequence[float]
 
 
-def sam_to_string(instances: Sequence[Mapping[str, Any]], points: Sequence[Point]) -> str:
+def sam_to_string(
+    instances: Sequence[Mapping[str, Any]],
+    points: Sequence[Point],
+    *,
+    bins: int = BINS,
+    scale: tuple[float, float] = (1.0, 1.0),
+) -> str:
     """Writes what lies at some points, in the order given.
 
     Args:
@@ -33,27 +41,31 @@ def sam_to_string(instances: Sequence[Mapping[str, Any]], points: Sequence[Point
             outline `"polygon": [[x, y], ...]`, whose border counts as inside, or its `"mask"`
             [h, w], which covers the box. One that several points hit is written several times.
         points: (x, y) in px.
+        bins: Numbers that a coordinate word can hold.
+        scale: What x and y are multiplied with to become such numbers.
 
     Raises:
         ValueError: if an instance has another number of codes, or one out of range.
     """
     parts = []
     for x, y in points:
-        parts.append(f"point {number(0, y)} {number(1, x)}")
-        hit = [_polygon(each) for each in instances if _inside(each, x, y)]
+        place = number(0, y * scale[1], bins), number(1, x * scale[0], bins)
+        parts.append(" ".join(["point", *place]))
+        hit = [_polygon(each, bins, scale) for each in instances if inside(each, x, y)]
         parts += hit or ["none"]
     return " ".join(parts)
 
 
-def _polygon(instance: Mapping[str, Any]) -> str:
+def _polygon(instance: Mapping[str, Any], bins: int, scale: tuple[float, float]) -> str:
     codes = instance["codes"]
     if len(codes) != CODES:
         raise ValueError(f"{len(codes)} codes: an instance has {CODES}")
-    box = (number(axis, x) for axis, x in enumerate(instance["box"]))
-    return " ".join(["polygon", *box, *(code_word(int(code)) for code in codes)])
+    box = (number(axis, x * scale[axis % 2], bins) for axis, x in enumerate(instance["box"]))
+    return " ".join(["polygon", *box, *(code_word(int(code), bins) for code in codes)])
 
 
-def _inside(instance: Mapping[str, Any], x: float, y: float) -> bool:
+def inside(instance: Mapping[str, Any], x: float, y: float) -> bool:
+    """Whether a point in px lies in the outline or the mask of an instance."""
     if "polygon" in instance:
         return contains(instance["polygon"], x, y)
     column, row = int(x - instance["box"][0]), int(y - instance["box"][1])
@@ -73,7 +85,7 @@ def contains(polygon: Sequence[Point], x: float, y: float) -> bool:
     return inside
 
 
-def string_to_sam(text: str) -> list[dict[str, Any]]:
+def string_to_sam(text: str, *, bins: int = BINS) -> list[dict[str, Any]]:
     """Reads query points with their instances.
 
     Returns:
@@ -91,15 +103,15 @@ def string_to_sam(text: str) -> list[dict[str, Any]]:
             if place is not None:
                 found.append({"point": [place[1], place[0]], "instances": instances})
         elif word.text == "polygon":
-            instance = _read_instance(words, i + 1)
+            instance = _read_instance(words, i + 1, bins)
             if instance is not None:
                 instances.append(instance)
     return found
 
 
-def _read_instance(words: Sequence[Word], start: int) -> dict[str, Any] | None:
+def _read_instance(words: Sequence[Word], start: int, bins: int) -> dict[str, Any] | None:
     box = numbers(words, start, (0, 1, 2, 3))
-    codes = read_codes(run(words, start + 4, CODES), CODES)
+    codes = read_codes(run(words, start + 4, CODES), CODES, bins)
     if box is None or codes is None or box[2] < box[0] or box[3] < box[1]:
         return None
     return {"box": box, "codes": codes}

@@ -20,13 +20,14 @@ MIN_SCORE = 0.3
 
 
 def keypoints_to_string(
-    humans: Iterable[Mapping[str, Any]], *, min_score: float = MIN_SCORE
+    humans: Iterable[Mapping[str, Any]], *, bins: int = BINS, min_score: float = MIN_SCORE
 ) -> str:
     """Writes people in the given order.
 
     Args:
         humans: `{"box": [xmin, ymin, xmax, ymax], "keypoints": 17 x [x, y, score]}` each, in 0..1
             of the crop; a keypoint outside of it counts as not seen.
+        bins: Levels per axis.
         min_score: Least confidence of a keypoint that is written.
 
     Raises:
@@ -36,19 +37,19 @@ def keypoints_to_string(
     for human in humans:
         if len(human["keypoints"]) != KEYPOINTS:
             raise ValueError(f"{len(human['keypoints'])} keypoints: a person has {KEYPOINTS}")
-        words = (_word(keypoint, min_score) for keypoint in human["keypoints"])
-        lines.append(" ".join(["human", box_words(human["box"]), "pose", *words]))
+        words = (_word(keypoint, bins, min_score) for keypoint in human["keypoints"])
+        lines.append(" ".join(["human", box_words(human["box"], bins), "pose", *words]))
     return " ".join(lines) or "none"
 
 
-def _word(keypoint: Sequence[float], min_score: float) -> str:
+def _word(keypoint: Sequence[float], bins: int, min_score: float) -> str:
     x, y, score = keypoint
     if score < min_score or not (0 <= x <= 1 and 0 <= y <= 1):
         return "none"
-    return f"{number(0, x * (BINS - 1))} {number(1, y * (BINS - 1))}"
+    return f"{number(0, x * (bins - 1), bins)} {number(1, y * (bins - 1), bins)}"
 
 
-def string_to_keypoints(text: str) -> list[dict[str, Any]]:
+def string_to_keypoints(text: str, *, bins: int = BINS) -> list[dict[str, Any]]:
     """Reads people; one without an upright box or with missing keypoints is passed over.
 
     Returns:
@@ -60,17 +61,17 @@ def string_to_keypoints(text: str) -> list[dict[str, Any]]:
         box = numbers(words, start + 1, (0, 1, 2, 3)) if word.text == "human" else None
         if box is None or box[2] < box[0] or box[3] < box[1]:
             continue
-        keypoints = _read(words, start + 5)
+        keypoints = _read(words, start + 5, bins)
         if keypoints is not None:
-            humans.append({"box": _shares(box), "score": 1.0, "keypoints": keypoints})
+            humans.append({"box": _shares(box, bins), "score": 1.0, "keypoints": keypoints})
     return humans
 
 
-def _shares(found: Iterable[int]) -> list[float]:
-    return [min(x / (BINS - 1), 1.0) for x in found]
+def _shares(found: Iterable[int], bins: int) -> list[float]:
+    return [min(x / (bins - 1), 1.0) for x in found]
 
 
-def _read(words: Sequence[Word], at: int) -> list[list[float]] | None:
+def _read(words: Sequence[Word], at: int, bins: int) -> list[list[float]] | None:
     if at >= len(words) or words[at].text != "pose":
         return None
     at += 1
@@ -78,7 +79,7 @@ def _read(words: Sequence[Word], at: int) -> list[list[float]] | None:
     while len(keypoints) < KEYPOINTS and at < len(words):
         place = numbers(words, at, (0, 1))
         if place is not None:
-            keypoints.append([*_shares(place), 1.0])
+            keypoints.append([*_shares(place, bins), 1.0])
             at += 2
         elif words[at].text == "none":
             keypoints.append([0.0, 0.0, 0.0])

@@ -84,13 +84,14 @@ _NAMES = tuple(FIELDS)
 
 
 def metadata_chunks(
-    metadata: Mapping[str, float], order: Iterable[str] | None = None
+    metadata: Mapping[str, float], order: Iterable[str] | None = None, *, bins: int = BINS
 ) -> list[str]:
     """One text a field, so that masking can take or leave whole fields.
 
     Args:
         metadata: Field to number; fields may be missing.
         order: Names in the order of writing; by default that of `metadata`.
+        bins: Levels that a word can hold; counts beyond them are clipped.
 
     Raises:
         ValueError: if a field is unknown or no finite number.
@@ -103,13 +104,15 @@ def metadata_chunks(
             level = FIELDS[name].level(metadata[name])
         except ValueError as error:
             raise ValueError(f"metadata field {name}: {error}") from None
-        chunks.append(f"v1={_NAMES.index(name)} v0={level}")
+        chunks.append(f"v1={_NAMES.index(name)} v0={min(level, bins - 1)}")
     return chunks
 
 
-def metadata_to_string(metadata: Mapping[str, float], order: Iterable[str] | None = None) -> str:
+def metadata_to_string(
+    metadata: Mapping[str, float], order: Iterable[str] | None = None, *, bins: int = BINS
+) -> str:
     """Writes the chunks of `metadata_chunks` as one text."""
-    return " ".join(metadata_chunks(metadata, order))
+    return " ".join(metadata_chunks(metadata, order, bins=bins))
 
 
 def string_to_metadata(text: str) -> dict[str, float]:

@@ -1,15 +1,19 @@
-"""Colour palettes: v1={n}, then red, green and blue of n colours as v0={0..255} each."""
+"""Colour palettes: v1={n}, then red, green and blue of n colours as v0={0..255} each.
+
+With fewer than 256 bins the levels of a colour are rounded to as many steps.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenizers_vq.sequences.words import read_words, run
+from tokenizers_vq.sequences.words import BINS, read_words, run
 
 MAX_COLORS = 7
+LEVELS = 256
 
 
-def palette_to_string(colors: Sequence[Sequence[int]]) -> str:
+def palette_to_string(colors: Sequence[Sequence[int]], *, bins: int = BINS) -> str:
     """Writes 1 to 7 colours [r, g, b] of 0..255.
 
     Raises:
@@ -20,11 +24,13 @@ def palette_to_string(colors: Sequence[Sequence[int]]) -> str:
     for color in colors:
         if len(color) != 3 or any(not 0 <= part <= 255 for part in color):
             raise ValueError(f"{list(color)} is no colour: use three numbers of 0..255")
-    parts = " ".join(f"v0={int(part)}" for color in colors for part in color)
+    top = min(LEVELS, bins) - 1
+    levels = (round(int(part) * top / (LEVELS - 1)) for color in colors for part in color)
+    parts = " ".join(f"v0={level}" for level in levels)
     return f"v1={len(colors)} {parts}"
 
 
-def string_to_palette(text: str) -> list[list[int]]:
+def string_to_palette(text: str, *, bins: int = BINS) -> list[list[int]]:
     """Reads colours: those that are complete, at most as many as announced."""
     words = read_words(text)
     announced = MAX_COLORS
@@ -33,5 +39,7 @@ def string_to_palette(text: str) -> list[list[int]]:
             announced = min(word.number, MAX_COLORS)
             words = words[start + 1 :]
             break
-    values = [min(word.number, 255) for word in run(words, 0, 3 * announced) if word.axis == 0]
+    top = min(LEVELS, bins) - 1
+    levels = [min(word.number, top) for word in run(words, 0, 3 * announced) if word.axis == 0]
+    values = [round(level * (LEVELS - 1) / top) for level in levels]
     return [values[i : i + 3] for i in range(0, len(values) - 2, 3)]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 BINS = 1000
 """Numbers that a coordinate word can hold in the released vocabulary."""
+AXES = 4
 CODE_STEP = 512
 """Codes from here on are written on the second axis, less this."""
 
@@ -62,19 +63,28 @@ def box_words(box: Iterable[float], bins: int = BINS) -> str:
     return " ".join(number(axis, x * (bins - 1), bins) for axis, x in enumerate(box))
 
 
-def code_word(code: int) -> str:
-    """A code of 0..1023 as a word on one of two axes.
+def most_codes(bins: int = BINS) -> int:
+    """Codes that words can tell apart: 1024 on two axes as released, or all that four axes of
+    fewer bins hold."""
+    return min(2 * CODE_STEP, AXES * min(CODE_STEP, bins))
+
+
+def code_word(code: int, bins: int = BINS) -> str:
+    """A code below `most_codes` as a word: on the first axis those below 512 (or `bins`, where
+    there are fewer), on the next axis the next ones.
 
     Raises:
         ValueError: if the code is outside.
     """
-    if not 0 <= code < 2 * CODE_STEP:
-        raise ValueError(f"code {code} must lie in 0..{2 * CODE_STEP - 1}")
-    return f"v{code // CODE_STEP}={code % CODE_STEP}"
+    if not 0 <= code < most_codes(bins):
+        raise ValueError(f"code {code} must lie in 0..{most_codes(bins) - 1}")
+    step = min(CODE_STEP, bins)
+    return f"v{code // step}={code % step}"
 
 
-def read_codes(words: Sequence[Word], count: int) -> list[int] | None:
+def read_codes(words: Sequence[Word], count: int, bins: int = BINS) -> list[int] | None:
     """The inverse of `code_word` for exactly `count` words; None where they are no codes."""
-    if len(words) != count or any(word.axis not in (0, 1) for word in words):
+    step = min(CODE_STEP, bins)
+    if len(words) != count or any(not 0 <= word.axis * step < most_codes(bins) for word in words):
         return None
-    return [word.axis * CODE_STEP + min(word.number, CODE_STEP - 1) for word in words]
+    return [word.axis * step + min(word.number, step - 1) for word in words]

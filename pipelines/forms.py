@@ -1,0 +1,46 @@
+"""What all forms share: which dataset, and where its work runs."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from infra.ray_session import Embedded, Existing, Job, RayJob, RayTarget
+
+
+class Form(BaseModel):
+    """What all forms share: unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Where(Form):
+    """Which dataset."""
+
+    root: str = Field(
+        "data/dataset", min_length=1, description="Dataset: a folder, or s3://bucket/prefix."
+    )
+
+
+class Compute(Form):
+    """Where the work of a stage runs."""
+
+    ray: RayTarget = Field(
+        Embedded(),
+        description="'embedded' (on this machine), a cluster's address, 'auto', the http:// "
+        "address of a dashboard to run as a job there, or 'rayjob' for a cluster on Kubernetes.",
+    )
+    workers: int | None = Field(
+        None, ge=0, description="Worker processes; none: one for each core or GPU. 0: without Ray."
+    )
+    gpus: float = Field(0, ge=0, description="GPUs that each worker occupies, may be a fraction.")
+
+    @field_validator("ray", mode="before")
+    @classmethod
+    def _words(cls, value: object) -> object:
+        """On the command line an address, or a word, stands for the whole."""
+        if not isinstance(value, str):
+            return value
+        if value.startswith(("http://", "https://")):
+            return Job(address=value)
+        words = {"embedded": Embedded(), "rayjob": RayJob()}
+        return words.get(value) or Existing(address=value)

@@ -1,0 +1,153 @@
+"""What a flow is told, checked before any work starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from infra.store import Store
+from tasks.chain import Chain, labelers, tokenizer_recipes
+
+_UPSTREAM = {
+    "retry": ("ingest",),
+    "label": ("ingest",),
+    "train_tokenizers": ("ingest", "label"),
+    "tokenize": ("ingest", "label", "tokenizers"),
+    "publish": ("ingest", "label", "tokenizers", "tokenize"),
+}
+
+
+def check(flow: str, choices: dict[str, Any]) -> None:
+    """Refuse what cannot work, before any work starts.
+
+    Args:
+        flow: name of the flow, such as "train_tokenizers".
+        choices: its parameters.
+
+    Raises:
+        ValueError: An earlier flow is missing, or a name does not exist; says which there are.
+    """
+    store = Store(choices["root"])
+    chain = Chain(store)
+    for section in _UPSTREAM.get(flow, ()):
+        chain.section(section)
+    if flow == "ingest":
+        _check_source(choices)
+    if flow == "retry":
+        from tasks.plans import check_retry
+
+        check_retry(store)
+    if flow == "import":
+        from tasks.interchange import read_about
+
+        read_about(Store(choices["source"]))
+    if flow == "label":
+        _check_labels(chain, choices)
+    if flow == "train_tokenizers":
+        _check_tokenizers(chain, choices)
+    if flow == "tokenize":
+        for name in choices["modalities"]:
+            known = [*chain.recipes, *chain.text_forms]
+            _one_of("tokenizer of", name, known, "train-tokenizers")
+    if flow == "train":
+        _check_training(store, choices)
+    if flow in ("evaluate", "generate"):
+        from tasks.generate import only_run, runs
+
+        run = choices["run"] or only_run(store)
+        _one_of("trained run", run, runs(store), "train")
+
+
+def _check_labels(chain: Chain, choices: dict[str, Any]) -> None:
+    from models.modalities import is_embedded
+    from tasks.label import label_stages
+
+    specs = labelers(choices)
+    stages = label_stages(specs.values(), chain.fetch)
+    passing = choices.get("one_pass", [])
+    if unknown := sorted(set(passing) - specs.keys()):
+        raise ValueError(f"one_pass names {unknown[0]!r}, which is not among the labelers")
+    for output in (each for name in passing for each in specs[name].outputs):
+        if is_embedded(output):
+            raise ValueError(f"{output} has no tokens, so it must be stored: take its labeler out "
+                             "of one_pass")
+    for name, stage in stages.items():
+        for other in passing:
+            if stages[other] in stage.upstream:
+                raise ValueError(f"{name!r} looks at labels of {other!r}, so these must be "
+                                 "stored: take it out of one_pass")
+    _check_resources(chain, choices)
+
+
+def _check_resources(chain: Chain, choices: dict[str, Any]) -> None:
+    from tasks.label import label_jobs
+
+    groups = [group.split("+") for group in choices["share"]]
+    label_jobs(labelers(choices).values(), chain.fetch, (), groups)
+    alone = {"gpus": None, "workers": None, "accelerator": ""}
+    needs = {
+        name: {each: own[each] for each in alone} for name, own in choices["resources"].items()
+    }
+    for names in groups:
+        first = needs.get(names[0], alone)
+        if other := [name for name in names if needs.get(name, alone) != first]:
+            raise ValueError(
+                f"share={'+'.join(names)!r}: {other[0]!r} has other resources than {names[0]!r}; "
+                "what shares a pass runs in the same workers"
+            )
+    for name, own in needs.items():
+        if own["accelerator"] and not (choices["gpus"] if own["gpus"] is None else own["gpus"]):
+            raise ValueError(f"resources of {name!r}: an accelerator, but no gpus")
+
+
+def _check_source(choices: dict[str, Any]) -> None:
+    """Read the first row of the list: its columns are there, or the error names them."""
+    from infra.sources import Source, detect, read_rows
+
+    source = Source(
+        path=choices["source"],
+        format=choices["format"],
+        url=choices["url_column"],
+        caption=choices["caption_column"],
+        extra=tuple(choices["extra_columns"]),
+    )
+    try:
+        next(read_rows(detect(source), 1), None)
+    except FileNotFoundError:
+        raise ValueError(f"there is nothing at {source.path}") from None
+
+
+def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:
+    from models.modalities import text_form
+
+    recipes = tokenizer_recipes(choices)
+    for name in choices["modalities"]:
+        _one_of("labels for", name, list(chain.sources), "label")
+    bins = choices["coordinate_bins"]
+    for name in chain.sources:
+        form = text_form(name)
+        if form is None or (form.parts is not None and name not in recipes):
+            continue
+        form.check_bins(name, bins)
+        if form.parts is not None:
+            recipes[name].check_codes(name, form.parts.count, form.parts.most(bins))
+
+
+def _check_training(store: Store, choices: dict[str, Any]) -> None:
+    from infra.manifest import manifest_names
+    from tasks.mixture import open_sets
+    from tasks.recipes import recipe
+    from tasks.train import FourMTask, begins
+
+    if not choices["data"]:
+        _one_of("manifest", choices["manifest"], manifest_names(store), "publish")
+    names = ("steps", "batch_size", "seed", "start", "freeze", "lora")
+    chosen = recipe(choices["recipe"], **{name: choices[name] for name in names})
+    sets = open_sets(store, chosen, choices["data"] or choices["manifest"])
+    begins(chosen)
+    FourMTask(store, sets, chosen)
+
+
+def _one_of(what: str, name: str, choices: list[str], flow: str) -> None:
+    if name not in choices:
+        have = f"there are {', '.join(choices)}" if choices else f"`fourm {flow}` makes one"
+        raise ValueError(f"no {what} {name!r}; {have}")
