@@ -176,12 +176,20 @@ class Ledger:
         Written before the work, so that it also counts attempts that kill their worker.
         """
         prefix = f"attempts/{stage.id}/{shard_name(shard)}."
-        number = len(self.store.list(prefix)) + 1
+        number = self.attempts(stage, shard) + 1
         record = {"created": _now(), "writer": uuid.uuid4().hex}
         while not self.store.create_json(f"{prefix}{number}", record):
             # A lost answer is asked for again, and then says that the object, ours, exists.
             if self.store.read_json(f"{prefix}{number}") == record:
                 break
+            number += 1
+        return number
+
+    def attempts(self, stage: Stage, shard: int) -> int:
+        """How often work on a shard has begun."""
+        # Asked one by one: a listing takes as long as the stage has shards, for each of them.
+        number = 0
+        while self.store.exists(f"attempts/{stage.id}/{shard_name(shard)}.{number + 1}"):
             number += 1
         return number
 

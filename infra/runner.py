@@ -22,9 +22,9 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from infra.ledger import Ledger, Stage
@@ -58,6 +58,10 @@ __all__ = [
 
 log = logging.getLogger("fourm.runner")
 
+MAX_BLOCKS = 4096
+"""Blocks of a Ray dataset, each of which costs its driver time and memory. Up to so many units are
+a block each; of more, a worker takes several in a row."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -69,10 +73,14 @@ class Resources:
     num_gpus: float = 0
     threads: int = 1
     """Torch and OpenMP threads a worker. Keep it at num_cpus: more threads than cores are slow."""
+    accelerator: str = ""
+    """Type of accelerator, as Ray names it, of the nodes that workers are placed on; empty: any."""
 
     def __post_init__(self) -> None:
         if self.workers < 0 or self.threads < 1 or self.num_cpus < 0 or self.num_gpus < 0:
             raise ValueError(f"resources must not be negative and threads be at least 1: {self}")
+        if self.accelerator and not self.num_gpus:
+            raise ValueError(f"accelerator {self.accelerator!r} without num_gpus: {self}")
 
 
 @dataclass
@@ -156,26 +164,40 @@ def run_stages(
     """
     ledger = Ledger(store)
     reports: dict[str, StageReport] = {}
-    units: list[dict[str, int]] = []
-    for number, job in enumerate(jobs):
-        todo = ledger.todo(job.stage, job.shards)
-        before = _attempts(store, job.stage) if todo else {}
-        units += [{"job": number, "shard": s, "before": before.get(s, 0)} for s in todo]
+    todo: list[dict[int, int]] = []
+    for job in jobs:
+        left = ledger.todo(job.stage, job.shards)
+        before = _attempts(store, job.stage) if left else {}
+        todo.append({shard: before.get(shard, 0) for shard in left})
         bad = ledger.quarantined(job.stage)
         bad = {shard: bad[shard] for shard in job.shards if shard in bad}
-        skipped = len(job.shards) - len(todo) - len(bad)
+        skipped = len(job.shards) - len(left) - len(bad)
         reports[job.stage.id] = StageReport(skipped=skipped, quarantined=bad)
+    units = list(_units(jobs, todo))
     if not units:
         log.info("nothing to do: every shard of %s is committed or quarantined", list(reports))
         return reports
-    arguments = {"store": store, "jobs": jobs, "threads": resources.threads}
+    # Workers are told their shards one at a time.
+    told = [replace(job, shards=()) for job in jobs]
+    arguments = {"store": store, "jobs": told, "threads": resources.threads}
     if resources.workers == 0:
         rows = _run_here(units, arguments)
     else:
         rows = _run_on_ray(units, arguments, target, resources)
     with closing(rows):
-        _collect(rows, jobs, reports, len(units), on_progress)
+        _collect(rows, jobs, reports, sum(map(len, todo)), on_progress)
     return reports
+
+
+def _units(jobs: list[StageJob], todo: list[dict[int, int]]) -> Iterator[dict[str, Any]]:
+    """The arguments of `UnitRunner.run`: a unit for each shard that jobs which share it lack."""
+    sharing: dict[str, list[int]] = {}
+    for number, job in enumerate(jobs):
+        sharing.setdefault(job.share or f"alone {number}", []).append(number)
+    for members in sharing.values():
+        for shard in dict.fromkeys(shard for job in members for shard in todo[job]):
+            parts = [[job, todo[job][shard]] for job in members if shard in todo[job]]
+            yield {"shard": shard, "parts": json.dumps(parts)}
 
 
 def _attempts(store: Store, stage: Stage) -> Counter[int]:
@@ -229,11 +251,11 @@ def _snapshot(
 
 
 def _run_here(
-    units: list[dict[str, int]], arguments: dict[str, Any]
+    units: list[dict[str, Any]], arguments: dict[str, Any]
 ) -> Generator[UnitStatus, None, None]:
     with as_worker(arguments["threads"], _run_id()), closing(UnitRunner(**arguments)) as runner:
         for unit in units:
-            yield runner.run(**unit)
+            yield from runner.run(**unit)
 
 
 def _run_id() -> str:
@@ -250,7 +272,7 @@ def _run_id() -> str:
 
 
 def _run_on_ray(
-    units: list[dict[str, int]],
+    units: list[dict[str, Any]],
     arguments: dict[str, Any],
     target: RayTarget,
     resources: Resources,
@@ -274,7 +296,7 @@ def _run_on_ray(
 
 
 def _dataset(
-    units: list[dict[str, int]],
+    units: list[dict[str, Any]],
     arguments: dict[str, Any],
     resources: Resources,
     workers: int,
@@ -287,7 +309,7 @@ def _dataset(
     # Units of different stages never overlap: a worker holds the work of one.
     jobs = arguments["jobs"]
     at_once = min(jobs[0].at_once, -(-len(units) // workers)) if len(jobs) == 1 else 1
-    source = ray.data.from_items(units, override_num_blocks=len(units))
+    source = ray.data.from_items(units, override_num_blocks=min(len(units), MAX_BLOCKS))
     context = source.context
     context.enable_progress_bars = False
     # A unit may take hours, and a worker may wait for its GPU.
@@ -306,6 +328,7 @@ def _dataset(
         fn_constructor_kwargs=arguments,
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus or None,
+        **({"accelerator_type": resources.accelerator} if resources.accelerator else {}),
         runtime_env={"env_vars": worker_variables(resources.threads, _run_id())},
     )
 
@@ -313,6 +336,10 @@ def _dataset(
 def _that_fit(wanted: int, resources: Resources, available: dict[str, float]) -> int:
     """Workers that the machine has room for: Ray would wait for the others without end."""
     fit = wanted
+    types = [name.partition(":")[2] for name in available if name.startswith("accelerator_type:")]
+    if resources.accelerator and resources.accelerator not in types:
+        have = ", ".join(types) or "none"
+        raise ValueError(f"Ray has no accelerator {resources.accelerator!r}; it has {have}")
     for name, need in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
         have = available.get(name, 0)
         if need > have:

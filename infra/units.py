@@ -9,16 +9,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from infra.ledger import MAX_ATTEMPTS, Commit, Ledger, ShardData, Stage
 from infra.machine import keep_freed_memory
 from infra.store import Store
 
 log = logging.getLogger("fourm.runner")
+T = TypeVar("T")
 
 RETRY_SECONDS = 1.0
 """Wait before the second attempt of a failed unit; doubled before each further one."""
@@ -34,7 +35,9 @@ class SystemicFailure(RuntimeError):
 class Work(Protocol):
     """The work of one stage, built once per worker: holds networks, connections, caches.
 
-    An optional `close(self) -> None` is called before another stage's work is built.
+    An optional `close(self) -> None` is called before another stage's work is built. Works whose
+    jobs may `share` a pass have `run_with(self, others, shard) -> list[ShardData]` too: one pass
+    over a shard for itself and other works of its class, each with the bytes it makes alone.
     """
 
     def run(self, shard: int) -> ShardData:
@@ -55,6 +58,9 @@ class StageJob:
     at_once: int = 1
     """Shards that a worker may have under way at once: more where a unit mostly waits. The work's
     `run` is then called from several threads."""
+    share: str = ""
+    """Jobs of one name here do each shard in one pass, as far as it is to do for several of them;
+    their works are held at once. Empty: alone."""
 
 
 State = Literal["committed", "quarantined", "aborted"]
@@ -85,45 +91,87 @@ class UnitRunner:
     def __init__(self, store: Store, jobs: list[StageJob], threads: int) -> None:
         self._store, self._jobs, self._threads = store, jobs, threads
         self._ledger = Ledger(store)
-        self._current: int | None = None
-        self._work: Work | None = None
+        self._works: dict[int, Work] = {}
         self._halt = ""
         self._building = threading.Lock()
         keep_freed_memory()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Ray Data's side: a batch of one unit in, its status row out."""
-        unit = {name: int(column[0]) for name, column in batch.items()}
-        return {name: [value] for name, value in vars(self.run(**unit)).items()}
+        """Ray Data's side: a batch of one unit in, its status rows out."""
+        rows = [vars(row) for row in self.run(int(batch["shard"][0]), str(batch["parts"][0]))]
+        return {name: [row[name] for row in rows] for name in rows[0]}
 
     def __del__(self) -> None:
         self.close()
 
     def close(self) -> None:
-        """Let go of the current work."""
-        close = getattr(self._work, "close", None)
-        self._work, self._current = None, None
-        if close is not None:
-            close()
+        """Let go of the current works."""
+        works, self._works = self._works, {}
+        for work in works.values():
+            close = getattr(work, "close", None)
+            if close is not None:
+                close()
 
-    def run(self, job: int, shard: int, before: int) -> UnitStatus:
-        """Bring one unit to its end.
+    def run(self, shard: int, parts: str) -> list[UnitStatus]:
+        """Bring one unit to its end; a status for each of its parts.
 
         Args:
-            job: position in jobs.
             shard: shard number.
-            before: attempts made by earlier runs.
+            parts: JSON: for each stage that shares the unit the position of its job, and the
+                attempts made by earlier runs.
         """
+        stages: list[tuple[int, int]] = [(job, before) for job, before in json.loads(parts)]
+        done = self._guarded(stages[0][0], shard, lambda: self._together(shard, stages))
+        if not isinstance(done, dict):
+            return [done]
+        return [
+            done.get(job)
+            or self._guarded(job, shard, lambda job=job, n=n: self._attempt(job, shard, n))
+            for job, n in stages
+        ]
+
+    def _guarded(self, job: int, shard: int, call: Callable[[], T]) -> T | UnitStatus:
         try:
             if self._halt:
                 raise SystemicFailure(self._halt)
-            return self._attempt(job, shard, before)
+            return call()
         except (SystemicFailure, OSError) as failure:
             # What a work raises is dealt with already: an OSError is the store's.
             name = "" if isinstance(failure, SystemicFailure) else f"{type(failure).__name__}: "
             self._halt = self._halt or f"{self._jobs[job].stage.name}: {name}{failure}"
             log.error("shard %d aborts the run: %s", shard, self._halt)
             return UnitStatus(job, shard, "aborted", reason=self._halt)
+
+    def _together(self, shard: int, stages: list[tuple[int, int]]) -> dict[int, UnitStatus]:
+        """One pass for several stages, once: what it does not commit, each of them tries alone."""
+        jobs = [job for job, _ in stages]
+        if len(jobs) == 1 or any(
+            self._ledger.attempts(self._jobs[job].stage, shard) > before for job, before in stages
+        ):
+            return {}
+        for job in jobs:
+            self._ledger.attempt(self._jobs[job].stage, shard)
+        try:
+            first, *others = self._works_of(jobs)
+            made: list[ShardData] = first.run_with(others, shard)  # type: ignore[attr-defined]
+        except SystemicFailure:
+            raise
+        except Exception:
+            names = ", ".join(self._jobs[job].stage.name for job in jobs)
+            log.exception("shard %d in one pass for %s; now each alone", shard, names)
+            return {}
+        done = {}
+        for job, data in zip(jobs, made, strict=True):
+            try:
+                done[job] = self._commit(job, shard, data)
+            except ValueError:
+                log.exception("%s shard %d; now alone", self._jobs[job].stage.name, shard)
+        return done
+
+    def _commit(self, job: int, shard: int, data: ShardData) -> UnitStatus:
+        stage = self._jobs[job].stage
+        upstream = self._upstream(stage, shard)
+        return _committed(job, self._ledger.commit(stage, shard, data, upstream_commits=upstream))
 
     def _attempt(self, job: int, shard: int, before: int) -> UnitStatus:
         stage = self._jobs[job].stage
@@ -138,7 +186,7 @@ class UnitRunner:
                 self._ledger.quarantine(stage, shard, reason)
                 return UnitStatus(job, shard, "quarantined", reason=reason)
             try:
-                data = self._work_of(job).run(shard)
+                data = self._works_of([job])[0].run(shard)
             except SystemicFailure:
                 raise
             except Exception as error:
@@ -146,14 +194,11 @@ class UnitRunner:
                 reason = f"{type(error).__name__}: {error}"
                 time.sleep(RETRY_SECONDS * 2 ** (number - 1) if number < MAX_ATTEMPTS else 0)
                 continue
-            upstream = self._upstream(stage, shard)
             try:
-                commit = self._ledger.commit(stage, shard, data, upstream_commits=upstream)
+                return self._commit(job, shard, data)
             except ValueError as error:
                 # The work handed over outputs that do not agree; a failing store raises otherwise.
                 reason = f"{type(error).__name__}: {error}"
-                continue
-            return _committed(job, commit)
 
     def _upstream(self, stage: Stage, shard: int) -> list[Commit]:
         """What the shard was made from, as far as upstream stages work on the same shards; where
@@ -166,25 +211,32 @@ class UnitRunner:
                 found += self._upstream(upstream, shard)
         return list({commit.stage: commit for commit in found}.values())
 
-    def _work_of(self, job: int) -> Work:
+    def _works_of(self, jobs: list[int]) -> list[Work]:
+        """Works of jobs that share a pass; others are let go of before the first is built."""
         with self._building:
-            return self._built(job)
+            return self._held(jobs)
 
-    def _built(self, job: int) -> Work:
-        if self._current != job or self._work is None:
+    def _held(self, jobs: list[int]) -> list[Work]:
+        share = self._jobs[jobs[0]].share
+        kept = all(share and self._jobs[job].share == share for job in self._works)
+        if not kept and set(self._works) != set(jobs):
             self.close()
-            module, _, function = self._jobs[job].factory.partition(":")
-            spec = self._jobs[job]
-            try:
-                build = getattr(importlib.import_module(module), function)
-                self._work = build(self._store.url, spec.stage, spec.config)
-            except Exception as error:
-                log.exception("building the work of %s", spec.stage.name)
-                what = f"cannot build the work of {spec.stage.name} ({spec.factory})"
-                raise SystemicFailure(f"{what}: {type(error).__name__}: {error}") from error
-            self._current = job
-            _limit_torch(self._threads)
-        return self._work
+        for job in jobs:
+            if job not in self._works:
+                self._works[job] = self._build(self._jobs[job])
+                _limit_torch(self._threads)
+        return [self._works[job] for job in jobs]
+
+    def _build(self, job: StageJob) -> Work:
+        module, _, function = job.factory.partition(":")
+        try:
+            build = getattr(importlib.import_module(module), function)
+            work: Work = build(self._store.url, job.stage, job.config)
+        except Exception as error:
+            log.exception("building the work of %s", job.stage.name)
+            what = f"cannot build the work of {job.stage.name} ({job.factory})"
+            raise SystemicFailure(f"{what}: {type(error).__name__}: {error}") from error
+        return work
 
 
 def _committed(job: int, commit: Commit) -> UnitStatus:

@@ -8,9 +8,10 @@ from typing import Any
 from prefect import flow
 
 from infra.automations import version_of
+from infra.runner import StageJob
 from infra.store import Store
 from pipelines import previews
-from pipelines.params import LabelOptions, LabelParams
+from pipelines.params import LabelerResources, LabelOptions, LabelParams
 from pipelines.stages import hand_on, run_jobs, stage_task
 from tasks import chain
 from tasks.label import in_turns, label_jobs
@@ -27,8 +28,10 @@ def label_pictures(params: LabelParams) -> list[dict[str, Any]]:
     shards = sorted(dataset.ledger.committed(dataset.fetch))
     rows: list[dict[str, Any]] = []
     pictures = previews.Galleries(dataset).update
-    jobs = label_jobs(dataset.labelers.values(), dataset.fetch, shards)
-    for turn, group in enumerate(in_turns(jobs), start=1):
+    share = [group.split("+") for group in params.share]
+    jobs = label_jobs(dataset.labelers.values(), dataset.fetch, shards, share)
+    alike = [pair for turn in in_turns(jobs) for pair in _alike(turn, params)]
+    for number, (own, group) in enumerate(alike, start=1):
         done = {stage: dataset.ledger.committed(stage) for job in group
                 for stage in job.stage.upstream}
         ready = [
@@ -38,9 +41,27 @@ def label_pictures(params: LabelParams) -> list[dict[str, Any]]:
             ))
             for job in group
         ]  # fmt: skip
-        title = "label" if turn == 1 else f"label-{turn}"
-        rows += run_jobs(store, ready, params, title, pictures)
+        title = "label" if number == 1 else f"label-{number}"
+        rows += run_jobs(store, ready, params, title, pictures, own)
     return rows
+
+
+def _alike(
+    jobs: list[StageJob], params: LabelParams
+) -> list[tuple[LabelerResources, list[StageJob]]]:
+    """Jobs by what their workers occupy; those that occupy the same run one after another."""
+    groups: list[tuple[LabelerResources, list[StageJob]]] = []
+    for job in jobs:
+        name = job.stage.name.partition(":")[2]
+        own = params.resources.get(name, LabelerResources()).model_copy(
+            update={"batch_size": None}  # told to the labeler
+        )
+        same = next((group for known, group in groups if known == own), None)
+        if same is None:
+            groups.append((own, [job]))
+        else:
+            same.append(job)
+    return groups
 
 
 @stage_task("label previews")

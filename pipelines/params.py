@@ -118,6 +118,27 @@ class IngestOptions(Form):
     )
 
 
+def _known_accelerator(name: str) -> str:
+    if name:
+        from ray.util import accelerators
+
+        choices = sorted(value for key, value in vars(accelerators).items() if key.isupper())
+        if name not in choices:
+            raise ValueError(f"Ray knows no such accelerator; there are {', '.join(choices)}")
+    return name
+
+
+class LabelerResources(Form):
+    """What one labeler's workers occupy, where it differs from the others'."""
+
+    gpus: float | None = Field(None, ge=0, description="GPUs of a worker, may be a fraction.")
+    workers: int | None = Field(None, ge=1, description="Worker processes.")
+    batch_size: int | None = Field(None, ge=1, description="Pictures a forward pass.")
+    accelerator: Annotated[str, AfterValidator(_known_accelerator)] = Field(
+        "", description="Type of GPU, as Ray names it: T4, A100, H100."
+    )
+
+
 class LabelOptions(Form):
     """Which networks label the pictures."""
 
@@ -144,6 +165,15 @@ class LabelOptions(Form):
         "auto", description="auto: bf16 on a GPU, else fp32."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where networks run.")
+    resources: dict[LabelerName, LabelerResources] = Field(
+        {},
+        description="What single labelers get: {'sam': {'gpus': 1, 'accelerator': 'A100'}, "
+        "'depth': {'gpus': 0.25, 'batch_size': 64, 'workers': 4}}.",
+    )
+    share: list[str] = Field(
+        [], description="Labelers that go over the pictures together, as depth+normal; their "
+        "networks must fit into a worker's memory."
+    )  # fmt: skip
 
 
 class TokenizerOptions(Form):

@@ -23,7 +23,7 @@ from infra.runner import RunProgress, StageJob, StageReport, run_stages
 from infra.status import as_rows, failure_class, status
 from infra.store import Store
 from pipelines import remote
-from pipelines.params import Compute, Where
+from pipelines.params import Compute, LabelerResources, Where
 from pipelines.workers import resources
 
 logger = logging.getLogger("fourm.flows")
@@ -80,18 +80,25 @@ def run_jobs(
     compute: Compute,
     title: str,
     pictures: Callable[[], None] = lambda: None,
+    own: LabelerResources | None = None,
 ) -> list[dict[str, Any]]:
     """Run stages and show them: a progress bar and a status meanwhile, a table at the end.
 
     Args:
-        pictures: shows what is new of the stages' results; called now and then, and at the end.
+        store: The dataset.
+        jobs: Of the stages.
+        compute: Where they run.
+        title: Of the bar and the table.
+        pictures: Shows what is new of the stages' results; called now and then, and at the end.
+        own: What these stages get instead of what all do.
 
     Returns:
         A row for each stage: stage, done, skipped, quarantined, samples, dropped, per second.
     """
     live = _Live(store, jobs, title, pictures)
+    needs = resources(compute, own)
     reports = run_stages(
-        store, jobs, target=compute.ray, resources=resources(compute), on_progress=live.update
+        store, jobs, target=compute.ray, resources=needs, on_progress=live.update
     )
     live.show()
     rows = [_row(name, report) for name, report in reports.items()]

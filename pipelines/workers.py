@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from infra.machine import cores
 from infra.runner import Resources
-from pipelines.params import Compute
+from pipelines.params import Compute, LabelerResources
 
 
-def resources(compute: Compute) -> Resources:
-    """Workers of a stage: as many as asked, else one for each core, or GPU that it may occupy."""
+def resources(compute: Compute, own: LabelerResources | None = None) -> Resources:
+    """Workers of a stage: as many as asked, else one for each core, or GPU that it may occupy.
+
+    Args:
+        compute: Where the work of all stages runs.
+        own: What one of them gets instead, as far as it says so.
+    """
+    own = own or LabelerResources()
+    each = compute.gpus if own.gpus is None else own.gpus
     available = getattr(compute.ray, "num_cpus", None) or cores()
     gpus = getattr(compute.ray, "num_gpus", 0)
-    workers = compute.workers
+    workers = compute.workers if own.workers is None or compute.workers == 0 else own.workers
     if workers is None:
-        workers = max(1, int(gpus / compute.gpus)) if compute.gpus else available
+        workers = max(1, int(gpus / each)) if each else available
     threads = max(1, available // max(1, workers))
     return Resources(
-        workers=workers, num_cpus=threads if workers else 1, num_gpus=compute.gpus, threads=threads
+        workers=workers,
+        num_cpus=threads if workers else 1,
+        num_gpus=each,
+        threads=threads,
+        accelerator=own.accelerator,
     )

@@ -312,6 +312,11 @@ def labelers(choices: dict[str, Any]) -> dict[str, LabelerSpec]:
             raise ValueError(f"models names {name!r}; the labelers are {', '.join(chosen)}")
         model_id, _, revision = (model, "", "") if Path(model).is_dir() else model.partition("@")
         chosen[name] = dataclasses.replace(chosen[name], model_id=model_id, revision=revision)
+    for name, own in choices.get("resources", {}).items():
+        if name not in chosen:
+            raise ValueError(f"resources names {name!r}; the labelers are {', '.join(chosen)}")
+        if own["batch_size"]:
+            chosen[name] = dataclasses.replace(chosen[name], batch_size=own["batch_size"])
     return chosen
 
 

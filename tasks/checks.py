@@ -75,6 +75,28 @@ def _check_labels(chain: Chain, choices: dict[str, Any]) -> None:
             if stages[other] in stage.upstream:
                 raise ValueError(f"{name!r} looks at labels of {other!r}, so these must be "
                                  "stored: take it out of one_pass")
+    _check_resources(chain, choices)
+
+
+def _check_resources(chain: Chain, choices: dict[str, Any]) -> None:
+    from tasks.label import label_jobs
+
+    groups = [group.split("+") for group in choices["share"]]
+    label_jobs(labelers(choices).values(), chain.fetch, (), groups)
+    alone = {"gpus": None, "workers": None, "accelerator": ""}
+    needs = {
+        name: {each: own[each] for each in alone} for name, own in choices["resources"].items()
+    }
+    for names in groups:
+        first = needs.get(names[0], alone)
+        if other := [name for name in names if needs.get(name, alone) != first]:
+            raise ValueError(
+                f"share={'+'.join(names)!r}: {other[0]!r} has other resources than {names[0]!r}; "
+                "what shares a pass runs in the same workers"
+            )
+    for name, own in needs.items():
+        if own["accelerator"] and not (choices["gpus"] if own["gpus"] is None else own["gpus"]):
+            raise ValueError(f"resources of {name!r}: an accelerator, but no gpus")
 
 
 def _check_source(choices: dict[str, Any]) -> None:

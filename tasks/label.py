@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import lru_cache
+from itertools import chain, islice
 from typing import Any
 
 from infra.ledger import Ledger, ShardData, Stage
@@ -118,19 +119,58 @@ def _awaited(spec: LabelerSpec, waiting: list[LabelerSpec]) -> bool:
 
 
 def label_jobs(
-    specs: Iterable[LabelerSpec], fetch: Stage, shards: Iterable[int]
+    specs: Iterable[LabelerSpec],
+    fetch: Stage,
+    shards: Iterable[int],
+    share: Iterable[Sequence[str]] = (),
 ) -> list[StageJob]:
-    """Return one job for the stage runner for each labeler, over the given shards."""
+    """Return one job for the stage runner for each labeler, over the given shards.
+
+    Args:
+        specs: The labelers.
+        fetch: A stage that writes `rgb`.
+        shards: What to label.
+        share: Names of labelers that go over the pictures together, a group each.
+
+    Raises:
+        ValueError: As `label_stages`; or a group names what is no labeler, names one twice, or
+            one of it looks at the labels of another.
+    """
     chosen, by_name = tuple(shards), {spec.name: spec for spec in specs}
+    stages = label_stages(by_name.values(), fetch)
+    shared = _shared(stages, share)
     return [
         StageJob(
             stage=stage,
             factory="tasks.label:build_work",
             config=by_name[name].to_dict(),
             shards=chosen,
+            share=shared.get(name, ""),
         )
-        for name, stage in label_stages(by_name.values(), fetch).items()
+        for name, stage in stages.items()
     ]
+
+
+def _shared(stages: Mapping[str, Stage], share: Iterable[Sequence[str]]) -> dict[str, str]:
+    """Labeler to the name of its group."""
+    groups: dict[str, str] = {}
+    for names in share:
+        title = "+".join(names)
+        for name in names:
+            if name not in stages:
+                raise ValueError(
+                    f"share={title!r}: no labeler {name!r}; there are {', '.join(stages)}"
+                )
+            if name in groups:
+                raise ValueError(f"share={title!r}: {name!r} is in two groups or twice in one")
+            groups[name] = title
+        depths = {name: _depth(stages[name]) for name in names}
+        if later := [name for name in names if depths[name] > min(depths.values())]:
+            raise ValueError(
+                f"share={title!r}: {later[0]!r} looks at labels that come first; share among "
+                "labelers that look at pictures, or among those that look at the same labels"
+            )
+    return groups
 
 
 def in_turns(jobs: Iterable[StageJob]) -> list[list[StageJob]]:
@@ -170,6 +210,7 @@ class LabelWork:
         self._stage = stage
         self._fetch = next(each for each in stage.upstream if "rgb" in each.outputs)
         self._labeler = labeler
+        self._group = labeler.spec.batch_size * BATCHES_AT_ONCE
         # A labeler's caption goes before the list's, as the later stage upstream.
         self._sources = {
             name: each
@@ -183,45 +224,67 @@ class LabelWork:
 
         Raises:
             RuntimeError: No picture of the shard could be labelled: the fault is not theirs.
+            MemoryError: A single picture is too large for the memory.
+        """
+        (data,) = self.run_with((), shard)
+        return data
+
+    def run_with(self, others: Sequence[LabelWork], shard: int) -> list[ShardData]:
+        """Label a shard with several labelers; its pictures are read and decoded once.
+
+        Each labeler meets the groups of pictures that it meets alone, hence writes the same bytes.
+
+        Raises:
+            As `run`, for the first labeler that cannot.
         """
         started = time.monotonic()
-        samples = [sample for batch in self.samples(shard) for sample in batch]
-        return ShardData(
-            keys=[sample.key for sample in samples],
-            outputs={output: _tar(samples, output) for output in self._stage.outputs},
-            statuses=[(sample.key, sample.reason, sample.detail) for sample in samples],
-            seconds=time.monotonic() - started,
-        )
+        works = (self, *others)
+        samples: list[list[Sample]] = [[] for _ in works]
+        for number, group in _one_pass(works, shard):
+            samples[number] += group
+        seconds = (time.monotonic() - started) / len(works)
+        return [work._data(shard, each, seconds) for work, each in zip(works, samples, strict=True)]
 
     def samples(self, shard: int) -> Iterator[list[Sample]]:
         """The labelled pictures of a shard in order, a few batches at a time.
 
         Raises:
-            RuntimeError: No picture of the shard could be labelled: the fault is not theirs.
+            As `run`.
         """
-        group = self._labeler.spec.batch_size * BATCHES_AT_ONCE
-        steps = (self._decode, self._label, self._encode)
         reasons, detail = Counter[str](), ""
-        for done in pipelined(_groups(self._pictures(shard), group), *steps):
-            reasons.update(sample.reason for sample in done)
-            detail = detail or next((sample.detail for sample in done if sample.detail), "")
-            yield done
-        if reasons["unlabelled"] == reasons.total() > 0:
-            raise RuntimeError(
-                f"{self._stage.id} labelled no picture of shard {shard}; the first: {detail}"
-            )
+        for _, group in _one_pass((self,), shard):
+            reasons.update(sample.reason for sample in group)
+            detail = detail or next((sample.detail for sample in group if sample.detail), "")
+            yield group
+        _refuse_if_hopeless(self._stage, shard, reasons, detail)
 
-    def _pictures(self, shard: int) -> Iterator[Sample]:
+    def _data(self, shard: int, samples: list[Sample], seconds: float) -> ShardData:
+        detail = next((sample.detail for sample in samples if sample.detail), "")
+        reasons = Counter(sample.reason for sample in samples)
+        _refuse_if_hopeless(self._stage, shard, reasons, detail)
+        return ShardData(
+            keys=[sample.key for sample in samples],
+            outputs={output: _tar(samples, output) for output in self._stage.outputs},
+            statuses=[(sample.key, sample.reason, sample.detail) for sample in samples],
+            seconds=seconds,
+        )
+
+    def _rows(self, works: Sequence[LabelWork], shard: int) -> Iterator[list[Sample]]:
+        """For each picture a sample of every labeler."""
         path, sha256 = self._ledger.open_output(self._fetch, shard, "rgb")
-        others = {name: self._index(stage, shard, name) for name, stage in self._sources.items()}
+        others = [
+            {name: work._index(stage, shard, name) for name, stage in work._sources.items()}
+            for work in works
+        ]
         for name, data in read_tar(path, sha256=sha256):
             key, extension = split_name(name)
-            sample = Sample(key, data)
-            if extension == MISSING_EXT:
-                sample.fail("no_picture", "the fetch stage left a hole")
-            else:
-                self._read_others(sample, others)
-            yield sample
+            row = [Sample(key, data) for _ in works]
+            for work, sample, indices in zip(works, row, others, strict=True):
+                if extension == MISSING_EXT:
+                    sample.fail("no_picture", "the fetch stage left a hole")
+                else:
+                    work._read_others(sample, indices)
+            yield row
 
     def _index(self, stage: Stage, shard: int, name: str) -> TarIndex:
         path, sha256 = self._ledger.open_output(stage, shard, name)
@@ -234,20 +297,18 @@ class LabelWork:
             elif name in self._labeler.reads:
                 sample.fail("no_label", f"{self._sources[name].id} left a hole")
 
-    def _decode(self, samples: list[Sample]) -> list[Sample]:
-        needs_picture = "rgb" in self._labeler.reads
-        for sample in samples:
-            if sample.reason == "ok":
-                data = {"rgb": sample.data} if needs_picture else {}
-                try:
-                    sample.inputs = {
-                        name: modalities.get(name).decode(each)
-                        for name, each in {**data, **sample.others}.items()
-                    }
-                except (OSError, ValueError, SyntaxError) as error:
-                    sample.fail("undecodable", error)
-            sample.data, sample.others = b"", {}
-        return samples
+    def _decode(self, sample: Sample, picture: Callable[[bytes], Any]) -> None:
+        data, others = sample.data, sample.others
+        sample.data, sample.others = b"", {}
+        if sample.reason != "ok":
+            return
+        try:
+            inputs = {"rgb": picture(data)} if "rgb" in self._labeler.reads else {}
+            for name, each in others.items():
+                inputs[name] = modalities.get(name).decode(each)
+            sample.inputs = inputs
+        except (OSError, ValueError, SyntaxError) as error:
+            sample.fail("undecodable", error)
 
     def _label(self, samples: list[Sample]) -> list[Sample]:
         ready = [sample for sample in samples if sample.reason == "ok"]
@@ -285,9 +346,55 @@ class LabelWork:
         return samples
 
 
-def _groups(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
-    while group := list(islice(samples, size)):
-        yield group
+def _one_pass(works: Sequence[LabelWork], shard: int) -> Iterator[tuple[int, list[Sample]]]:
+    """Groups of labelled pictures of a shard, each with its labeler's number, in order for each;
+    the pictures are read and decoded once for all."""
+    rows = _batched(works[0]._rows(works, shard), min(work._group for work in works))
+    waiting: list[list[Sample]] = [[] for _ in works]
+    for done in pipelined(
+        chain(rows, [None]),
+        lambda rows: rows and [_decoded(works, row) for row in rows],
+        lambda rows: _labelled(works, waiting, rows),
+        lambda groups: [(number, works[number]._encode(group)) for number, group in groups],
+    ):
+        yield from done
+
+
+def _batched(rows: Iterator[list[Sample]], size: int) -> Iterator[list[list[Sample]]]:
+    while batch := list(islice(rows, size)):
+        yield batch
+
+
+def _decoded(works: Sequence[LabelWork], row: list[Sample]) -> list[Sample]:
+    picture = lru_cache(1)(modalities.get("rgb").decode)
+    for work, sample in zip(works, row, strict=True):
+        work._decode(sample, picture)
+    return row
+
+
+def _labelled(
+    works: Sequence[LabelWork], waiting: list[list[Sample]], rows: list[list[Sample]] | None
+) -> list[tuple[int, list[Sample]]]:
+    """Groups that became full with these rows, labelled, each with its labeler's number.
+
+    Args:
+        works: Of the labelers.
+        waiting: Samples of each labeler that fill no group yet; kept up here.
+        rows: More samples of all; None when there are no more.
+    """
+    ready = []
+    for number, work in enumerate(works):
+        waiting[number] += [row[number] for row in rows or ()]
+        while len(waiting[number]) >= work._group or (rows is None and waiting[number]):
+            group = waiting[number][: work._group]
+            del waiting[number][: work._group]
+            ready.append((number, work._label(group)))
+    return ready
+
+
+def _refuse_if_hopeless(stage: Stage, shard: int, reasons: Counter[str], detail: str) -> None:
+    if reasons["unlabelled"] == reasons.total() > 0:
+        raise RuntimeError(f"{stage.id} labelled no picture of shard {shard}; the first: {detail}")
 
 
 def _tar(samples: list[Sample], output: str) -> bytes:

@@ -23,6 +23,7 @@ BENCHMARKS = {
     "loader": ("loading", "masked batches from token shards: samples/s on one core"),
     "label": ("networks", "labelling stage against its bare network: images/s"),
     "tokenize": ("networks", "tokenizing stage against its bare encoder: crops/s"),
+    "scale": ("scale", "the engine beside any network: cost of a sample at 1k, 10k, 50k samples"),
     "tokenizer_quality": ("reconstruction", "our tokenizer beside the released recipe: error, "
                           "code usage; 4 minutes at most"),
     "generate": ("generation", "captions, depth and all else from pixels: samples/s"),

@@ -155,7 +155,7 @@ def _unit(store: Store, job: StageJob) -> Callable[[], None]:
     def run() -> None:
         store.delete(commit_path(job.stage.id, 0))
         ledger.release(job.stage, 0)
-        status = runner.run(0, 0, 0)
+        (status,) = runner.run(0, "[[0, 0]]")
         assert status.state == "committed", status.reason
 
     return run

@@ -25,8 +25,8 @@ REQUIRED = {
 def test_every_benchmark_is_listed_and_exists(capsys):
     main(["--list"])
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == ["fetch", "train_step", "loader", "label", "tokenize", "tokenizer_quality",
-                      "generate", "encode"]
+    assert listed == ["fetch", "train_step", "loader", "label", "tokenize", "scale",
+                      "tokenizer_quality", "generate", "encode"]
     for name, (module, _) in BENCHMARKS.items():
         assert callable(getattr(importlib.import_module(f"tests.benchmarks.{module}"), name))
 

@@ -46,6 +46,12 @@ class ToyWork:
         outputs = {name: write_tar(members) for name in self.stage.outputs}
         return ShardData(keys=keys, outputs=outputs, statuses=statuses, seconds=0.1)
 
+    def run_with(self, others: list[ToyWork], shard: int) -> list[ShardData]:
+        self.note(f"with {len(others)} others {shard}")
+        if self.config.get("alone"):
+            raise ValueError("they do not fit together")
+        return [work.run(shard) for work in (self, *others)]
+
     def marked(self, shard: int) -> bool:
         path = Path(self.config["folder"]) / f"mark-{shard}"
         existed = path.exists()

@@ -150,7 +150,7 @@ def test_two_runs_that_race_leave_one_whole_result(tmp_store: Store):
 
     def all_units(_: int) -> set[str]:
         runner = units.UnitRunner(Store(tmp_store.url), [job], threads=1)
-        return {runner.run(0, shard, 0).state for shard in job.shards}
+        return {runner.run(shard, "[[0, 0]]")[0].state for shard in job.shards}
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(all_units, range(2))) == [{"committed"}] * 2

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import pytest
 from infra import ray_session, units
 from infra.ledger import MAX_ATTEMPTS, Ledger, ShardData, Stage
 from infra.ray_session import Embedded
-from infra.runner import Resources, StageJob, SystemicFailure, run_stages
+from infra.runner import Resources, RunProgress, StageJob, SystemicFailure, run_stages
 from infra.store import Store
+from infra.units import UnitRunner
 from tests.infra.runner_works import ROWS
 
 EMBEDDED = Embedded(num_cpus=2)
@@ -223,3 +225,67 @@ def test_more_workers_than_cores_are_cut_and_too_large_ones_refused(store):
     with pytest.raises(ValueError, match="needs 9 CPU and Ray has 2"):
         run(store, job, resources=Resources(workers=1, num_cpus=9))
     assert run(store, job, resources=Resources(workers=9, num_cpus=2))[job.stage.id].done == 2
+
+
+# --- stages that share a pass -------------------------------------------------------------------
+
+
+def sharing(tmp_path: Path, **config: object) -> list[StageJob]:
+    options = {"log": True, "folder": str(tmp_path), **config}
+    jobs = [toy_job(3, f"label:{name}", **options) for name in "ab"]
+    return [replace(job, share="a+b") for job in jobs]
+
+
+def log_of(tmp_path: Path) -> list[str]:
+    return (tmp_path / "log").read_text().splitlines()
+
+
+def test_a_shared_pass_leaves_what_separate_ones_leave(store, tmp_path):
+    jobs = sharing(tmp_path)
+    seen: list[RunProgress] = []
+    reports = run(store, *jobs, on_progress=seen.append)
+    assert [report.done for report in reports.values()] == [3, 3]
+    assert (seen[-1].done, seen[-1].total) == (6, 6)
+    assert [line for line in log_of(tmp_path) if "with" in line] == [
+        f"label:a with 1 others {shard}" for shard in range(3)
+    ]
+    other = Store(str(tmp_path / "other"))
+    run(other, *(replace(job, share="") for job in jobs))
+    assert [hashes(store, job) for job in jobs] == [hashes(other, job) for job in jobs]
+
+
+def test_where_one_stage_is_done_only_the_other_runs(store, tmp_path):
+    first, second = sharing(tmp_path)
+    run(store, replace(first, share="", shards=(1,)))
+    (tmp_path / "log").unlink()
+    reports = run(store, first, second)
+    assert (reports[first.stage.id].done, reports[first.stage.id].skipped) == (2, 1)
+    assert reports[second.stage.id].done == 3
+    assert sorted(line for line in log_of(tmp_path) if line.endswith(" 1")) == ["label:b run 1"]
+
+
+def test_a_shared_pass_that_fails_is_taken_apart(store, tmp_path):
+    jobs = sharing(tmp_path, alone=True)
+    jobs[1] = replace(jobs[1], config={**jobs[1].config, "fail": [2]})
+    reports = run(store, *jobs)
+    assert [report.done for report in reports.values()] == [3, 2]
+    assert "shard 2 is broken" in reports[jobs[1].stage.id].quarantined[2]
+    assert len([line for line in log_of(tmp_path) if line == "label:b run 2"]) == MAX_ATTEMPTS - 1
+
+
+def test_a_pass_that_killed_its_worker_is_not_shared_again(store, tmp_path):
+    first, second = sharing(tmp_path)
+    for job in (first, second):  # as a worker that died leaves it
+        Ledger(store).attempt(job.stage, 0)
+    runner = UnitRunner(store, [first, second], threads=1)
+    assert [row.state for row in runner.run(0, "[[0, 0], [1, 0]]")] == ["committed"] * 2
+    assert not [line for line in log_of(tmp_path) if "with" in line]
+
+
+def test_works_that_share_are_built_once_and_closed_before_others(store, tmp_path):
+    run(store, *sharing(tmp_path), toy_job(1, "label:c", log=True, folder=str(tmp_path)))
+    noted = [line for line in log_of(tmp_path) if "build" in line or "close" in line]
+    assert noted == [
+        "label:a build", "label:b build", "label:a close", "label:b close", "label:c build",
+        "label:c close",
+    ]  # fmt: skip

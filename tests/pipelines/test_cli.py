@@ -196,6 +196,26 @@ def test_the_form_of_generation_offers_what_decoding_knows() -> None:
     assert {*offered, "autoregressive"} == set(ORDERS)
 
 
+def test_a_labelers_own_resources_come_from_the_terminal_and_reach_its_workers():
+    from pipelines.options import collect
+    from pipelines.params import LabelParams
+    from pipelines.workers import resources
+
+    given = {
+        "gpus": 1, "share": "depth+normal,det+clip",
+        "resources": '{"sam": {"gpus": 0.5, "workers": 3, "accelerator": "A100"}}',
+    }  # fmt: skip
+    form = LabelParams(**collect(LabelParams, given))
+    assert form.share == ["depth+normal", "det+clip"]
+    own = resources(form, form.resources["sam"])
+    assert (own.num_gpus, own.workers, own.accelerator) == (0.5, 3, "A100")
+    assert (resources(form).num_gpus, resources(form).accelerator) == (1, "")
+    with pytest.raises(ValueError, match=r"A999|no such accelerator; there are .*A100"):
+        LabelParams(resources={"sam": {"accelerator": "A999"}})
+    with pytest.raises(ValueError, match="no such labeler"):
+        LabelParams(resources={"nose": {"gpus": 1}})
+
+
 def test_the_form_offers_all_recipes_and_modalities() -> None:
     from typing import get_args
 

@@ -10,7 +10,13 @@ import pytest
 from infra.ledger import ShardData
 from infra.shards import sample_key, write_tar
 from infra.store import Store
-from pipelines.params import IngestOptions, LabelOptions, TokenizeOptions, TokenizerOptions
+from pipelines.params import (
+    IngestOptions,
+    LabelOptions,
+    LabelParams,
+    TokenizeOptions,
+    TokenizerOptions,
+)
 from tasks.chain import Chain, labelers, remember, remember_tokenizers
 from tasks.checks import check
 from tasks.fetch import make_plan
@@ -109,12 +115,49 @@ def test_untrained_tokenizers_are_named(store: Store) -> None:
     [
         ({"models": {"det": "x"}}, "models names 'det'; the labelers are depth"),
         ({"preset": "none"}, "no labeler preset 'none'; there are"),
+        ({"resources": {"det": {"batch_size": 2}}}, "resources names 'det'; the labelers are"),
     ],
 )
 def test_impossible_labels_are_refused(changes: dict[str, Any], sentence: str) -> None:
     choices = {**LabelOptions(labelers=["depth"]).model_dump(), **changes}
     with pytest.raises(ValueError, match=sentence):
         labelers(choices)
+
+
+def _resources(**own: dict[str, Any]) -> dict[str, Any]:
+    return LabelParams(resources=own).model_dump()["resources"]
+
+
+def test_resources_of_a_labeler_change_its_batches_and_no_stage(
+    store: Store, tmp_path: Path
+) -> None:
+    before = Chain(store).labels["depth"].id
+    own = _resources(depth={"gpus": 0.25, "batch_size": 5})
+    remember(store, "label", _label(tmp_path / "network", resources=own))
+    assert Chain(store).labelers["depth"].batch_size == 5
+    assert Chain(store).labels["depth"].id == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"share": ["semseg+nose"]}, r"share='semseg\+nose': no labeler 'nose'"),
+        (
+            {"share": ["semseg+det"], "resources": _resources(det={"gpus": 0.5})},
+            "'det' has other resources than 'semseg'",
+        ),
+        (
+            {"resources": _resources(det={"accelerator": "A100"})},
+            "resources of 'det': an accelerator, but no gpus",
+        ),
+    ],
+)
+def test_check_refuses_labelers_that_cannot_run_as_asked(
+    store: Store, changes: dict[str, Any], sentence: str
+) -> None:
+    form = LabelParams(root=store.url, preset="scenes", labelers=["semseg", "det"])
+    with pytest.raises(ValueError, match=sentence):
+        check("label", {**form.model_dump(), **changes})
 
 
 def test_check_refuses_a_tokenizer_without_labels(store: Store) -> None:
