@@ -1,56 +1,18 @@
-"""Labelling: a network writes modalities for the pictures that were fetched, shard by shard.
+"""Labelling: which stage each labeler is, over which pictures and other labels.
 
-A label shard holds the keys of its `rgb` shard in the same order. A picture that cannot be
-labelled becomes an explicit hole with a reason in the status table, never a shift.
+The workers' side, a shard at a time, is `tasks.label_work`.
 """
 
 from __future__ import annotations
 
-import logging
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import chain, islice
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
-from infra.ledger import Ledger, ShardData, Stage
-from infra.overlap import pipelined
-from infra.shards import MISSING_EXT, TarIndex, hole, read_tar, split_name, write_tar
-from infra.store import Store
-from infra.units import StageJob, SystemicFailure
+from infra.ledger import Stage
+from infra.units import StageJob
 from models import modalities
-from models.labelers import (
-    Labeler,
-    LabelerSpec,
-    labeler_class,
-    load_labeler,
-    weights_revision,
-)
-
-logger = logging.getLogger("fourm.label")
+from models.labelers import LabelerSpec, labeler_class, weights_revision
 
 VERSION = 2
-BATCHES_AT_ONCE = 2
-"""Batches handed to a labeler together: pictures of one size find each other in them."""
-
-
-@dataclass
-class Sample:
-    """A picture on its way through a labeler; in the end `members` holds its labels as files."""
-
-    key: str
-    data: bytes
-    others: dict[str, bytes] = field(default_factory=dict)
-    inputs: dict[str, Any] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
-    members: dict[str, bytes] = field(default_factory=dict)
-    reason: str = "ok"
-    detail: str = ""
-
-    def fail(self, reason: str, error: Exception | str) -> None:
-        self.reason, self.detail = reason, str(error)[:500]
 
 
 def label_stage(
@@ -142,7 +104,7 @@ def label_jobs(
     return [
         StageJob(
             stage=stage,
-            factory="tasks.label:build_work",
+            factory="tasks.label_work:build_work",
             config=by_name[name].to_dict(),
             shards=chosen,
             share=shared.get(name, ""),
@@ -183,225 +145,3 @@ def in_turns(jobs: Iterable[StageJob]) -> list[list[StageJob]]:
 
 def _depth(stage: Stage) -> int:
     return 1 + max((_depth(each) for each in stage.upstream), default=0)
-
-
-def build_work(store_url: str, stage: Stage, config: dict[str, Any]) -> LabelWork:
-    """Build the worker's side of `label_jobs`: load the network.
-
-    Raises:
-        SystemicFailure: The weights cannot be loaded.
-    """
-    spec = LabelerSpec.from_dict(config)
-    try:
-        labeler = load_labeler(spec)
-    except (OSError, ValueError) as error:
-        raise SystemicFailure(
-            f"labeler {spec.name!r} cannot load {spec.model_id!r} (revision "
-            f"{spec.revision or 'default'}): {error}"
-        ) from error
-    return LabelWork(Store(store_url), stage, labeler)
-
-
-class LabelWork:
-    """Labels one shard at a time; decoding and encoding overlap with the network."""
-
-    def __init__(self, store: Store, stage: Stage, labeler: Labeler) -> None:
-        self._ledger = Ledger(store)
-        self._stage = stage
-        self._fetch = next(each for each in stage.upstream if "rgb" in each.outputs)
-        self._labeler = labeler
-        self._group = labeler.spec.batch_size * BATCHES_AT_ONCE
-        # A labeler's caption goes before the list's, as the later stage upstream.
-        self._sources = {
-            name: each
-            for each in stage.upstream
-            for name in each.outputs
-            if name != "rgb" and name in (*labeler.reads, *labeler.also_reads)
-        }
-
-    def run(self, shard: int) -> ShardData:
-        """Label the pictures of a shard.
-
-        Raises:
-            RuntimeError: No picture of the shard could be labelled: the fault is not theirs.
-            MemoryError: A single picture is too large for the memory.
-        """
-        (data,) = self.run_with((), shard)
-        return data
-
-    def run_with(self, others: Sequence[LabelWork], shard: int) -> list[ShardData]:
-        """Label a shard with several labelers; its pictures are read and decoded once.
-
-        Each labeler meets the groups of pictures that it meets alone, hence writes the same bytes.
-
-        Raises:
-            As `run`, for the first labeler that cannot.
-        """
-        started = time.monotonic()
-        works = (self, *others)
-        samples: list[list[Sample]] = [[] for _ in works]
-        for number, group in _one_pass(works, shard):
-            samples[number] += group
-        seconds = (time.monotonic() - started) / len(works)
-        return [work._data(shard, each, seconds) for work, each in zip(works, samples, strict=True)]
-
-    def samples(self, shard: int) -> Iterator[list[Sample]]:
-        """The labelled pictures of a shard in order, a few batches at a time.
-
-        Raises:
-            As `run`.
-        """
-        reasons, detail = Counter[str](), ""
-        for _, group in _one_pass((self,), shard):
-            reasons.update(sample.reason for sample in group)
-            detail = detail or next((sample.detail for sample in group if sample.detail), "")
-            yield group
-        _refuse_if_hopeless(self._stage, shard, reasons, detail)
-
-    def _data(self, shard: int, samples: list[Sample], seconds: float) -> ShardData:
-        detail = next((sample.detail for sample in samples if sample.detail), "")
-        reasons = Counter(sample.reason for sample in samples)
-        _refuse_if_hopeless(self._stage, shard, reasons, detail)
-        return ShardData(
-            keys=[sample.key for sample in samples],
-            outputs={output: _tar(samples, output) for output in self._stage.outputs},
-            statuses=[(sample.key, sample.reason, sample.detail) for sample in samples],
-            seconds=seconds,
-        )
-
-    def _rows(self, works: Sequence[LabelWork], shard: int) -> Iterator[list[Sample]]:
-        """For each picture a sample of every labeler."""
-        path, sha256 = self._ledger.open_output(self._fetch, shard, "rgb")
-        others = [
-            {name: work._index(stage, shard, name) for name, stage in work._sources.items()}
-            for work in works
-        ]
-        for name, data in read_tar(path, sha256=sha256):
-            key, extension = split_name(name)
-            row = [Sample(key, data) for _ in works]
-            for work, sample, indices in zip(works, row, others, strict=True):
-                if extension == MISSING_EXT:
-                    sample.fail("no_picture", "the fetch stage left a hole")
-                else:
-                    work._read_others(sample, indices)
-            yield row
-
-    def _index(self, stage: Stage, shard: int, name: str) -> TarIndex:
-        path, sha256 = self._ledger.open_output(stage, shard, name)
-        return TarIndex(path, sha256=sha256)
-
-    def _read_others(self, sample: Sample, others: dict[str, TarIndex]) -> None:
-        for name, index in others.items():
-            if index.ext(sample.key) != MISSING_EXT:
-                sample.others[name] = index.read(sample.key)
-            elif name in self._labeler.reads:
-                sample.fail("no_label", f"{self._sources[name].id} left a hole")
-
-    def _decode(self, sample: Sample, picture: Callable[[bytes], Any]) -> None:
-        data, others = sample.data, sample.others
-        sample.data, sample.others = b"", {}
-        if sample.reason != "ok":
-            return
-        try:
-            inputs = {"rgb": picture(data)} if "rgb" in self._labeler.reads else {}
-            for name, each in others.items():
-                inputs[name] = modalities.get(name).decode(each)
-            sample.inputs = inputs
-        except (OSError, ValueError, SyntaxError) as error:
-            sample.fail("undecodable", error)
-
-    def _label(self, samples: list[Sample]) -> list[Sample]:
-        ready = [sample for sample in samples if sample.reason == "ok"]
-        if not ready:
-            return samples
-        try:
-            self._label_together(ready)
-        except (RuntimeError, ValueError) as error:
-            logger.warning("%s: a batch failed, one at a time: %s", self._stage.id, error)
-            for sample in ready:
-                self._label_alone(sample)
-        return samples
-
-    def _label_together(self, samples: list[Sample]) -> None:
-        labels = self._labeler.label_samples([sample.inputs for sample in samples])
-        for number, sample in enumerate(samples):
-            sample.values = {name: values[number] for name, values in labels.items()}
-
-    def _label_alone(self, sample: Sample) -> None:
-        try:
-            self._label_together([sample])
-        except (RuntimeError, ValueError) as error:
-            sample.fail("unlabelled", error)
-
-    def _encode(self, samples: list[Sample]) -> list[Sample]:
-        for sample in samples:
-            try:
-                sample.members = {
-                    name: modalities.get(name).encode(value)
-                    for name, value in sample.values.items()
-                }
-            except ValueError as error:  # such as a number that is not finite
-                sample.fail("unlabelled", error)
-            sample.inputs, sample.values = {}, {}
-        return samples
-
-
-def _one_pass(works: Sequence[LabelWork], shard: int) -> Iterator[tuple[int, list[Sample]]]:
-    """Groups of labelled pictures of a shard, each with its labeler's number, in order for each;
-    the pictures are read and decoded once for all."""
-    rows = _batched(works[0]._rows(works, shard), min(work._group for work in works))
-    waiting: list[list[Sample]] = [[] for _ in works]
-    for done in pipelined(
-        chain(rows, [None]),
-        lambda rows: rows and [_decoded(works, row) for row in rows],
-        lambda rows: _labelled(works, waiting, rows),
-        lambda groups: [(number, works[number]._encode(group)) for number, group in groups],
-    ):
-        yield from done
-
-
-def _batched(rows: Iterator[list[Sample]], size: int) -> Iterator[list[list[Sample]]]:
-    while batch := list(islice(rows, size)):
-        yield batch
-
-
-def _decoded(works: Sequence[LabelWork], row: list[Sample]) -> list[Sample]:
-    picture = lru_cache(1)(modalities.get("rgb").decode)
-    for work, sample in zip(works, row, strict=True):
-        work._decode(sample, picture)
-    return row
-
-
-def _labelled(
-    works: Sequence[LabelWork], waiting: list[list[Sample]], rows: list[list[Sample]] | None
-) -> list[tuple[int, list[Sample]]]:
-    """Groups that became full with these rows, labelled, each with its labeler's number.
-
-    Args:
-        works: Of the labelers.
-        waiting: Samples of each labeler that fill no group yet; kept up here.
-        rows: More samples of all; None when there are no more.
-    """
-    ready = []
-    for number, work in enumerate(works):
-        waiting[number] += [row[number] for row in rows or ()]
-        while len(waiting[number]) >= work._group or (rows is None and waiting[number]):
-            group = waiting[number][: work._group]
-            del waiting[number][: work._group]
-            ready.append((number, work._label(group)))
-    return ready
-
-
-def _refuse_if_hopeless(stage: Stage, shard: int, reasons: Counter[str], detail: str) -> None:
-    if reasons["unlabelled"] == reasons.total() > 0:
-        raise RuntimeError(f"{stage.id} labelled no picture of shard {shard}; the first: {detail}")
-
-
-def _tar(samples: list[Sample], output: str) -> bytes:
-    extension = modalities.get(output).ext
-    return write_tar(
-        (f"{sample.key}.{extension}", sample.members[output])
-        if sample.members
-        else hole(sample.key, sample.reason)
-        for sample in samples
-    )

@@ -26,8 +26,8 @@ from infra.shards import MISSING_EXT, TarIndex
 from infra.store import Store
 from models import modalities
 from models.crops import CropPolicy, crop_box
-from tasks.label import LabelWork
-from tasks.label import build_work as label_work
+from tasks.label_work import LabelWork
+from tasks.label_work import build_work as label_work
 from tasks.tokenizer_data import Aspects, aspect_of, read_label
 from tasks.train_tokenizers import TEXT, TokenizerInfo
 from tokenizers_vq.sequences.form import Page, TextForm, seed_of

@@ -21,14 +21,8 @@ from infra.units import StageJob, SystemicFailure
 from models import modalities
 from models.labelers import LabelerSpec
 from models.labelers.base import Image, Labeler
-from tasks.label import (
-    LabelWork,
-    build_work,
-    in_turns,
-    label_jobs,
-    label_stage,
-    label_stages,
-)
+from tasks.label import in_turns, label_jobs, label_stage, label_stages
+from tasks.label_work import LabelWork, build_work
 
 FETCH = Stage("fetch", 1, {}, ("rgb", "caption"))
 SPEC = LabelerSpec("depth", ("depth",), "org/model", revision="1", batch_size=2, device="cpu")
