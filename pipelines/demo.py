@@ -38,10 +38,11 @@ DENSE: list[params.DenseName] = [
     *params.ALL_DENSE, "canny_edge", "dinov2", "dinov2_global",
 ]  # fmt: skip
 CHANGES: dict[params.DenseName, dict[str, Any]] = {
-    "canny_edge": {"loss": "mse"}, "dinov2_global": {"registers": 0, "groups": 8},
+    "canny_edge": {"loss": "mse"}, "dinov2_global": {"groups": 16, "levels": (4, 4)},
 }  # fmt: skip
-"""Squared errors keep lines of which a small network is unsure. Eight codes, each of a part of its
-own, are enough for vectors of 48 numbers, and easier to predict than codes in order."""
+"""Squared errors keep lines of which a small network is unsure. Sixteen codes of sixteen hold a
+vector of 48 numbers nearly as well as eight of thousands (cosine 0.97, not 0.98), and 4M learns to
+predict them within the demo's steps, which it does not for thousands."""
 
 
 @dataclass(frozen=True, kw_only=True)
