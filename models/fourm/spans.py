@@ -44,34 +44,44 @@ def span_mask(ids: np.ndarray, length: np.ndarray, keep: np.ndarray) -> tuple[Ra
 
 
 def input_length(length: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Length [B] of the inputs `span_mask` would give."""
-    removed = (np.arange(keep.shape[1]) < length[:, None]) & ~keep
-    starts = removed.copy()
-    starts[:, 1:] &= keep[:, :-1]
-    return length - removed.sum(1) + starts.sum(1)
+    """Length [B] of the inputs `span_mask` would give: what stays, and the first of each run that
+    does not."""
+    shown = keep.copy()
+    shown[:, 1:] |= keep[:, :-1]
+    shown[:, :1] = True
+    shown &= np.arange(keep.shape[1]) < length[:, None]
+    return shown.sum(1)
 
 
 def fit_inputs(
     ids: np.ndarray, length: np.ndarray, probability: np.ndarray, budget: np.ndarray,
-    draw: Callable[[int, np.ndarray], np.ndarray], *, chunked: bool = False,
+    draw: Callable[[np.ndarray, np.ndarray], np.ndarray], *, chunked: bool = False,
+    most_ahead: int = 1,
 ) -> tuple[Ragged, Ragged]:
     """Span masks until every input fits its `budget` [B]: tokens stay with `probability` [B],
-    lowered by a tenth at each new attempt; `draw(attempt, rows)` gives uniforms [n,L] of n rows.
+    lowered by a tenth at each new attempt; `draw(attempts, rows)` gives uniforms [n,L] for the
+    numbers of attempts and rows, both [n].
 
-    With budget 0 the input is empty and everything is a target; of a sequence in chunks, whose
-    facts need no context, only what would not have stayed, as released models were trained.
+    The first attempt that fits counts. Up to `most_ahead` of them are made at once: most rows need
+    one, some dozens. With budget 0 the input is empty and everything is a target; of a sequence in
+    chunks, whose facts need no context, only what would not have stayed, as released models were
+    trained.
     """
-    keep = (draw(0, np.arange(len(ids))) < probability[:, None]) & ((budget > 0)[:, None] | chunked)
-    probability, attempt = probability.copy(), 0
-    pending = np.flatnonzero(budget > 0)
-    while True:
-        # Only rows that do not fit yet are counted again; most need one attempt, some dozens.
-        pending = pending[input_length(length[pending], keep[pending]) > budget[pending]]
-        if not len(pending):
-            break
-        attempt += 1
-        probability[pending] *= RETRY_DECAY
-        keep[pending] = draw(attempt, pending) < probability[pending, None]
+    every = np.arange(len(ids))
+    keep = (draw(np.zeros(len(ids), int), every) < probability[:, None]) \
+        & ((budget > 0)[:, None] | chunked)
+    done = (budget == 0) | (input_length(length, keep) <= budget)
+    pending, first, ahead = np.flatnonzero(~done), 1, 1
+    chance = probability[pending] * RETRY_DECAY
+    while len(pending):
+        rows, attempts = np.repeat(pending, ahead), np.tile(np.arange(ahead), len(pending))
+        limit = np.repeat(chance, ahead) * RETRY_DECAY**attempts
+        tried = draw(first + attempts, rows) < limit[:, None]
+        fits = (input_length(length[rows], tried) <= budget[rows]).reshape(-1, ahead)
+        found = fits.any(1)
+        keep[pending[found]] = tried.reshape(*fits.shape, -1)[found, fits.argmax(1)[found]]
+        pending, chance = pending[~found], chance[~found] * RETRY_DECAY**ahead
+        first, ahead = first + ahead, min(2 * ahead, most_ahead)
     inputs, targets = span_mask(ids, length, keep)
     visible = np.where(budget > 0, inputs[1], 0)
     return (np.where(budget[:, None] > 0, inputs[0], PAD_ID), visible), targets
@@ -102,7 +112,7 @@ def cut_targets(targets: Ragged, budget: np.ndarray, choice: np.ndarray) -> Ragg
 
 def fit_vectors(
     length: np.ndarray, width: int, probability: np.ndarray, budget: np.ndarray,
-    draw: Callable[[int, np.ndarray], np.ndarray],
+    draw: Callable[[np.ndarray, np.ndarray], np.ndarray], *, most_ahead: int = 1,
 ) -> Ragged:
     """Span masks sequences of `length` [B] vectors as `fit_inputs` does, without targets.
 
@@ -111,7 +121,8 @@ def fit_vectors(
     """
     first = SENTINEL_0 + NUM_SENTINELS + width
     ids = np.broadcast_to(first + np.arange(width), (len(length), width))
-    (inputs, visible), _ = fit_inputs(ids, length, probability, budget, draw)
+    (inputs, visible), _ = fit_inputs(ids, length, probability, budget, draw,
+                                      most_ahead=most_ahead)
     return np.where(inputs >= first, inputs - first, -1), visible
 
 
