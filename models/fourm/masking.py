@@ -8,13 +8,13 @@ vectors by vectors, with one zero vector for each removed run. B samples, m moda
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from models.fourm.batch import Batch, Dense, loss_rows
+from models.fourm.batch import Batch, Dense
 from models.fourm.budgets import draw_budgets, redistribute
 from models.fourm.draws import Draws
 from models.fourm.spans import (
@@ -31,6 +31,7 @@ from models.fourm.stored import Stored
 _MOST_AHEAD = 16
 """Attempts at a span mask that are made at once."""
 _TOP = 1 << 31
+_NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,20 +260,13 @@ class _Masks:
         """Lays the chosen triples out as a batch of static width."""
         import torch
 
-        count = len(self.config.modalities)
-        enc_mod, rank = _slots(self.inputs, num_inputs)
-        enc_ids, enc_pos = np.zeros_like(enc_mod), np.zeros_like(enc_mod)
-        for i, slots in _by_modality(*loss_rows(enc_mod, count)):
-            place = np.divmod(slots, num_inputs)
-            enc_ids[place], enc_pos[place] = self._input(i, place[0], rank[place])
-        dec_mod, rank = _slots(self.targets, num_targets)
-        dec_ids, dec_pos = np.zeros_like(dec_mod), np.zeros_like(dec_mod)
-        rows, counts = loss_rows(dec_mod, count)
-        targets = [np.zeros(0, np.int64)]
-        for i, slots in _by_modality(rows, counts):
-            place = np.divmod(slots, num_targets)
-            dec_ids[place], dec_pos[place], aims = self._target(i, place[0], rank[place])
-            targets.append(aims)
+        count = range(len(self.config.modalities))
+        enc_mod, slots = _slots(self.inputs, num_inputs)
+        enc_ids, enc_pos = (_laid(values, slots, enc_mod.shape) for values in
+                            zip(*(self._input(i) for i in count), strict=True))
+        dec_mod, rows = _slots(self.targets, num_targets)
+        fed, positions, targets = zip(*(self._target(i) for i in count), strict=True)
+        dec_ids, dec_pos = (_laid(values, rows, dec_mod.shape) for values in (fed, positions))
         ends = np.cumsum(self.targets, 1)
         module = np.maximum(dec_mod, 0)
         until = np.where(self.is_seq[module], np.arange(1, num_targets + 1),
@@ -281,8 +275,8 @@ class _Masks:
         return Batch(
             tensor(enc_ids), tensor(enc_mod), tensor(enc_pos),
             tensor(dec_ids), tensor(dec_mod), tensor(dec_pos),
-            tensor(until), tensor(rows), tensor(np.concatenate(targets)), counts,
-            self._dense(enc_mod, enc_pos),
+            tensor(until), tensor(rows), tensor(np.concatenate(targets)),
+            tuple(self.targets.sum(0).tolist()), self._dense(enc_mod, enc_pos),
         )
 
     def _dense(self, mod: np.ndarray, pos: np.ndarray) -> dict[str, Dense]:
@@ -317,53 +311,64 @@ class _Masks:
             self.orders[spec.name] = keys, order
         return self.orders[spec.name]
 
-    def _chosen(self, spec: ModalitySpec, first: np.ndarray, count: np.ndarray) -> np.ndarray:
-        """Positions [n] of a grid, sample by sample: in each, `count` [B] of them in their random
-        order from the `first` [B] on, then sorted."""
+    def _chosen(
+        self, spec: ModalitySpec, first: np.ndarray, count: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Samples and positions [n] of a grid's slots: in each sample, `count` [B] positions in
+        their random order from the `first` [B] on, then sorted."""
         keys, order = self._order(spec)
-        low, high = (np.take_along_axis(order, n[:, None], 1) for n in (first, first + count))
-        return np.flatnonzero((keys >= low) & (keys < high)) % spec.max_tokens
+        every = np.arange(len(first))
+        low, high = order[every, first], order[every, first + count]
+        # Numbers below the range wrap around and are above it too.
+        chosen = np.flatnonzero(keys - low[:, None] < (high - low)[:, None])
+        sample = chosen // spec.max_tokens
+        return sample, chosen - sample * spec.max_tokens
 
-    def _input(
-        self, i: int, sample: np.ndarray, rank: np.ndarray
-    ) -> tuple[np.ndarray | int, np.ndarray]:
-        """Ids and positions [n] of the slots of modality i: the numbers `rank` [n] of `sample`."""
-        spec = self.config.modalities[i]
+    def _input(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and positions [n] of the slots of modality i, sample by sample."""
+        spec, count = self.config.modalities[i], self.inputs[:, i]
+        if not count.any():
+            return _NONE, _NONE
         if spec.name in self.visible:
             ids = self.visible[spec.name][0]
-            return 0 if spec.kind == "seq_emb" else ids[sample, rank], rank
-        position = self._chosen(spec, np.zeros_like(self.inputs[:, i]), self.inputs[:, i])
+            sample, rank = np.nonzero(np.arange(ids.shape[1]) < count[:, None])
+            return np.zeros_like(rank) if spec.kind == "seq_emb" else ids[sample, rank], rank
+        sample, position = self._chosen(spec, np.zeros_like(count), count)
         if spec.name in self.samples.pixels:
-            return 0, position
+            return np.zeros_like(position), position
         return self.samples.grids[spec.name][sample, position], position
 
-    def _target(
-        self, i: int, sample: np.ndarray, rank: np.ndarray
-    ) -> tuple[np.ndarray | int, np.ndarray, np.ndarray]:
+    def _target(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids that are fed, positions and targets [n], as in `_input`."""
-        spec = self.config.modalities[i]
+        spec, count = self.config.modalities[i], self.targets[:, i]
+        if not count.any():
+            return _NONE, _NONE, _NONE
         if spec.name in self.spans:
             ids = self.spans[spec.name][0]
+            sample, rank = np.nonzero(np.arange(ids.shape[1]) < count[:, None])
             position = np.where(rank >= spec.position_limit, 0, rank)
             return ids[sample, rank], position, ids[sample, rank + 1]
-        position = self._chosen(spec, self.inputs[:, i], self.targets[:, i])
-        return 0, position, self.samples.grids[spec.name][sample, position]
+        sample, position = self._chosen(spec, self.inputs[:, i], count)
+        return np.zeros_like(position), position, self.samples.grids[spec.name][sample, position]
 
 
 def _slots(counts: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Modality [B,width] of every slot, -1 where unused, for `counts` [B,m] of slots; and the
-    number [B,width] of each slot among those of its modality."""
+    slots [n] in B*N that are used, sorted by modality."""
     size, modalities = counts.shape
     whole = np.concatenate([counts, width - counts.sum(1, keepdims=True)], 1)
     number = np.tile(np.append(np.arange(modalities), -1), size)
-    first = np.cumsum(whole, 1) - whole
-    mod, first = (np.repeat(values.reshape(-1), whole.reshape(-1)).reshape(size, width)
-                  for values in (number, first))
-    return mod, np.arange(width) - first
+    first = np.cumsum(counts, 1) - counts + np.arange(0, size * width, width)[:, None]
+    run = counts.T.reshape(-1)
+    before = np.cumsum(run) - run
+    slots = np.repeat(first.T.reshape(-1) - before, run) + np.arange(run.sum())
+    return np.repeat(number, whole.reshape(-1)).reshape(size, width), slots
 
 
-def _by_modality(rows: np.ndarray, counts: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """Every modality that has slots, and these [n] of `rows`, which are sorted by modality."""
-    ends = np.cumsum(counts)
-    for i in np.flatnonzero(counts).tolist():
-        yield i, rows[ends[i] - counts[i] : ends[i]]
+def _laid(
+    values: Sequence[np.ndarray], slots: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Values of all modalities in their slots [n], as int64 of `shape`; 0 elsewhere."""
+    out = np.zeros(shape, np.int64)
+    out.reshape(-1)[slots] = np.concatenate(values)
+    return out

@@ -21,26 +21,27 @@ RETRY_DECAY = 0.9
 
 def span_mask(ids: np.ndarray, length: np.ndarray, keep: np.ndarray) -> tuple[Ragged, Ragged]:
     """Splits sequences ids [B,L] by keep [B,L] (True stays) into (inputs, targets)."""
-    b, width = ids.shape
-    inside = np.arange(width) < length[:, None]
+    inside = np.arange(ids.shape[1]) < length[:, None]
     kept, removed = inside & keep, inside & ~keep
-    starts = removed & ~np.pad(removed, ((0, 0), (1, 0)))[:, :-1]
-    run = np.cumsum(starts, 1)
-    emitted = kept | starts
-    inputs = np.full((b, width), PAD_ID, np.int64)
-    row, col = np.nonzero(emitted)
-    value = np.where(kept, ids, SENTINEL_0 + run)
-    inputs[row, np.cumsum(emitted, 1)[row, col] - 1] = value[row, col]
-    targets = np.full((b, 2 * width + 1), PAD_ID, np.int64)
-    place = np.cumsum(removed, 1) + run - 1
-    row, col = np.nonzero(removed)
-    targets[row, place[row, col]] = ids[row, col]
-    row, col = np.nonzero(starts)
-    targets[row, place[row, col] - 1] = SENTINEL_0 + run[row, col]
-    runs = run[:, -1] if width else np.zeros(b, np.int64)
-    total = removed.sum(1) + runs
-    targets[np.arange(b), total] = SENTINEL_0 + runs + 1
-    return (inputs, emitted.sum(1)), (targets, total + 1)
+    starts = removed.copy()
+    starts[:, 1:] &= ~removed[:, :-1]
+    sentinel = np.cumsum(starts, 1) + SENTINEL_0
+    inputs = _front(kept | starts, np.where(kept, ids, sentinel))
+    # Before each position there is room for its sentinel, and one more behind all.
+    pairs = np.zeros((len(ids), 2 * ids.shape[1] + 1), np.int64)
+    used = np.ones(pairs.shape, bool)
+    pairs[:, :-1:2], pairs[:, 1::2] = sentinel, ids
+    used[:, :-1:2], used[:, 1::2] = starts, removed
+    pairs[:, -1] = starts.sum(1) + SENTINEL_0 + 1
+    return inputs, _front(used, pairs)
+
+
+def _front(used: np.ndarray, values: np.ndarray) -> Ragged:
+    """The used [B,L] ones of values [B,L], in order, and how many there are."""
+    count = used.sum(1)
+    out = np.full((len(used), int(count.max(initial=0))), PAD_ID, np.int64)
+    out[np.arange(out.shape[1]) < count[:, None]] = values[used]
+    return out, count
 
 
 def input_length(length: np.ndarray, keep: np.ndarray) -> np.ndarray:
