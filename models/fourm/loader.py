@@ -162,6 +162,8 @@ class TokenDataset:
     def samples(self, picked: Sequence[tuple[int, int, float]] | np.ndarray) -> Samples:
         """Samples for (index of the shard, row, crop as a fraction of the number of crops)."""
         places = (np.asarray(picked, float) * [1, 1, self.num_crops]).astype(np.int64)
+        shards, part = np.unique(places[:, 0], return_inverse=True)
+        groups = [(shard, np.flatnonzero(part == i)) for i, shard in enumerate(shards.tolist())]
         grids: dict[str, np.ndarray | Stored] = {}
         sequences: dict[str, Ragged] = {}
         pixels: dict[str, np.ndarray] = {}
@@ -169,9 +171,9 @@ class TokenDataset:
         present: dict[str, np.ndarray] = {}
         for spec in self.specs:
             if spec.kind == "img":
-                grids[spec.name], _, here = self._stored(spec, places)
+                grids[spec.name], _, here = self._stored(spec, places, groups)
             elif spec.kind == "seq":
-                sequences[spec.name], here = self._sequence(spec, places)
+                sequences[spec.name], here = self._sequence(spec, places, groups)
             elif spec.kind == "seq_emb":
                 vectors[spec.name], here = self._vectors(spec, places)
             else:
@@ -182,14 +184,14 @@ class TokenDataset:
                        present=present)
 
     def _stored(
-        self, spec: ModalitySpec, places: np.ndarray
+        self, spec: ModalitySpec, places: np.ndarray, groups: Sequence[tuple[int, np.ndarray]]
     ) -> tuple[Stored, np.ndarray, np.ndarray]:
-        """Tokens of (shard, row, crop) [B,3], their lengths [B], and False [B] for holes."""
-        shards, part = np.unique(places[:, 0], return_inverse=True)
-        begin, length = np.empty((2, len(places)), np.int64)
+        """Tokens of (shard, row, crop) [B,3], their lengths [B], and False [B] for holes; `groups`
+        are the shards and their samples [n]."""
+        begin, length, part = np.empty((3, len(places)), np.int64)
         here, values = np.ones(len(places), bool), []
-        for number, shard in enumerate(shards.tolist()):
-            chosen = np.flatnonzero(part == number)
+        for number, (shard, chosen) in enumerate(groups):
+            part[chosen] = number
             row, crop = places[chosen, 1], places[chosen, 2]
             column = self._column(shard, spec.name)
             values.append(column.flat.values)
@@ -198,8 +200,10 @@ class TokenDataset:
                 here[chosen] = column.valid[crop, row]
         return Stored(values, part, begin, spec.max_tokens), length, here
 
-    def _sequence(self, spec: ModalitySpec, places: np.ndarray) -> tuple[Ragged, np.ndarray]:
-        stored, whole, here = self._stored(spec, places)
+    def _sequence(
+        self, spec: ModalitySpec, places: np.ndarray, groups: Sequence[tuple[int, np.ndarray]]
+    ) -> tuple[Ragged, np.ndarray]:
+        stored, whole, here = self._stored(spec, places, groups)
         # Chunks are shuffled before a sequence is cut, which masking does.
         longest = int(whole.max()) + 1 if spec.chunk else spec.max_tokens
         length = np.minimum(whole + 1, longest) * here

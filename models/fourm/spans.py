@@ -51,7 +51,8 @@ def input_length(length: np.ndarray, keep: np.ndarray) -> np.ndarray:
     shown[:, 1:] |= keep[:, :-1]
     shown[:, :1] = True
     shown &= np.arange(keep.shape[1]) < length[:, None]
-    return shown.sum(1)
+    # A product counts booleans faster than a sum, and exactly as far as texts go.
+    return (shown.astype(np.float32) @ np.ones(shown.shape[1], np.float32)).astype(np.int64)
 
 
 def fit_inputs(
@@ -68,15 +69,17 @@ def fit_inputs(
     chunks, whose facts need no context, only what would not have stayed, as released models were
     trained.
     """
-    every = np.arange(len(ids))
-    keep = (draw(np.zeros(len(ids), int), every) < probability[:, None]) \
-        & ((budget > 0)[:, None] | chunked)
+    every, decay = np.arange(len(ids)), np.float32(RETRY_DECAY) ** np.arange(most_ahead)
+    decay = decay.astype(np.float32)
+    chance = probability.astype(np.float32)
+    keep = draw(np.zeros(len(ids), int), every) < chance[:, None]
+    keep &= (budget > 0)[:, None] | chunked
     done = (budget == 0) | (input_length(length, keep) <= budget)
     pending, first, ahead = np.flatnonzero(~done), 1, 1
-    chance = probability[pending] * RETRY_DECAY
+    chance = chance[pending] * RETRY_DECAY
     while len(pending):
         rows, attempts = np.repeat(pending, ahead), np.tile(np.arange(ahead), len(pending))
-        limit = np.repeat(chance, ahead) * RETRY_DECAY**attempts
+        limit = np.repeat(chance, ahead) * decay[attempts]
         tried = draw(first + attempts, rows) < limit[:, None]
         fits = (input_length(length[rows], tried) <= budget[rows]).reshape(-1, ahead)
         found = fits.any(1)
