@@ -318,9 +318,10 @@ class _Masks:
         their random order from the `first` [B] on, then sorted."""
         keys, order = self._order(spec)
         every = np.arange(len(first))
-        low, high = order[every, first], order[every, first + count]
+        low, high = order[every, first, None], order[every, first + count, None]
         # Numbers below the range wrap around and are above it too.
-        chosen = np.flatnonzero(keys - low[:, None] < (high - low)[:, None])
+        inside = keys - low < high - low if first.any() else keys < high
+        chosen = np.flatnonzero(inside)
         sample = chosen // spec.max_tokens
         return sample, chosen - sample * spec.max_tokens
 
