@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from infra.flat import Flat, joined
 from infra.shards import Member, TornShard, check_sha256, map_file, scan_tar, write_tar
 
 BLOCK_SIZE = 256
@@ -200,6 +201,7 @@ class BlockReader:
     def _load(self, buffer: pa.Buffer, members: list[Member]) -> None:
         if not is_blocks(members):
             raise TornShard(f"{self.path}: not a token shard")
+        self._buffer = buffer
         self._batches = [self._open(buffer, member) for member in members]
         schema = self._batches[0].schema
         if any(not b.schema.equals(schema, check_metadata=True) for b in self._batches):
@@ -299,6 +301,20 @@ class BlockReader:
         lengths = np.concatenate([np.diff(offsets) for offsets in views[1::2]])
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         return np.concatenate(views[0::2]), offsets, self.valid(column)
+
+    def flat(self, columns: Sequence[str]) -> Flat:
+        """Several columns of one kind as one array without a copy, for reading tokens of many rows
+        and columns at once."""
+        kinds = {self._kind(column) for column in columns}
+        if len(kinds) != 1:
+            raise ValueError(f"{self.path}: {', '.join(columns)} are not of one kind")
+        length = kinds.pop().length
+        if length is not None:
+            views = [view.reshape(-1) for name in columns for view in self._fixed_views(name)]
+            return Flat(*joined(views, self._buffer), self._starts[:-1], length)
+        views = [view for name in columns for view in self._ragged_views(name)]
+        return Flat(*joined(views[0::2], self._buffer), self._starts[:-1],
+                    joined(views[1::2], self._buffer))
 
     def _kind(self, column: str) -> Column:
         if column not in self.columns:

@@ -242,7 +242,7 @@ class SideBySide:
     def __len__(self) -> int:
         return len(self.parts[0])
 
-    def samples(self, picked: Sequence[tuple[int, int, float]]) -> Samples:
+    def samples(self, picked: Sequence[tuple[int, int, float]] | np.ndarray) -> Samples:
         """Samples of these places, see `TokenDataset.samples`."""
         return _united([part.samples(picked) for part in self.parts])
 
@@ -297,8 +297,8 @@ class MixedData:
         found = {}
         for source in sorted({source for source, _ in mine}):
             part = self.parts[source]
-            found[source] = part.samples([part.order.at(number) for owner, number in mine
-                                          if owner == source])
+            numbers = [number for owner, number in mine if owner == source]
+            found[source] = part.samples(part.order.places(np.array(numbers)))
         if len(found) == 1:
             return next(iter(found.values())), which
         return merged(found, which[rank::world]), which

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 class Task:
     """What a training is about. Subclasses are picklable where `fit_distributed` is used."""
 
+    streams: int = 1
+    """Number of the random streams that batches are drawn with. A run that has begun with one does
+    not go on with another."""
+
     def build_model(self) -> nn.Module:
         """Returns the network with its initial weights (the trainer has set the seed)."""
         raise NotImplementedError

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra.manifest import Manifest
 from infra.store import Store
-from models.fourm.draws import Draws
+from models.fourm.draws import STREAMS, Draws
 from models.fourm.loader import stored_name
 from models.fourm.masking import mask_batch, transfer_batch
 from models.fourm.spec import FourMConfig, ModalitySpec
@@ -65,6 +65,8 @@ class RunInfo:
 
 class FourMTask(Task):
     """4M training on manifests. Raises ValueError for a recipe the data cannot serve."""
+
+    streams = STREAMS
 
     def __init__(
         self, store: Store, data: Manifest | Mapping[str, Sequence[SetOf]], recipe: TrainRecipe

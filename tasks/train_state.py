@@ -90,9 +90,15 @@ def _entries(
 
 
 def check_same_run(
-    path: str, config: TrainConfig, model: nn.Module, tensors: Tensors, state: dict[str, Any]
+    path: str, config: TrainConfig, streams: int, model: nn.Module, tensors: Tensors,
+    state: dict[str, Any],
 ) -> None:
     """Raises ValueError where the checkpoint of the run at `path` is that of another training."""
+    begun = state.get("streams", 1)
+    if begun != streams:
+        raise ValueError(f"the run at {path} draws its batches with random streams {begun}, this "
+                         f"release with {streams}; choose another run name, or finish it with the "
+                         "release that began it")
     for field in dataclasses.fields(config):
         if field.name in FREE:
             continue

@@ -106,7 +106,8 @@ def _varying(value: Tensor) -> Tensor:
 
 def loss_rows(dec_mod: np.ndarray, num_modalities: int) -> tuple[np.ndarray, tuple[int, ...]]:
     """Flat slots of used targets sorted by modality, and how many each modality has."""
-    flat = dec_mod.reshape(-1)
+    # NumPy sorts small integers by radix.
+    flat = dec_mod.reshape(-1).astype(np.int16)
     order = np.argsort(flat, kind="stable")
     counts = np.bincount(flat + 1, minlength=num_modalities + 1)
     return order[counts[0] :], tuple(int(c) for c in counts[1:])

@@ -29,7 +29,7 @@ def draw_budgets(
     for attempt in range(RETRIES):
         part = f" {attempt}" if attempt else ""
         drawn = draws.dirichlet(f"{tag}s{part}", alpha)
-        picks = draws.dirichlet(f"{tag} rest{part}", alpha, alpha.shape[1]).argmax(-1)
+        picks = draws.picks(f"{tag} rest{part}", alpha)
         split = split_budget(drawn, total, picks)
         share[short], budget[short] = drawn[short], split[short]
         short = (np.minimum(budget, limit) < least).any(1)
@@ -54,15 +54,19 @@ def redistribute(budget: np.ndarray, limit: np.ndarray, share: np.ndarray) -> np
     share, in proportion to it; what fits nowhere is lost."""
     total = budget.sum(1)
     budget = np.minimum(budget, limit)
+    rows = np.arange(len(budget))
     for _ in range(2 * budget.shape[1]):
-        left = total - budget.sum(1)
-        room = np.where(share > 0, limit - budget, 0)
-        if not ((left > 0) & (room.sum(1) > 0)).any():
+        # Only rows that have something left and room for it are looked at again.
+        left = total[rows] - budget[rows].sum(1)
+        room = np.where(share[rows] > 0, limit[rows] - budget[rows], 0)
+        pending = (left > 0) & (room.sum(1) > 0)
+        rows, left, room = rows[pending], left[pending], room[pending]
+        if not len(rows):
             break
-        weight = np.where(room > 0, np.maximum(share, 1e-9), 0.0)
-        weight /= np.maximum(weight.sum(1, keepdims=True), 1e-300)
+        weight = np.where(room > 0, np.maximum(share[rows], 1e-9), 0.0)
+        weight /= weight.sum(1, keepdims=True)
         extra = np.floor(weight * left[:, None]).astype(int)
         # The rest of the floors goes to the largest weight, so that every round makes progress.
         extra[np.arange(len(extra)), weight.argmax(1)] += left - extra.sum(1)
-        budget = budget + np.minimum(np.maximum(extra, 0), room)
+        budget[rows] += np.minimum(np.maximum(extra, 0), room)
     return budget

@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from infra.blocks import BlockReader
+from infra.flat import Flat
 from infra.manifest import Manifest
 from infra.shards import MISSING_EXT, TarIndex
 from infra.store import Store
@@ -24,6 +25,7 @@ from models.fourm.batch import patchify
 from models.fourm.masking import Samples
 from models.fourm.spans import Ragged
 from models.fourm.spec import EOS_ID, ModalitySpec
+from models.fourm.stored import Stored
 from models.fourm.vectors import pad_vectors, read_vectors
 
 BLOCK_ROWS = 256
@@ -52,13 +54,22 @@ class EpochOrder:
     def at(self, position: int) -> tuple[int, int, float]:
         """(index of the shard, row, a uniform for the crop) of a position counted from 0 on over
         all epochs."""
-        epoch, offset = divmod(position, self.total)
-        _, ends = self._order(epoch)
-        window = int(np.searchsorted(ends, offset, side="right"))
-        first = int(ends[window - 1]) if window else 0
-        rows, uniform = self._window(epoch, window)
-        shard, row = rows[offset - first]
-        return int(shard), int(row), float(uniform[offset - first])
+        shard, row, uniform = self.places(np.array([position]))[0].tolist()
+        return int(shard), int(row), uniform
+
+    def places(self, positions: np.ndarray) -> np.ndarray:
+        """What `at` gives for each of `positions` [n], as float64 [n,3]."""
+        epochs, offsets = np.divmod(positions, self.total)
+        found = np.empty((len(positions), 3))
+        for epoch in np.unique(epochs).tolist():
+            _, ends = self._order(epoch)
+            windows = np.where(epochs == epoch, np.searchsorted(ends, offsets, side="right"), -1)
+            for window in np.unique(windows[windows >= 0]).tolist():
+                mine = windows == window
+                rows, uniform = self._window(epoch, window)
+                inside = offsets[mine] - (ends[window - 1] if window else 0)
+                found[mine, :2], found[mine, 2] = rows[inside], uniform[inside]
+        return found
 
     def _blocks_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shuffled blocks of an epoch and the position after each window."""
@@ -84,6 +95,16 @@ class _Shard:
     tokens: dict[str, BlockReader]
     members: dict[str, TarIndex]
     keys: list[str]
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Tokens of one modality of one shard."""
+
+    flat: Flat
+    """The crops in order."""
+    valid: np.ndarray | None
+    """bool [crops, rows], False for holes; None without any."""
 
 
 class TokenDataset:
@@ -112,20 +133,20 @@ class TokenDataset:
         self._cache: dict[tuple[int, int, int], np.ndarray] = {}
         self._room = cache_bytes
         self._open: dict[int, _Shard] = {}
-        self._present: dict[tuple[int, str, int], np.ndarray] = {}
+        self._columns: dict[tuple[int, str], _Column] = {}
         if self.shards:
             self._check(self._shard(0))
             for spec in self.specs:
                 if spec.kind == "seq_emb":
-                    self._vectors(spec, [(0, 0, 0)])
+                    self._vectors(spec, np.zeros((1, 3), np.int64))
 
     def __len__(self) -> int:
         return self.order.total
 
     def batch_at(self, step: int, batch_size: int, rows: slice = slice(None)) -> Samples:
         """`rows` of the samples of `step`: the same for every number of workers."""
-        positions = range(step * batch_size, (step + 1) * batch_size)[rows]
-        return self.samples([self.order.at(position) for position in positions])
+        positions = np.arange(step * batch_size, (step + 1) * batch_size)[rows]
+        return self.samples(self.order.places(positions))
 
     def fixed(self, start: int, count: int) -> Samples:
         """`count` samples from row `start` on in stored order, centre crop; wraps at the end."""
@@ -138,19 +159,21 @@ class TokenDataset:
             picked.append((shard, position - first, 0.0))
         return self.samples(picked)
 
-    def samples(self, picked: Sequence[tuple[int, int, float]]) -> Samples:
+    def samples(self, picked: Sequence[tuple[int, int, float]] | np.ndarray) -> Samples:
         """Samples for (index of the shard, row, crop as a fraction of the number of crops)."""
-        places = [(shard, row, int(crop * self.num_crops)) for shard, row, crop in picked]
-        grids: dict[str, np.ndarray] = {}
+        places = (np.asarray(picked, float) * [1, 1, self.num_crops]).astype(np.int64)
+        shards, part = np.unique(places[:, 0], return_inverse=True)
+        groups = [(shard, np.flatnonzero(part == i)) for i, shard in enumerate(shards.tolist())]
+        grids: dict[str, np.ndarray | Stored] = {}
         sequences: dict[str, Ragged] = {}
         pixels: dict[str, np.ndarray] = {}
         vectors: dict[str, Ragged] = {}
         present: dict[str, np.ndarray] = {}
         for spec in self.specs:
             if spec.kind == "img":
-                grids[spec.name], here = self._grid(spec, places)
+                grids[spec.name], _, here = self._stored(spec, places, groups)
             elif spec.kind == "seq":
-                sequences[spec.name], here = self._sequence(spec, places)
+                sequences[spec.name], here = self._sequence(spec, places, groups)
             elif spec.kind == "seq_emb":
                 vectors[spec.name], here = self._vectors(spec, places)
             else:
@@ -160,45 +183,41 @@ class TokenDataset:
         return Samples(grids=grids, sequences=sequences, pixels=pixels, vectors=vectors,
                        present=present)
 
-    def _grid(
-        self, spec: ModalitySpec, places: list[tuple[int, int, int]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        table = np.array(places)
-        ids = np.zeros((len(places), spec.max_tokens), np.int64)
-        here = np.ones(len(places), bool)
-        groups, which = np.unique(table[:, [0, 2]], axis=0, return_inverse=True)
-        for group, (shard, crop) in enumerate(groups):
-            chosen = np.flatnonzero(which.reshape(-1) == group)
-            reader = self._shard(int(shard)).tokens[spec.name]
-            ids[chosen] = reader.fixed_rows(f"crop{crop}", table[chosen, 1])
-            here[chosen] = self._valid(int(shard), spec.name, int(crop))[table[chosen, 1]]
-        return ids, here
+    def _stored(
+        self, spec: ModalitySpec, places: np.ndarray, groups: Sequence[tuple[int, np.ndarray]]
+    ) -> tuple[Stored, np.ndarray, np.ndarray]:
+        """Tokens of (shard, row, crop) [B,3], their lengths [B], and False [B] for holes; `groups`
+        are the shards and their samples [n]."""
+        begin, length, part = np.empty((3, len(places)), np.int64)
+        here, values = np.ones(len(places), bool), []
+        for number, (shard, chosen) in enumerate(groups):
+            part[chosen] = number
+            row, crop = places[chosen, 1], places[chosen, 2]
+            column = self._column(shard, spec.name)
+            values.append(column.flat.values)
+            begin[chosen], length[chosen] = column.flat.find(crop, row)
+            if column.valid is not None:
+                here[chosen] = column.valid[crop, row]
+        return Stored(values, part, begin, spec.max_tokens), length, here
 
     def _sequence(
-        self, spec: ModalitySpec, places: list[tuple[int, int, int]]
+        self, spec: ModalitySpec, places: np.ndarray, groups: Sequence[tuple[int, np.ndarray]]
     ) -> tuple[Ragged, np.ndarray]:
-        table, here = np.array(places), np.ones(len(places), bool)
-        texts = [self._shard(shard).tokens[spec.name].ragged(f"crop{crop}", row)
-                 for shard, row, crop in places]
-        for shard, crop in np.unique(table[:, [0, 2]], axis=0).tolist():
-            chosen = (table[:, 0] == shard) & (table[:, 2] == crop)
-            here[chosen] = self._valid(shard, spec.name, crop)[table[chosen, 1]]
-        whole = np.array([len(text) for text in texts])
+        stored, whole, here = self._stored(spec, places, groups)
         # Chunks are shuffled before a sequence is cut, which masking does.
         longest = int(whole.max()) + 1 if spec.chunk else spec.max_tokens
         length = np.minimum(whole + 1, longest) * here
-        ids = np.zeros((len(places), max(1, int(whole.max()) + 1, longest)), np.int64)
-        place = np.arange(ids.shape[1])
-        ids[place < whole[:, None]] = np.concatenate(texts)
-        ids[np.arange(len(ids)), whole] = EOS_ID
-        ids = ids[:, : max(1, int(length.max()))]
-        ids[place[: ids.shape[1]] >= length[:, None]] = 0
+        ids = np.zeros((len(places), max(1, int(length.max()))), np.int64)
+        row, place = np.nonzero(np.arange(ids.shape[1]) < np.minimum(whole, length)[:, None])
+        ids[row, place] = stored[row, place]
+        ends = np.flatnonzero(whole < length)
+        ids[ends, whole[ends]] = EOS_ID
         return (ids, length), here
 
     def _vectors(
-        self, spec: ModalitySpec, places: list[tuple[int, int, int]]
+        self, spec: ModalitySpec, places: np.ndarray
     ) -> tuple[Ragged, np.ndarray]:
-        tables = [self._table(spec, shard, row) for shard, row, _ in places]
+        tables = [self._table(spec, shard, row) for shard, row, _ in places.tolist()]
         none = np.zeros((0, spec.channels), np.float32)
         here = np.array([table is not None for table in tables])
         return pad_vectors(spec, [none if table is None else table for table in tables]), here
@@ -212,11 +231,11 @@ class TokenDataset:
         return read_vectors(members.read(key), members.ext(key))
 
     def _pixels(
-        self, spec: ModalitySpec, places: list[tuple[int, int, int]]
+        self, spec: ModalitySpec, places: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         here = np.ones(len(places), bool)
         patches = np.zeros((len(places), spec.max_tokens, spec.dense_width), np.uint8)
-        for i, place in enumerate(places):
+        for i, place in enumerate(map(tuple, places.tolist())):
             found = self._cache.get(place)
             if found is None:
                 found = self._picture(spec, *place)
@@ -240,12 +259,15 @@ class TokenDataset:
         side = spec.grid * spec.patch_size
         return patchify(modality.crop(image, box, side)[None], spec.patch_size)[0]
 
-    def _valid(self, shard: int, name: str, crop: int) -> np.ndarray:
-        """bool [rows of the shard], False for holes."""
-        key = (shard, name, crop)
-        if key not in self._present:
-            self._present[key] = self._shard(shard).tokens[name].valid(f"crop{crop}")
-        return self._present[key]
+    def _column(self, shard: int, name: str) -> _Column:
+        """Tokens of all crops of a shard, found once."""
+        if (shard, name) not in self._columns:
+            reader = self._shard(shard).tokens[name]
+            crops = [f"crop{crop}" for crop in range(self.num_crops)]
+            valid = np.stack([reader.valid(crop) for crop in crops])
+            self._columns[shard, name] = _Column(reader.flat(crops),
+                                                 None if valid.all() else valid)
+        return self._columns[shard, name]
 
     def _shard(self, index: int) -> _Shard:
         """Files of the shard with this index in the split, opened and digested once."""

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from models.fourm.batch import Batch, Dense, loss_rows
+from models.fourm.batch import Batch, Dense
 from models.fourm.budgets import draw_budgets, redistribute
 from models.fourm.draws import Draws
 from models.fourm.spans import (
@@ -26,6 +26,12 @@ from models.fourm.spans import (
     shuffle_chunks,
 )
 from models.fourm.spec import EOS_ID, FourMConfig, ModalitySpec
+from models.fourm.stored import Stored
+
+_MOST_AHEAD = 16
+"""Attempts at a span mask that are made at once."""
+_TOP = 1 << 31
+_NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +78,8 @@ class Mixture:
 class Samples:
     """Unmasked samples. A modality may be absent in some of them: `present` [B], default all."""
 
-    grids: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Token ids [B, tokens]."""
+    grids: Mapping[str, np.ndarray | Stored] = field(default_factory=dict)
+    """Token ids [B, tokens], of which `grid[rows, positions]` reads those that are chosen."""
     sequences: Mapping[str, Ragged] = field(default_factory=dict)
     """Ids [B, L] with [EOS] at the end, and lengths [B]."""
     pixels: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -142,7 +148,7 @@ class _Masks:
         self.inputs, self.targets = np.zeros(size, int), np.zeros(size, int)
         self.visible: dict[str, Ragged] = {}
         self.spans: dict[str, Ragged] = {}
-        self.ranks: dict[str, np.ndarray] = {}
+        self.orders: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.here = np.ones(size, bool)
         for name, present in samples.present.items():
             self.here[:, config.index(name)] = present
@@ -192,14 +198,13 @@ class _Masks:
 
     def _attempts(
         self, spec: ModalitySpec, width: int
-    ) -> Callable[[int, np.ndarray], np.ndarray]:
-        """Uniforms [n,width] for some rows and an attempt at masking them, equal within a chunk."""
-        def draw(attempt: int, rows: np.ndarray) -> np.ndarray:
-            drawn = self.draws.some(f"{spec.name} {attempt}", rows, spec.max_tokens)
-            if spec.name in self.chunks:
-                chunks = self.chunks[spec.name][rows]
-                return np.take_along_axis(drawn, chunks % spec.max_tokens, 1)
-            return drawn[:, :width]
+    ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+        """Uniforms [n,width] for attempts [n] at masking rows [n], equal within a chunk."""
+        def draw(attempts: np.ndarray, rows: np.ndarray) -> np.ndarray:
+            if spec.name not in self.chunks:
+                return self.draws.some(spec.name, width, rows, attempts)
+            drawn = self.draws.some(spec.name, spec.max_tokens, rows, attempts)
+            return np.take_along_axis(drawn, self.chunks[spec.name][rows] % spec.max_tokens, 1)
 
         return draw
 
@@ -218,10 +223,11 @@ class _Masks:
             attempts = self._attempts(spec, ids.shape[1])
             if spec.kind == "seq_emb":
                 self.visible[tag] = fit_vectors(length, ids.shape[1], chance, budget[:, i],
-                                                attempts)
+                                                attempts, most_ahead=_MOST_AHEAD)
             else:
                 self.visible[tag], self.spans[tag] = fit_inputs(
-                    ids, length, chance, budget[:, i], attempts, chunked=bool(spec.chunk))
+                    ids, length, chance, budget[:, i], attempts, chunked=bool(spec.chunk),
+                    most_ahead=_MOST_AHEAD)
             budget[:, i] = self.visible[tag][1]
         self.inputs = self._refill(budget, limit, total, share)
 
@@ -254,93 +260,116 @@ class _Masks:
         """Lays the chosen triples out as a batch of static width."""
         import torch
 
-        enc = [self._input(i, spec) for i, spec in enumerate(self.config.modalities)]
-        dec = [self._target(i, spec) for i, spec in enumerate(self.config.modalities)]
-        inputs, targets = _pack(enc, num_inputs), _pack(dec, num_targets)
+        count = range(len(self.config.modalities))
+        enc_mod, slots = _slots(self.inputs, num_inputs)
+        enc_ids, enc_pos = (_laid(values, slots, enc_mod.shape) for values in
+                            zip(*(self._input(i) for i in count), strict=True))
+        dec_mod, rows = _slots(self.targets, num_targets)
+        fed, positions, targets = zip(*(self._target(i) for i in count), strict=True)
+        dec_ids, dec_pos = (_laid(values, rows, dec_mod.shape) for values in (fed, positions))
         ends = np.cumsum(self.targets, 1)
-        slots = np.arange(num_targets)[None]
-        module = np.maximum(targets["mod"], 0)
-        until = np.where(self.is_seq[module], slots + 1, np.take_along_axis(ends, module, 1))
-        rows, counts = loss_rows(targets["mod"], len(self.config.modalities))
+        module = np.maximum(dec_mod, 0)
+        until = np.where(self.is_seq[module], np.arange(1, num_targets + 1),
+                         np.take_along_axis(ends, module, 1))
         tensor = torch.from_numpy
         return Batch(
-            tensor(inputs["ids"]), tensor(inputs["mod"]), tensor(inputs["pos"]),
-            tensor(targets["ids"]), tensor(targets["mod"]), tensor(targets["pos"]),
-            tensor(until), tensor(rows), tensor(targets["target"].reshape(-1)[rows]), counts,
-            self._dense(inputs),
+            tensor(enc_ids), tensor(enc_mod), tensor(enc_pos),
+            tensor(dec_ids), tensor(dec_mod), tensor(dec_pos),
+            tensor(until), tensor(rows), tensor(np.concatenate(targets)),
+            tuple(self.targets.sum(0).tolist()), self._dense(enc_mod, enc_pos),
         )
 
-    def _dense(self, inputs: dict[str, np.ndarray]) -> dict[str, Dense]:
+    def _dense(self, mod: np.ndarray, pos: np.ndarray) -> dict[str, Dense]:
         import torch
 
         found = {}
         for name, patches in self.samples.pixels.items():
-            row, slot = np.nonzero(inputs["mod"] == self.config.index(name))
-            values = patches[row, inputs["pos"][row, slot]]
-            flat = row * inputs["mod"].shape[1] + slot
+            row, slot = np.nonzero(mod == self.config.index(name))
+            values = patches[row, pos[row, slot]]
+            flat = row * mod.shape[1] + slot
             found[name] = Dense(torch.from_numpy(values), torch.from_numpy(flat))
         for name, (vectors, _) in self.samples.vectors.items():
-            row, slot = np.nonzero(inputs["mod"] == self.config.index(name))
-            source = self.visible[name][0][row, inputs["pos"][row, slot]]
+            row, slot = np.nonzero(mod == self.config.index(name))
+            source = self.visible[name][0][row, pos[row, slot]]
             values = np.where(source[:, None] < 0, 0, vectors[row, source]).astype(np.float32)
-            flat = row * inputs["mod"].shape[1] + slot
+            flat = row * mod.shape[1] + slot
             found[name] = Dense(torch.from_numpy(values), torch.from_numpy(flat))
         return found
 
-    def _ranks(self, spec: ModalitySpec) -> np.ndarray:
-        """Random rank [B, positions] of every position of a grid."""
-        if spec.name not in self.ranks:
-            order = self.draws.uniform(f"{spec.name} order", spec.max_tokens)
-            ranks = np.empty(order.shape, np.int64)
-            np.put_along_axis(ranks, order.argsort(1), np.arange(spec.max_tokens)[None], 1)
-            self.ranks[spec.name] = ranks
-        return self.ranks[spec.name]
+    def _order(self, spec: ModalitySpec) -> tuple[np.ndarray, np.ndarray]:
+        """A random number [B, positions] for every position of a grid, all different, and the same
+        in order and with one above all others behind."""
+        if spec.name not in self.orders:
+            size, place = len(self.inputs), np.arange(spec.max_tokens, dtype=np.uint32)
+            keys = self.draws.words(f"{spec.name} order", spec.max_tokens)
+            # The lowest bits tell equal numbers apart, the highest leaves room for one above all.
+            keys &= np.uint32(_TOP - (1 << (spec.max_tokens - 1).bit_length()))
+            keys |= place
+            order = np.full((size, spec.max_tokens + 1), _TOP, np.uint32)
+            order[:, :-1] = keys
+            order[:, :-1].sort(1)
+            self.orders[spec.name] = keys, order
+        return self.orders[spec.name]
 
-    def _input(self, i: int, spec: ModalitySpec) -> dict[str, np.ndarray]:
-        count = self.inputs[:, i, None]
+    def _chosen(
+        self, spec: ModalitySpec, first: np.ndarray, count: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Samples and positions [n] of a grid's slots: in each sample, `count` [B] positions in
+        their random order from the `first` [B] on, then sorted."""
+        keys, order = self._order(spec)
+        every = np.arange(len(first))
+        low, high = order[every, first, None], order[every, first + count, None]
+        # Numbers below the range wrap around and are above it too.
+        inside = keys - low < high - low if first.any() else keys < high
+        chosen = np.flatnonzero(inside)
+        sample = chosen // spec.max_tokens
+        return sample, chosen - sample * spec.max_tokens
+
+    def _input(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and positions [n] of the slots of modality i, sample by sample."""
+        spec, count = self.config.modalities[i], self.inputs[:, i]
+        if not count.any():
+            return _NONE, _NONE
         if spec.name in self.visible:
             ids = self.visible[spec.name][0]
-            used = np.arange(ids.shape[1]) < count
-            if spec.kind == "seq_emb":
-                ids = np.zeros_like(ids)
-        elif spec.name in self.samples.grids or spec.name in self.samples.pixels:
-            used = self._ranks(spec) < count
-            ids = self.samples.grids.get(spec.name, np.zeros(used.shape, np.int64))
-        else:
-            used, ids = np.zeros((len(count), 0), bool), np.zeros((len(count), 0), np.int64)
-        position = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-        return {"used": used, "ids": ids, "pos": position, "mod": np.full(ids.shape, i)}
+            sample, rank = np.nonzero(np.arange(ids.shape[1]) < count[:, None])
+            return np.zeros_like(rank) if spec.kind == "seq_emb" else ids[sample, rank], rank
+        sample, position = self._chosen(spec, np.zeros_like(count), count)
+        if spec.name in self.samples.pixels:
+            return np.zeros_like(position), position
+        return self.samples.grids[spec.name][sample, position], position
 
-    def _target(self, i: int, spec: ModalitySpec) -> dict[str, np.ndarray]:
-        count = self.targets[:, i, None]
-        shape = len(count), 0
+    def _target(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids that are fed, positions and targets [n], as in `_input`."""
+        spec, count = self.config.modalities[i], self.targets[:, i]
+        if not count.any():
+            return _NONE, _NONE, _NONE
         if spec.name in self.spans:
             ids = self.spans[spec.name][0]
-            fed, target = ids[:, :-1], ids[:, 1:]
-            position = np.broadcast_to(np.arange(fed.shape[1]), fed.shape)
-            used = position < count
-            position = np.where(position >= spec.position_limit, 0, position)
-        elif spec.name in self.samples.grids:
-            rank, shown = self._ranks(spec), self.inputs[:, i, None]
-            used = (rank >= shown) & (rank < shown + count)
-            target = self.samples.grids[spec.name]
-            fed = np.zeros_like(target)
-            position = np.broadcast_to(np.arange(fed.shape[1]), fed.shape)
-        else:
-            used, fed = np.zeros(shape, bool), np.zeros(shape, np.int64)
-            target = position = fed
-        return {"used": used, "ids": fed, "pos": position, "target": target,
-                "mod": np.full(fed.shape, i)}
+            sample, rank = np.nonzero(np.arange(ids.shape[1]) < count[:, None])
+            position = np.where(rank >= spec.position_limit, 0, rank)
+            return ids[sample, rank], position, ids[sample, rank + 1]
+        sample, position = self._chosen(spec, self.inputs[:, i], count)
+        return np.zeros_like(position), position, self.samples.grids[spec.name][sample, position]
 
 
-def _pack(parts: list[dict[str, np.ndarray]], width: int) -> dict[str, np.ndarray]:
-    """Moves used entries of all modalities to the front of `width` slots, in order."""
-    used = np.concatenate([part["used"] for part in parts], 1)
-    row, col = np.nonzero(used)
-    slot = (np.cumsum(used, 1) - 1)[row, col]
-    packed = {}
-    for key in parts[0].keys() - {"used"}:
-        values = np.concatenate([part[key] for part in parts], 1)
-        packed[key] = np.full((len(used), width), -1 if key == "mod" else 0, np.int64)
-        packed[key][row, slot] = values[row, col]
-    return packed
+def _slots(counts: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Modality [B,width] of every slot, -1 where unused, for `counts` [B,m] of slots; and the
+    slots [n] in B*N that are used, sorted by modality."""
+    size, modalities = counts.shape
+    whole = np.concatenate([counts, width - counts.sum(1, keepdims=True)], 1)
+    number = np.tile(np.append(np.arange(modalities), -1), size)
+    first = np.cumsum(counts, 1) - counts + np.arange(0, size * width, width)[:, None]
+    run = counts.T.reshape(-1)
+    before = np.cumsum(run) - run
+    slots = np.repeat(first.T.reshape(-1) - before, run) + np.arange(run.sum())
+    return np.repeat(number, whole.reshape(-1)).reshape(size, width), slots
+
+
+def _laid(
+    values: Sequence[np.ndarray], slots: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Values of all modalities in their slots [n], as int64 of `shape`; 0 elsewhere."""
+    out = np.zeros(shape, np.int64)
+    out.reshape(-1)[slots] = np.concatenate(values)
+    return out

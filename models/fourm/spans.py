@@ -21,57 +21,71 @@ RETRY_DECAY = 0.9
 
 def span_mask(ids: np.ndarray, length: np.ndarray, keep: np.ndarray) -> tuple[Ragged, Ragged]:
     """Splits sequences ids [B,L] by keep [B,L] (True stays) into (inputs, targets)."""
-    b, width = ids.shape
-    inside = np.arange(width) < length[:, None]
+    inside = np.arange(ids.shape[1]) < length[:, None]
     kept, removed = inside & keep, inside & ~keep
-    starts = removed & ~np.pad(removed, ((0, 0), (1, 0)))[:, :-1]
-    run = np.cumsum(starts, 1)
-    emitted = kept | starts
-    inputs = np.full((b, width), PAD_ID, np.int64)
-    row, col = np.nonzero(emitted)
-    value = np.where(kept, ids, SENTINEL_0 + run)
-    inputs[row, np.cumsum(emitted, 1)[row, col] - 1] = value[row, col]
-    targets = np.full((b, 2 * width + 1), PAD_ID, np.int64)
-    place = np.cumsum(removed, 1) + run - 1
-    row, col = np.nonzero(removed)
-    targets[row, place[row, col]] = ids[row, col]
-    row, col = np.nonzero(starts)
-    targets[row, place[row, col] - 1] = SENTINEL_0 + run[row, col]
-    runs = run[:, -1] if width else np.zeros(b, np.int64)
-    total = removed.sum(1) + runs
-    targets[np.arange(b), total] = SENTINEL_0 + runs + 1
-    return (inputs, emitted.sum(1)), (targets, total + 1)
+    starts = removed.copy()
+    starts[:, 1:] &= ~removed[:, :-1]
+    sentinel = np.cumsum(starts, 1) + SENTINEL_0
+    inputs = _front(kept | starts, np.where(kept, ids, sentinel))
+    # Before each position there is room for its sentinel, and one more behind all.
+    pairs = np.zeros((len(ids), 2 * ids.shape[1] + 1), np.int64)
+    used = np.ones(pairs.shape, bool)
+    pairs[:, :-1:2], pairs[:, 1::2] = sentinel, ids
+    used[:, :-1:2], used[:, 1::2] = starts, removed
+    pairs[:, -1] = starts.sum(1) + SENTINEL_0 + 1
+    return inputs, _front(used, pairs)
+
+
+def _front(used: np.ndarray, values: np.ndarray) -> Ragged:
+    """The used [B,L] ones of values [B,L], in order, and how many there are."""
+    count = used.sum(1)
+    out = np.full((len(used), int(count.max(initial=0))), PAD_ID, np.int64)
+    out[np.arange(out.shape[1]) < count[:, None]] = values[used]
+    return out, count
 
 
 def input_length(length: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Length [B] of the inputs `span_mask` would give."""
-    removed = (np.arange(keep.shape[1]) < length[:, None]) & ~keep
-    starts = removed.copy()
-    starts[:, 1:] &= keep[:, :-1]
-    return length - removed.sum(1) + starts.sum(1)
+    """Length [B] of the inputs `span_mask` would give: what stays, and the first of each run that
+    does not."""
+    shown = keep.copy()
+    shown[:, 1:] |= keep[:, :-1]
+    shown[:, :1] = True
+    shown &= np.arange(keep.shape[1]) < length[:, None]
+    # A product counts booleans faster than a sum, and exactly as far as texts go.
+    return (shown.astype(np.float32) @ np.ones(shown.shape[1], np.float32)).astype(np.int64)
 
 
 def fit_inputs(
     ids: np.ndarray, length: np.ndarray, probability: np.ndarray, budget: np.ndarray,
-    draw: Callable[[int, np.ndarray], np.ndarray], *, chunked: bool = False,
+    draw: Callable[[np.ndarray, np.ndarray], np.ndarray], *, chunked: bool = False,
+    most_ahead: int = 1,
 ) -> tuple[Ragged, Ragged]:
     """Span masks until every input fits its `budget` [B]: tokens stay with `probability` [B],
-    lowered by a tenth at each new attempt; `draw(attempt, rows)` gives uniforms [n,L] of n rows.
+    lowered by a tenth at each new attempt; `draw(attempts, rows)` gives uniforms [n,L] for the
+    numbers of attempts and rows, both [n].
 
-    With budget 0 the input is empty and everything is a target; of a sequence in chunks, whose
-    facts need no context, only what would not have stayed, as released models were trained.
+    The first attempt that fits counts. Up to `most_ahead` of them are made at once: most rows need
+    one, some dozens. With budget 0 the input is empty and everything is a target; of a sequence in
+    chunks, whose facts need no context, only what would not have stayed, as released models were
+    trained.
     """
-    keep = (draw(0, np.arange(len(ids))) < probability[:, None]) & ((budget > 0)[:, None] | chunked)
-    probability, attempt = probability.copy(), 0
-    pending = np.flatnonzero(budget > 0)
-    while True:
-        # Only rows that do not fit yet are counted again; most need one attempt, some dozens.
-        pending = pending[input_length(length[pending], keep[pending]) > budget[pending]]
-        if not len(pending):
-            break
-        attempt += 1
-        probability[pending] *= RETRY_DECAY
-        keep[pending] = draw(attempt, pending) < probability[pending, None]
+    every, decay = np.arange(len(ids)), np.float32(RETRY_DECAY) ** np.arange(most_ahead)
+    decay = decay.astype(np.float32)
+    chance = probability.astype(np.float32)
+    keep = draw(np.zeros(len(ids), int), every) < chance[:, None]
+    keep &= (budget > 0)[:, None] | chunked
+    done = (budget == 0) | (input_length(length, keep) <= budget)
+    pending, first, ahead = np.flatnonzero(~done), 1, 1
+    chance = chance[pending] * RETRY_DECAY
+    while len(pending):
+        rows, attempts = np.repeat(pending, ahead), np.tile(np.arange(ahead), len(pending))
+        limit = np.repeat(chance, ahead) * decay[attempts]
+        tried = draw(first + attempts, rows) < limit[:, None]
+        fits = (input_length(length[rows], tried) <= budget[rows]).reshape(-1, ahead)
+        found = fits.any(1)
+        keep[pending[found]] = tried.reshape(*fits.shape, -1)[found, fits.argmax(1)[found]]
+        pending, chance = pending[~found], chance[~found] * RETRY_DECAY**ahead
+        first, ahead = first + ahead, min(2 * ahead, most_ahead)
     inputs, targets = span_mask(ids, length, keep)
     visible = np.where(budget > 0, inputs[1], 0)
     return (np.where(budget[:, None] > 0, inputs[0], PAD_ID), visible), targets
@@ -102,7 +116,7 @@ def cut_targets(targets: Ragged, budget: np.ndarray, choice: np.ndarray) -> Ragg
 
 def fit_vectors(
     length: np.ndarray, width: int, probability: np.ndarray, budget: np.ndarray,
-    draw: Callable[[int, np.ndarray], np.ndarray],
+    draw: Callable[[np.ndarray, np.ndarray], np.ndarray], *, most_ahead: int = 1,
 ) -> Ragged:
     """Span masks sequences of `length` [B] vectors as `fit_inputs` does, without targets.
 
@@ -111,7 +125,8 @@ def fit_vectors(
     """
     first = SENTINEL_0 + NUM_SENTINELS + width
     ids = np.broadcast_to(first + np.arange(width), (len(length), width))
-    (inputs, visible), _ = fit_inputs(ids, length, probability, budget, draw)
+    (inputs, visible), _ = fit_inputs(ids, length, probability, budget, draw,
+                                      most_ahead=most_ahead)
     return np.where(inputs >= first, inputs - first, -1), visible
 
 

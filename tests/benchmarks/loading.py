@@ -7,7 +7,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from infra.machine import peak_rss
+from infra.machine import keep_freed_memory, peak_rss
 from infra.store import Store
 from models.fourm.draws import Draws
 from models.fourm.loader import TokenDataset
@@ -45,6 +45,7 @@ def _loader(options: Options, title: str, names: tuple[str, ...]) -> Record:
     import torch
 
     torch.set_num_threads(1)
+    keep_freed_memory()  # as training does
     with tempfile.TemporaryDirectory(prefix="fourm-bench-") as folder, ExitStack() as stack:
         store = Store(folder)
         manifest = released_set(store, names, ROWS)

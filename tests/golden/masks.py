@@ -100,9 +100,9 @@ def _sequence(entry: dict[str, Any]) -> Pairs:
     keeps = [np.array([keep])[:, numbers[0]] for keep in entry["keep_masks"]]
     tried: list[int] = []
 
-    def draw(attempt: int, _: np.ndarray) -> np.ndarray:
-        tried.append(attempt)
-        return np.where(keeps[attempt], 0.0, 1.0)
+    def draw(attempts: np.ndarray, _: np.ndarray) -> np.ndarray:
+        tried.extend(attempts.tolist())
+        return np.where(keeps[tried[-1]], 0.0, 1.0)
 
     table, length = _row(ids)
     pairs = [("whole chunks", cut_chunks(length, numbers, longest), length)]
@@ -135,17 +135,20 @@ class _Given(Draws):
         self._shares, self._picks, self._rank = shares, picks, rank or []
 
     def dirichlet(self, tag: str, alpha: np.ndarray, *extra: int) -> np.ndarray:
-        kind, *rest = tag.split()
-        attempt = int(rest[-1]) if rest and rest[-1].isdigit() else 0
-        if "rest" not in rest:
-            return np.array([self._shares[kind.removesuffix("s")][attempt]])
-        count = alpha.shape[1]
-        return np.eye(count)[self._picks[kind][attempt][:count]][None]
+        kind, *attempt = tag.split()
+        return np.array([self._shares[kind.removesuffix("s")][int(*attempt)]])
 
-    def uniform(self, tag: str, *shape: int) -> np.ndarray:
+    def picks(self, tag: str, alpha: np.ndarray) -> np.ndarray:
+        kind, _, *attempt = tag.split()
+        return np.array([self._picks[kind][int(*attempt)][: alpha.shape[1]]])
+
+    def words(
+        self, tag: str, count: int, chosen: np.ndarray | None = None,
+        part: np.ndarray | None = None,
+    ) -> np.ndarray:
         if tag.startswith("grid"):
-            return np.array([self._rank], float)
-        return super().uniform(tag, *shape)
+            return np.array([self._rank], np.uint32) << 16
+        return super().words(tag, count, chosen, part)
 
 
 def _image(entry: dict[str, Any]) -> Pairs:

@@ -65,28 +65,52 @@ def test_runs_of_removed_tokens_become_sentinels(keep, inputs, targets):
     assert want[0, : m[0]].tolist() == targets
 
 
-def test_inputs_over_budget_are_drawn_again_with_lower_probability():
+@pytest.mark.parametrize(("ahead", "last"), [(1, 2), (16, 3)])
+def test_inputs_over_budget_are_drawn_again_with_lower_probability(ahead, last):
     ids = np.array([[301, 302, 303, EOS_ID]] * 2)
-    attempts: list[int] = []
+    made: list[tuple[int, int]] = []
 
-    def draw(attempt: int, rows: np.ndarray) -> np.ndarray:
-        attempts.append(attempt)
-        assert rows.tolist() == ([0] if attempt else [0, 1])
-        return np.full((len(rows), 4), 0.95 if attempt == 2 else 0.0)
+    def draw(attempts: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        made.extend(zip(attempts.tolist(), rows.tolist(), strict=True))
+        return np.where(attempts[:, None] >= 2, [[0.95, 0.95, 0.95, 0.95]], 0.0)
 
-    inputs, targets = fit_inputs(ids, np.array([4, 4]), np.ones(2), np.array([1, 4]), draw)
-    assert attempts == [0, 1, 2]
+    inputs, targets = fit_inputs(ids, np.array([4, 4]), np.ones(2), np.array([1, 4]), draw,
+                                 most_ahead=ahead)
+    assert made == [(0, 0), (0, 1), *((attempt, 0) for attempt in range(1, last + 1))]
     assert inputs[1].tolist() == [1, 4]
     assert targets[0][0, :6].tolist() == [S1, 301, 302, 303, EOS_ID, S2]
 
 
 @pytest.mark.parametrize("share", [slice(None), slice(1, None, 3), slice(4, 30)])
 def test_draws_of_some_rows_are_those_rows_of_all_draws(share):
-    draws = Draws(3, 5, 40, share)
-    every = draws.uniform("tag", 7)
-    for chosen in ([], [0], [len(every) - 1], [1, 4], list(range(len(every)))):
-        rows = np.array(chosen, int)
-        assert np.array_equal(draws.some("tag", rows, 7), every[rows])
+    whole, mine = Draws(3, 5, 40), Draws(3, 5, 40, share)
+    places = np.arange(40)[share]
+    for tag in ("one", "two"):
+        np.testing.assert_array_equal(mine.uniform(tag, 7), whole.uniform(tag, 7)[places])
+    for chosen in ([], [0], [len(places) - 1], [4, 1], list(range(len(places)))):
+        rows, part = np.array(chosen, int), np.arange(len(chosen))
+        np.testing.assert_array_equal(mine.some("tag", 7, rows, part),
+                                      whole.some("tag", 7, places[rows], part))
+
+
+def test_draws_differ_by_seed_step_tag_row_attempt_and_place_and_are_uniform():
+    rows = np.arange(50)
+    found = [Draws(seed, step, 50).some(tag, 9, rows, rows * 0 + attempt)
+             for seed in range(2) for step in range(2) for tag in "ab" for attempt in range(5)]
+    drawn = np.concatenate(found).reshape(-1)
+    assert len(np.unique(drawn)) > 0.99 * len(drawn)
+    np.testing.assert_allclose(np.histogram(drawn, 10, (0, 1))[0] / len(drawn), 0.1, atol=0.01)
+    doubles = Draws(0, 0, 4000).uniform("x", 4)
+    np.testing.assert_allclose(np.corrcoef(doubles.T), np.eye(4), atol=0.08)
+
+
+def test_picks_are_even_among_equal_concentrations_and_those_of_draws_among_others():
+    alpha = np.tile([[0.5, 0.5, 0.0, 0.5], [2.0, 0.2, 0.2, 0.0]], (2000, 1))
+    picks = Draws(0, 0, len(alpha)).picks("x", alpha)
+    even, other = (np.bincount(picks[i::2].reshape(-1), minlength=4) / 8000 for i in range(2))
+    np.testing.assert_allclose(even, [1 / 3, 1 / 3, 0, 1 / 3], atol=0.02)
+    drawn = Draws(0, 1, len(alpha)).dirichlet("y", alpha, 4).argmax(-1)[1::2]
+    np.testing.assert_allclose(other, np.bincount(drawn.reshape(-1), minlength=4) / 8000, atol=0.02)
 
 
 def test_without_input_budget_everything_is_a_target():

@@ -68,6 +68,15 @@ def test_a_killed_and_resumed_run_ends_in_the_same_bits(tmp_path):
     assert steps == sorted(steps)
 
 
+def test_a_run_that_began_with_other_random_streams_is_refused(tmp_path):
+    store, later = Store(str(tmp_path)), Regression()
+    with pytest.raises(KeyError, match="killed"):
+        Trainer(store, "cut", Regression(die_at=7), CONFIG).fit()
+    later.streams = 2
+    with pytest.raises(ValueError, match="with random streams 1, this release with 2"):
+        Trainer(store, "cut", later, CONFIG).fit()
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     store = Store(str(tmp_path))
     Trainer(store, "run", Regression(), CONFIG).fit()
