@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from tasks.evaluation.sheets import picture_of
 if TYPE_CHECKING:
     from PIL import Image
 
-CHAIN = ("canny_edge", "depth", "normal", "semseg", "det", "caption", "rgb")
-"""From an outline drawing over shape, things and words to a picture."""
+    from tasks.evaluation.truth import Truth
+
+CHAIN = ("rgb", "depth", "normal", "semseg", "canny_edge", "det", "caption", "dinov2_global")
+"""From a picture over shape, things and words to what a search takes."""
 LEAST = 3
 """A model that knows fewer of them shows no chain."""
 
@@ -23,7 +26,8 @@ LEAST = 3
 def steps(bench: Bench) -> list[str]:
     """The chain as far as the model knows it: what is given first, then what is made."""
     generator = bench.generator
-    given = [n for n in CHAIN if n in generator.inputs and n in bench.truth.values][:1]
+    known = {"rgb", *bench.truth.values}
+    given = [n for n in CHAIN if n in generator.inputs and n in known][:1]
     made = [n for n in CHAIN if n in generator.targets and n not in given]
     found = [*given, *made]
     return found if given and len(found) >= LEAST else []
@@ -42,7 +46,7 @@ def journey(bench: Bench, count: int) -> dict[str, Any]:
     truth = bench.truth.first(count)
     start, targets = names[0], names[1:]
     made = bench.generator.generate(
-        {start: truth.values[start]}, targets, settings=one(bench.generator),
+        {start: _values(truth, start)}, targets, settings=one(bench.generator),
         seeds=[bench.seed + i for i in range(len(truth))],
     )  # fmt: skip
     for name in targets:
@@ -55,16 +59,24 @@ def journey(bench: Bench, count: int) -> dict[str, Any]:
     return {"steps": names, "pictures": len(truth), "scores": scores}
 
 
+def _values(truth: Truth, name: str) -> Sequence[Any]:
+    return truth.rgb if name == "rgb" else truth.values[name]
+
+
 def chain_sheet(bench: Bench, shown: int) -> dict[str, Image.Image]:
-    """The chain of the first pictures, a row each, and the real picture at its end."""
+    """The chain of the first pictures, a row each; it ends with the picture if that was not
+    given."""
     made = bench.kept.values.get("chain")
     if made is None:
         return {}
     names = steps(bench)
     rows: list[list[np.ndarray]] = []
+    end = [] if names[0] == "rgb" else ["real picture"]
     for number in range(min(shown, len(made[names[1]]))):
         real = bench.truth.rgb[number]
-        start = picture_of(names[0], bench.truth.values[names[0]][number], np.zeros_like(real))
-        blank = np.full_like(real, 40)
-        rows.append([start, *(picture_of(n, made[n][number], blank) for n in names[1:]), real])
-    return {"chain": contact_sheet(rows, [f"{names[0]}, given", *names[1:], "real picture"])}
+        given = _values(bench.truth, names[0])[number]
+        start = picture_of(names[0], given, np.zeros_like(real))
+        seen = real if names[0] == "rgb" else np.full_like(real, 40)
+        rows.append([start, *(picture_of(n, made[n][number], seen) for n in names[1:])])
+        rows[-1] += [real] * len(end)
+    return {"chain": contact_sheet(rows, [f"{names[0]}, given", *names[1:], *end])}

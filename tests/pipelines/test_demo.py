@@ -78,7 +78,7 @@ def test_the_demo_searches_by_predicted_vectors_and_walks_a_chain(demo: tuple[Pa
     steps = results["chain"]["steps"]
     assert len(steps) >= 6
     assert set(steps) <= MODALITIES
-    assert results["chain"]["scores"].keys() == set(steps[1:]) - {"rgb"}
+    assert results["chain"]["scores"].keys() == set(steps[1:])
     shown = {path.stem for path in (demo[0] / "reports").rglob("*.png")}
     assert {"overview", "chain", "search-dinov2_global"} <= shown
     assert shown >= {f"rgb-to-{name}" for name in MODALITIES - {"rgb", "caption"}}

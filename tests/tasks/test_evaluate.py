@@ -226,13 +226,19 @@ def test_retrieval_searches_from_every_other_modality_and_states_chance(bench: B
 def test_the_chain_begins_with_the_first_that_is_known_and_is_scored_step_by_step(
     bench: Bench,
 ) -> None:
-    expected = ["depth", "normal", "semseg", "det", "caption", "rgb"]
+    expected = ["rgb", "depth", "normal", "semseg", "det", "caption", "dinov2_global"]
     assert steps(bench) == expected == [name for name in CHAIN if name in expected]
     found = journey(bench, 3)
     assert (found["steps"], found["pictures"]) == (expected, 3)
-    assert set(found["scores"]) == {"normal", "semseg", "det", "caption"}
+    assert set(found["scores"]) == set(expected[1:])
     assert set(bench.kept.values["chain"]) == set(expected[1:])
-    assert journey(replace(bench, truth=replace(bench.truth, values={})), 3) == {}
+    unknown = replace(bench, truth=replace(bench.truth, values={}))
+    assert journey(unknown, 3)["scores"] == {}
+    blind = [spec for spec in bench.generator.inputs if spec != "rgb"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(bench.generator), "inputs", blind)
+        assert steps(bench)[0] == "depth"
+        assert steps(unknown) == []
 
 
 class Counting:
