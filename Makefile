@@ -26,10 +26,11 @@ $(STAMP): pyproject.toml requirements.lock
 ready:
 	@test -f $(STAMP) || { test -x $(PY) && $(PY) -c 'import importlib.util as u; \
 	raise SystemExit(any(u.find_spec(m) is None for m in \
-	("torch", "transformers", "ray", "prefect", "s3fs", "typer", "torchmetrics")))'; } \
+	("torch", "transformers", "ray", "prefect", "s3fs", "typer", "torchmetrics", \
+	"segment_anything", "peft")))'; } \
 	|| $(MAKE) setup
 
-demo: ready  ## Scenes in, a trained model out: the whole chain (30 minutes on 2 cores)
+demo: ready  ## Scenes in, a trained model out: the whole chain (33 minutes on 2 cores)
 	$(PY) -m pipelines.cli demo --root $(DATA)/demo
 
 demo-long: ready  ## The same chain with more scenes and training (sized for 90 minutes)

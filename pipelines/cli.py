@@ -28,7 +28,7 @@ _Form = TypeVar("_Form", bound=BaseModel)
 EXAMPLES = """
 [bold]First steps[/bold]
 
-  fourm demo                                        the whole chain on rendered scenes, 30 minutes
+  fourm demo                                        the whole chain on rendered scenes, 33 minutes
 
   fourm status --root data/demo                     what is done, what is left, and how fast it goes
 
@@ -166,7 +166,7 @@ def _open(root: str) -> Store:
 def demo(
     scale: Annotated[
         Literal["demo", "long", "tiny"],
-        typer.Option(help="demo: 30 minutes on two cores; long: sized for 90; tiny: a few."),
+        typer.Option(help="demo: 33 minutes on two cores; long: sized for 90; tiny: a few."),
     ] = "demo",
     root: Root = "data/demo",
     keep_ui: Annotated[bool, typer.Option(help="Keep the UI up at the end, until Ctrl-C.")] = False,

@@ -72,7 +72,7 @@ SIZES: dict[Scale, Size] = {
     ),
     "long": Size(
         scenes=12_000, shard_rows=1000, tokenizer_shards=10, tokenizer_steps=800,
-        recipe="demo_12", steps=6500, evaluated=256,
+        recipe="demo_12", steps=5200, evaluated=256,
     ),
 }  # fmt: skip
 
