@@ -338,8 +338,8 @@ def _that_fit(wanted: int, resources: Resources, available: dict[str, float]) ->
     fit = wanted
     types = [name.partition(":")[2] for name in available if name.startswith("accelerator_type:")]
     if resources.accelerator and resources.accelerator not in types:
-        have = ", ".join(types) or "none"
-        raise ValueError(f"Ray has no accelerator {resources.accelerator!r}; it has {have}")
+        raise ValueError(f"Ray has no accelerator {resources.accelerator!r}; it has "
+                         f"{', '.join(types) or 'none'}")
     for name, need in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
         have = available.get(name, 0)
         if need > have:

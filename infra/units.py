@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
 from infra.ledger import MAX_ATTEMPTS, Commit, Ledger, ShardData, Stage
@@ -125,9 +126,9 @@ class UnitRunner:
         if not isinstance(done, dict):
             return [done]
         return [
-            done.get(job)
-            or self._guarded(job, shard, lambda job=job, n=n: self._attempt(job, shard, n))
-            for job, n in stages
+            done[job] if job in done
+            else self._guarded(job, shard, partial(self._attempt, job, shard, before))
+            for job, before in stages
         ]
 
     def _guarded(self, job: int, shard: int, call: Callable[[], T]) -> T | UnitStatus:
