@@ -45,7 +45,7 @@ def demo(steps: int = 1350) -> TrainRecipe:
     )
 
 
-def demo_12(steps: int = 1550) -> TrainRecipe:
+def demo_12(steps: int = 1500) -> TrainRecipe:
     """The network of `demo` for twelve modalities of scenes: about 17 minutes on the same cores.
 
     Pixels to the labels of 4M-7 keep nearly as many batches as `demo` gives them; one in eight goes
