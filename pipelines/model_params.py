@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tasks.generate import How
 
 RecipeName = Literal[
-    "demo", "demo_12", "demo_long", "speedrun", "fourm_b", "fourm_l", "fourm_xl", "fourm_21_b",
+    "demo", "demo_12", "speedrun", "fourm_b", "fourm_l", "fourm_xl", "fourm_21_b",
     "fourm_21_l", "fourm_21_xl", "t2i_b", "t2i_l", "t2i_xl", "sr_l",
 ]
 

@@ -51,14 +51,9 @@ class EpochOrder:
         self._order = lru_cache(2)(self._blocks_of)
         self._window = lru_cache(4)(self._rows_of)
 
-    def at(self, position: int) -> tuple[int, int, float]:
-        """(index of the shard, row, a uniform for the crop) of a position counted from 0 on over
-        all epochs."""
-        shard, row, uniform = self.places(np.array([position]))[0].tolist()
-        return int(shard), int(row), uniform
-
     def places(self, positions: np.ndarray) -> np.ndarray:
-        """What `at` gives for each of `positions` [n], as float64 [n,3]."""
+        """(index of the shard, row, a uniform for the crop) of each of `positions` [n], counted
+        from 0 on over all epochs, as float64 [n,3]."""
         epochs, offsets = np.divmod(positions, self.total)
         found = np.empty((len(positions), 3))
         for epoch in np.unique(epochs).tolist():

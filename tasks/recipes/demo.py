@@ -66,11 +66,6 @@ def demo_12(steps: int = 1500) -> TrainRecipe:
     ), per_batch=True))
 
 
-def demo_long() -> TrainRecipe:
-    """The demo's training at four times its length: 70 minutes on the same cores."""
-    return demo(steps=6500)
-
-
 def speedrun(steps: int = 540) -> TrainRecipe:
     """The entry of `fourm speedrun`: the demo's network from pixels to everything. Two cores with
     fast bf16 reach the target after 300 steps, in 200 seconds.
