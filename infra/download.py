@@ -20,8 +20,9 @@ import aiohttp
 from yarl import URL
 
 from infra.addresses import AddressPolicy, BlockedAddress, PublicResolver
+from infra.robots import PRODUCT, Answer, Refusal, Robots
 
-USER_AGENT = "fourm (image dataset builder; honours X-Robots-Tag)"
+USER_AGENT = f"{PRODUCT} (image dataset builder; honours X-Robots-Tag)"
 OPT_OUT = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
 RETRYABLE = frozenset({"timeout", "connect", "dns", "rate_limited", "server_error", "truncated"})
 """Reason classes that another attempt may mend."""
@@ -48,6 +49,8 @@ class DownloadPolicy:
     """Connections to one host at once."""
     honour_opt_out: bool = True
     """Drop pictures whose X-Robots-Tag forbids indexing or training."""
+    honour_robots: bool = False
+    """Ask each host's robots.txt first, and fetch only what it allows."""
     addresses: AddressPolicy = field(default_factory=AddressPolicy)
 
 
@@ -76,6 +79,7 @@ class Downloader:
         self._hosts = WeakValueDictionary[str, asyncio.Semaphore]()
         self._slots = asyncio.Semaphore(policy.concurrency)
         self._beginning = asyncio.Lock()
+        self._robots = Robots(self._ask_rules) if policy.honour_robots else None
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=policy.concurrency,
@@ -136,9 +140,19 @@ class Downloader:
             await asyncio.sleep(max(pause, asked_for))
         return result
 
-    async def _attempt(self, index: int, url: str) -> Download:
+    async def _ask_rules(self, url: URL) -> Answer:
+        """A host's robots.txt; what it answers without one allows everything (RFC 9309, 2.3.1)."""
+        found = await self._attempt(0, str(url), rules=True)
+        if found.reason == "ok":
+            return found.body
+        if found.reason in RETRYABLE or found.reason == "too_large":
+            return Refusal(found.reason, f"{url}: {found.detail}")
+        return None
+
+    async def _attempt(self, index: int, url: str, rules: bool = False) -> Download:
+        """One attempt; `rules` are asked for whatever the rules and headers say of pictures."""
         try:
-            return await self._follow(index, URL(url))
+            return await self._follow(index, URL(url), rules)
         except BlockedAddress as error:
             return Download(index, "blocked_address", str(error))
         except TimeoutError:
@@ -157,14 +171,16 @@ class Downloader:
         except ValueError as error:
             return Download(index, "bad_url", str(error))
 
-    async def _follow(self, index: int, url: URL) -> Download:
+    async def _follow(self, index: int, url: URL, rules: bool) -> Download:
         left = self._policy.timeout
         for _ in range(self._policy.max_redirects + 1):
             self._policy.addresses.check(url)
+            if self._robots and not rules and (refused := await self._robots.refusal(url)):
+                return Download(index, refused.reason, refused.detail)
             async with self._turn(url.host or ""):  # waiting for it does not count as slowness
                 began = time.monotonic()
                 async with asyncio.timeout(left):
-                    found = await self._get(index, url)
+                    found = await self._get(index, url, rules)
                 left -= time.monotonic() - began
             if isinstance(found, Download):
                 return found
@@ -178,7 +194,7 @@ class Downloader:
             turn = self._hosts[host] = asyncio.Semaphore(self._policy.per_host)
         return turn
 
-    async def _get(self, index: int, url: URL) -> Download | URL:
+    async def _get(self, index: int, url: URL, rules: bool) -> Download | URL:
         """What a URL holds, or where it leads."""
         policy = self._policy
         async with self._session.get(url, allow_redirects=False) as answer:
@@ -186,7 +202,7 @@ class Downloader:
                 return url.join(URL(answer.headers["Location"]))
             if answer.status != 200:
                 return _refused(index, answer)
-            if policy.honour_opt_out and _opted_out(answer):
+            if policy.honour_opt_out and not rules and _opted_out(answer):
                 return Download(index, "opt_out", answer.headers.get("X-Robots-Tag", ""))
             return await _body(index, answer, policy.max_bytes)
 
@@ -227,7 +243,7 @@ def _opted_out(answer: aiohttp.ClientResponse) -> bool:
     for header in answer.headers.getall("X-Robots-Tag", []):
         # "agent: directive, directive": directives for a named agent other than us don't bind.
         agent, colon, rest = header.partition(":")
-        if colon and agent.strip().lower() not in ("*", "fourm"):
+        if colon and agent.strip().lower() not in ("*", PRODUCT):
             continue
         words = (rest if colon else header).lower().replace(",", " ").split()
         if OPT_OUT.intersection(words):

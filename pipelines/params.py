@@ -116,6 +116,9 @@ class IngestOptions(Form):
     honour_opt_out: bool = Field(
         True, description="Drop pictures whose server forbids indexing or training."
     )
+    honour_robots: bool = Field(
+        False, description="Ask each host's robots.txt, and fetch only what it allows."
+    )
 
 
 def _known_accelerator(name: str) -> str:

@@ -278,7 +278,7 @@ def fetch_config(choices: dict[str, Any]) -> FetchConfig:
     from tasks.fetch import FetchConfig
     from tasks.pictures import PicturePolicy
 
-    names = ("timeout", "attempts", "concurrency", "per_host", "honour_opt_out")
+    names = ("timeout", "attempts", "concurrency", "per_host", "honour_opt_out", "honour_robots")
     return FetchConfig(
         pictures=PicturePolicy(
             resize=choices["resize"],
@@ -286,7 +286,7 @@ def fetch_config(choices: dict[str, Any]) -> FetchConfig:
             **{name: choices[name] for name in _FILTERS if name in choices},
         ),
         downloads=DownloadPolicy(
-            **{name: choices[name] for name in names},
+            **{name: choices[name] for name in names if name in choices},
             addresses=AddressPolicy(frozenset(choices["allow_hosts"])),
         ),
     )

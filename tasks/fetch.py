@@ -66,6 +66,8 @@ def fetch_stage(plan: dict, config: FetchConfig) -> Stage:
         "max_bytes": config.downloads.max_bytes,
         "honour_opt_out": config.downloads.honour_opt_out,
     }
+    if config.downloads.honour_robots:
+        params["honour_robots"] = True  # absent otherwise: sets of before keep their stage
     return Stage(name="fetch", version=2, params=params, outputs=("rgb", "caption"))
 
 
