@@ -42,8 +42,9 @@ SYSTEMIC_MIN_ROWS = 20
 
 UNITS_AT_ONCE = 4
 """Shards of a worker that overlap: the slowest servers take as long as a few shards."""
-WAITING = 32
-"""Pictures of a worker that wait for being cleaned."""
+WAITING = 64_000_000
+"""Bytes of a worker's pictures that wait for being cleaned: some thousand photographs. So many
+seconds of work are left when the last row is asked for, and pass while slow servers answer."""
 RESOLVERS = 64
 """Threads that ask the name server: dead names take seconds each, and are many."""
 
@@ -93,6 +94,28 @@ def build_work(store_url: str, stage: Stage, config: dict) -> FetchWork:
     )
 
 
+class _Room:
+    """A number of bytes that several may fill; who would not fit into an empty one gets it all."""
+
+    def __init__(self, size: int) -> None:
+        self._size = self._free = size
+        self._turn = asyncio.Lock()
+        self._left = asyncio.Event()
+
+    async def enter(self, size: int) -> None:
+        """Waits until there are so many bytes, then takes them; in the order of arrival."""
+        async with self._turn:
+            while self._free < min(size, self._size):
+                self._left.clear()
+                await self._left.wait()
+            self._free -= size
+
+    def leave(self, size: int) -> None:
+        """Gives them back."""
+        self._free += size
+        self._left.set()
+
+
 @dataclass
 class _Shard:
     """The rows of a shard and what has become of them so far."""
@@ -122,7 +145,7 @@ class FetchWork:
         self._downloads = downloads
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="clean")
         # Bodies that wait for a thread occupy memory: when they are many, no more are taken.
-        self._room = asyncio.Semaphore(WAITING)
+        self._room = _Room(WAITING)
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(ThreadPoolExecutor(RESOLVERS, thread_name_prefix="resolve"))
         self._thread = threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True)
@@ -177,10 +200,8 @@ class FetchWork:
         async for download in arrivals:
             row = wanted[download.index]
             if download.reason == OK:
-                await self._room.acquire()
-                task = asyncio.create_task(self._settle(state, row, download.body))
-                task.add_done_callback(lambda _: self._room.release())
-                settling.append(task)
+                await self._room.enter(len(download.body))
+                settling.append(asyncio.create_task(self._settle(state, row, download.body)))
             else:
                 state.fates[row] = (download.reason, download.detail)
         await asyncio.gather(*settling)
@@ -203,13 +224,15 @@ class FetchWork:
         return self._downloader.each([state.rows[row]["url"] for row in wanted])
 
     async def _settle(self, state: _Shard, row: int, body: bytes) -> None:
-        state.hashes[row] = hashlib.sha256(body).hexdigest()
         try:
+            state.hashes[row] = hashlib.sha256(body).hexdigest()
             state.pictures[row] = await self._loop.run_in_executor(
                 self._threads, cleaned, body, self._pictures
             )
         except BadPicture as error:
             state.fates[row] = (error.reason, str(error))
+        finally:
+            self._room.leave(len(body))
 
     async def _stop_if_systemic(self, state: _Shard, wanted: list[int]) -> None:
         reasons = [state.fates.get(row, (OK, ""))[0] for row in wanted]

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import io
 import json
+import random
 import threading
 import time
 import tracemalloc
@@ -22,7 +23,7 @@ from infra.runner import SystemicFailure
 from infra.shards import TornShard, read_tar, sample_key, write_tar
 from infra.sources import Source
 from infra.store import Store
-from tasks.fetch import FetchConfig, FetchWork, fetch_stage, make_plan
+from tasks.fetch import FetchConfig, FetchWork, _Room, fetch_stage, make_plan
 from tasks.pictures import PicturePolicy
 from tasks.plans import Plan, plan_retry
 
@@ -246,3 +247,25 @@ def test_planning_takes_the_same_memory_for_a_long_list_as_for_a_short_one(tmp_p
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < 1.3 * peaks[1]
+
+
+def test_bytes_that_wait_are_bounded_and_a_body_of_any_length_gets_its_turn():
+    waiting: list[int] = []
+
+    async def scenario() -> None:
+        room, rng = _Room(100), random.Random(0)
+        sizes = [rng.choice((1, 30, 99, 100, 500)) for _ in range(200)]
+
+        async def occupy(size: int) -> None:
+            await room.enter(size)
+            waiting.append(size)
+            assert sum(waiting) <= max(100, size)
+            await asyncio.sleep(0)
+            waiting.remove(size)
+            room.leave(size)
+
+        await asyncio.gather(*(occupy(size) for size in sizes))
+        await asyncio.wait_for(room.enter(100), 60)  # all of it is free again
+
+    asyncio.run(scenario())
+    assert not waiting
