@@ -30,7 +30,7 @@ ready:
 	"segment_anything", "peft")))'; } \
 	|| $(MAKE) setup
 
-demo: ready  ## Scenes in, a trained model out: the whole chain (33 minutes on 2 cores)
+demo: ready  ## Scenes in, a trained model out: the whole chain (28 minutes on 2 cores)
 	$(PY) -m pipelines.cli demo --root $(DATA)/demo
 
 demo-long: ready  ## The same chain with more scenes and training (sized for 90 minutes)

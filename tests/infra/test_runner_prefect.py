@@ -34,7 +34,7 @@ def test_cancelling_through_the_api_ends_cancelled_and_resumes(tmp_path):
         post(api, f"/flow_runs/{run['id']}/set_state", state)
         ended = until(lambda: _terminal(api, run["id"]), 120, "the end of the run")
         assert ended == ("CANCELLED", "Cancelled")
-        assert time.monotonic() - began < 60, "30 s are meant; a busy machine may take longer"
+        assert time.monotonic() - began < 30
         until(lambda: not _ray_of(serving), 60, "the end of Ray")
         assert until(lambda: store.exists("hook") and store.read("hook"), 60, "the hook")
         artifacts = post(api, "/artifacts/filter", {})
