@@ -15,6 +15,7 @@ from functools import lru_cache
 from itertools import chain, islice
 from typing import Any
 
+from infra.buckets import Buckets
 from infra.ledger import Ledger, ShardData, Stage
 from infra.overlap import pipelined
 from infra.shards import MISSING_EXT, TarIndex, hole, read_tar, split_name, write_tar
@@ -26,7 +27,10 @@ from models.labelers import Labeler, LabelerSpec, load_labeler
 logger = logging.getLogger("fourm.label")
 
 BATCHES_AT_ONCE = 2
-"""Batches handed to a labeler together: pictures of one size find each other in them."""
+"""Batches that are read together."""
+MOST_PIXELS = 2**24
+"""Pixels of pictures that wait for others of their shape, or for older ones whose labels wait: 190
+pictures of 256 x 341, and at most 200 MB of labels (normals)."""
 
 
 @dataclass
@@ -93,7 +97,7 @@ class LabelWork:
     def run_with(self, others: Sequence[LabelWork], shard: int) -> list[ShardData]:
         """Label a shard with several labelers; its pictures are read and decoded once.
 
-        Each labeler meets the groups of pictures that it meets alone, hence writes the same bytes.
+        Each labeler meets the batches that it meets alone, hence writes the same bytes.
 
         Raises:
             As `run`, for the first labeler that cannot.
@@ -171,17 +175,27 @@ class LabelWork:
         except (OSError, ValueError, SyntaxError) as error:
             sample.fail("undecodable", error)
 
-    def _label(self, samples: list[Sample]) -> list[Sample]:
-        ready = [sample for sample in samples if sample.reason == "ok"]
-        if not ready:
-            return samples
+    def _buckets(self) -> Buckets[Sample]:
+        """Samples that the network sees in one shape meet in batches, also across others."""
+        size = self._labeler.spec.batch_size * self._labeler.at_once
+        return Buckets(self._label, size=size, most=MOST_PIXELS)
+
+    def _put(self, buckets: Buckets[Sample], sample: Sample) -> None:
+        if sample.reason == "ok":
+            pixels = sample.inputs["rgb"].size // 3 if "rgb" in sample.inputs else 0
+            buckets.add(sample, kind=self._labeler.alike(sample.inputs), cost=pixels)
+        else:
+            buckets.skip(sample)
+
+    def _label(self, samples: list[Sample]) -> None:
         try:
-            self._label_together(ready)
+            self._label_together(samples)
         except (RuntimeError, ValueError) as error:
             logger.warning("%s: a batch failed, one at a time: %s", self._stage.id, error)
-            for sample in ready:
+            for sample in samples:
                 self._label_alone(sample)
-        return samples
+        for sample in samples:
+            sample.inputs = {}
 
     def _label_together(self, samples: list[Sample]) -> None:
         labels = self._labeler.label_samples([sample.inputs for sample in samples])
@@ -203,7 +217,7 @@ class LabelWork:
                 }
             except ValueError as error:  # such as a number that is not finite
                 sample.fail("unlabelled", error)
-            sample.inputs, sample.values = {}, {}
+            sample.values = {}
         return samples
 
 
@@ -211,11 +225,11 @@ def _one_pass(works: Sequence[LabelWork], shard: int) -> Iterator[tuple[int, lis
     """Groups of labelled pictures of a shard, each with its labeler's number, in order for each;
     the pictures are read and decoded once for all."""
     rows = _batched(works[0]._rows(works, shard), min(work._group for work in works))
-    waiting: list[list[Sample]] = [[] for _ in works]
+    buckets = [work._buckets() for work in works]
     for done in pipelined(
         chain(rows, [None]),
         lambda rows: rows and [_decoded(works, row) for row in rows],
-        lambda rows: _labelled(works, waiting, rows),
+        lambda rows: _labelled(works, buckets, rows),
         lambda groups: [(number, works[number]._encode(group)) for number, group in groups],
     ):
         yield from done
@@ -234,22 +248,21 @@ def _decoded(works: Sequence[LabelWork], row: list[Sample]) -> list[Sample]:
 
 
 def _labelled(
-    works: Sequence[LabelWork], waiting: list[list[Sample]], rows: list[list[Sample]] | None
+    works: Sequence[LabelWork], buckets: list[Buckets[Sample]], rows: list[list[Sample]] | None
 ) -> list[tuple[int, list[Sample]]]:
-    """Groups that became full with these rows, labelled, each with its labeler's number.
+    """What is labelled with these rows, each group with its labeler's number.
 
     Args:
         works: Of the labelers.
-        waiting: Samples of each labeler that fill no group yet; kept up here.
+        buckets: Of each labeler, with the samples that wait; kept up here.
         rows: More samples of all; None when there are no more.
     """
     ready = []
-    for number, work in enumerate(works):
-        waiting[number] += [row[number] for row in rows or ()]
-        while len(waiting[number]) >= work._group or (rows is None and waiting[number]):
-            group = waiting[number][: work._group]
-            del waiting[number][: work._group]
-            ready.append((number, work._label(group)))
+    for number, (work, each) in enumerate(zip(works, buckets, strict=True)):
+        for row in rows or ():
+            work._put(each, row[number])
+        if group := each.finished(last=rows is None):
+            ready.append((number, group))
     return ready
 
 

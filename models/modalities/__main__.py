@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from models import modalities
 from models.labelers.networks import PRESETS, Network
-from models.labelers.registry import KINDS, OUTPUTS, labeler_class
+from models.labelers.registry import KINDS, labeler_class, outputs
 
 RELEASED = {
     "rgb": ("rgb@224, tok_rgb@224", "16,384", "196 (784 at 448)"),
@@ -127,7 +127,7 @@ def _modalities() -> Iterable[tuple[str, ...]]:
 
 def _labelers() -> Iterable[tuple[str, ...]]:
     for kind in KINDS:
-        written = ", ".join(f"`{name}`" for name in OUTPUTS.get(kind, (kind,)))
+        written = ", ".join(f"`{name}`" for name in outputs(kind))
         found = labeler_class(kind)
         reads = [*found.reads, *(f"({name})" for name in found.also_reads)]
         yield (f"`{kind}`", written, ", ".join(reads))

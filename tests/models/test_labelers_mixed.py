@@ -1,0 +1,272 @@
+"""Pictures of many shapes in common batches, and compiled networks, on tiny real classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo as dynamo
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from models.labelers import KINDS, LabelerSpec, labeler_class, load_labeler
+from models.labelers.base import Labeler
+from tests.models import test_labeler_caption as captions
+from tests.models import test_labeler_detection as detection
+from tests.models import test_labelers as dense
+from tests.models import test_labelers_features as features
+
+SIZES = [(40, 61), (40, 60), (80, 121), (61, 40), (40, 61), (64, 64), (1, 1), (60, 90), (40, 62)]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def images() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
+
+
+def checkpoint(build: Callable[[], tuple[Any, Any]]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        for part in build():
+            part.save_pretrained(folder)
+
+    return write
+
+
+NETWORKS: dict[str, tuple[str, Callable[[Path], None], dict[str, Any]]] = {
+    "depth_anything": ("depth", checkpoint(dense._depth_anything), {"scale": "inverse"}),
+    "normal": ("normal", checkpoint(dense._tipsv2), {}),
+    "segformer": ("semseg", checkpoint(dense._segformer), {}),
+    "mask2former": ("semseg", checkpoint(dense._mask2former), {}),
+    "clip": ("clip", checkpoint(dense._clip), {}),
+    "dinov2": ("dinov2", features.dinov2, {}),
+    "imagebind": ("imagebind", lambda folder: features.imagebind(folder) and None, {}),
+}
+
+
+def load(network: str, folder: Path, **fields: Any) -> Labeler:
+    kind, write, options = NETWORKS[network]
+    write(folder)
+    spec = LabelerSpec(
+        kind, (kind,), str(folder), precision="fp32", device="cpu", options=options, **fields
+    )
+    return load_labeler(spec)
+
+
+def difference(one: Any, other: Any) -> float:
+    one, other = np.asarray(one), np.asarray(other)
+    assert (one.shape, one.dtype) == (other.shape, other.dtype)
+    if one.dtype == np.uint8:
+        return float((one != other).mean())
+    return float(np.abs(one.astype(np.float64) - other).max())
+
+
+# --- buckets ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_label_does_not_depend_on_what_shapes_are_in_its_batch(tmp_path, images, network):
+    labeler = load(network, tmp_path, batch_size=4)
+    (together,) = labeler.label(images).values()
+    for number, image in enumerate(images):
+        (alone,) = labeler.label([image])[labeler.spec.outputs[0]]
+        assert difference(together[number], alone) < 2e-3
+
+
+@pytest.mark.parametrize("write", [detection.rt_detr, detection.detr, detection.yolos])
+def test_boxes_do_not_depend_on_what_shapes_are_in_their_batch(tmp_path, images, write):
+    write(tmp_path)
+    spec = detection.spec(tmp_path, threshold=0, max_overlap=1.0)
+    labeler = load_labeler(dataclasses.replace(spec, precision="fp32"))
+    together = labeler.label(images)["det"]
+    for number, image in enumerate(images):
+        (alone,) = labeler.label([image])["det"]
+        found = [each["box"] for each in together[number]["instances"]]
+        expected = [each["box"] for each in alone["instances"]]
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("write", [captions.blip, captions.git])
+def test_pictures_of_any_size_have_their_captions_in_one_pass(tmp_path, images, write):
+    write(tmp_path)
+    spec = dataclasses.replace(captions.spec(tmp_path, max_new_tokens=4), batch_size=len(images))
+    labeler = load_labeler(dataclasses.replace(spec, precision="fp32"))
+    passes = counted(labeler)
+    together = labeler.label(images)["caption"]
+    assert passes == [len(images)]
+    assert together == [labeler.label([image])["caption"][0] for image in images]
+
+
+def counted(labeler: Labeler) -> list[int]:
+    """Number of items of each call of `predict`."""
+    sizes, predict = [], labeler.predict
+
+    def counting(items: Any) -> Any:
+        sizes.append(len(items))
+        return predict(items)
+
+    labeler.predict = counting  # type: ignore[method-assign]
+    return sizes
+
+
+@pytest.mark.parametrize("network", ["segformer", "mask2former", "clip", "dinov2", "imagebind"])
+def test_a_network_that_sees_squares_fills_its_batches_whatever_the_sizes(
+    tmp_path, images, network
+):
+    labeler = load(network, tmp_path, batch_size=4)
+    passes = counted(labeler)
+    labeler.label(images)
+    assert passes == [4, 4, 1]
+
+
+def test_a_network_that_keeps_the_aspect_has_one_batch_for_sizes_that_it_sees_alike(tmp_path):
+    labeler = load("depth_anything", tmp_path, batch_size=4)
+    alike = [(40, 60), (40, 61), (80, 120), (41, 61), (60, 90), (62, 93), (100, 151), (20, 30)]
+    assert {labeler.seen(*size) for size in alike} == {(1, 3, 56, 84)}
+    assert labeler.seen(60, 40) == (1, 3, 84, 56)
+    passes = counted(labeler)
+    values = labeler.label([np.zeros((*size, 3), np.uint8) for size in alike])["depth"]
+    assert passes == [4, 4]
+    assert [value.shape for value in values] == alike
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_shape_that_is_foretold_is_the_one_that_the_network_gets(tmp_path, images, network):
+    labeler = load(network, tmp_path, batch_size=4)
+    module = getattr(labeler, "tower", labeler).model
+    got: list[tuple[int, ...]] = []
+    module.register_forward_pre_hook(
+        lambda _, args, more: got.append(tuple([*args, more.get("pixel_values")][0].shape[1:])),
+        with_kwargs=True,
+    )
+    foretold = set()
+    for image in images:
+        labeler.label([image])
+        seen = labeler.seen(*image.shape[:2])
+        foretold.add(tuple(seen)[1:] if isinstance(seen, tuple) else (3, seen, seen))
+    assert foretold == set(got)
+
+
+def test_of_a_processor_that_cannot_tell_pictures_of_one_size_meet(tmp_path, monkeypatch):
+    labeler = load("depth_anything", tmp_path)
+
+    def refuse(**_: Any) -> None:
+        raise NotImplementedError("no meta device")
+
+    monkeypatch.setattr(labeler.inputs, "_images", refuse)
+    labeler.inputs.shape.cache_clear()
+    assert labeler.seen(40, 60) == (40, 60)
+
+
+# --- compiled networks ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch):
+    """Counts the graphs that are compiled, instead of making machine code of them."""
+    dynamo.reset()
+    found = CompileCounterWithBackend("eager")
+    compile_it = torch.compile
+
+    def counting(function: Any, **options: Any) -> Any:
+        return compile_it(function, **{**options, "backend": found})
+
+    monkeypatch.setattr(torch, "compile", counting)
+    monkeypatch.setattr("models.labelers.base.check_compiler", lambda device: None)
+    yield found
+    dynamo.reset()
+
+
+@pytest.mark.parametrize("network", ["segformer", "clip", "imagebind"])
+def test_a_compiled_network_labels_as_before_and_is_compiled_once_for_ragged_batches(
+    tmp_path, images, network, counter
+):
+    plain = load(network, tmp_path, batch_size=4)
+    (expected,) = plain.label(images).values()
+    labeler = load_labeler(dataclasses.replace(plain.spec, compile=True))
+    labeler.label(images[:4])
+    graphs = counter.frame_count
+    assert graphs > 0
+    (found,) = labeler.label(images).values()
+    assert counter.frame_count == graphs
+    assert len(found) == len(images)
+    for one, other in zip(found, expected, strict=True):
+        assert difference(one, other) < 2e-3
+
+
+def test_each_shape_is_compiled_for_itself_up_to_torch_s_limit_and_others_run_as_they_are(
+    counter,
+):
+    class Doubling(Labeler):
+        compiles = True
+
+        def __init__(self, spec: LabelerSpec) -> None:
+            super().__init__(spec)
+            self.model = self.compiled(torch.nn.Conv2d(3, 1, 1, bias=False))
+            torch.nn.init.constant_(self.model.weight, 2 / 3)
+
+        def predict(self, images: Any) -> dict[str, list[Any]]:
+            pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().contiguous()
+            return {"depth": list(self.model(pixels)[:, 0].numpy())}
+
+    labeler = Doubling(
+        LabelerSpec("depth", ("depth",), "x", precision="fp32", device="cpu", compile=True,
+                    batch_size=2)
+    )  # fmt: skip
+    for side in range(4, 16):
+        for _ in range(2):
+            (value,) = labeler.label([np.full((side, side, 3), side, np.uint8)])["depth"]
+            np.testing.assert_allclose(value, np.full((side, side), 2.0 * side), rtol=1e-6)
+    assert counter.frame_count == 8
+
+
+def test_the_eyes_of_a_captioner_are_compiled(tmp_path, images, counter):
+    captions.blip(tmp_path)
+    spec = dataclasses.replace(
+        captions.spec(tmp_path, max_new_tokens=4), batch_size=4, precision="fp32"
+    )
+    expected = load_labeler(spec).label(images)
+    labeler = load_labeler(dataclasses.replace(spec, compile=True))
+    assert labeler.label(images) == expected
+    assert counter.frame_count == 1
+
+
+def test_what_has_no_network_cannot_be_compiled():
+    compiled = {kind for kind in KINDS if labeler_class(kind).compiles}
+    assert set(KINDS) - compiled == {"color_palette", "canny_edge", "metadata"}
+    spec = LabelerSpec("canny_edge", ("canny_edge",), "computed", compile=True, device="cpu")
+    with pytest.raises(ValueError, match="'canny_edge' has no network that can be compiled"):
+        load_labeler(spec)
+
+
+def test_without_a_compiler_a_compiled_labeler_is_refused_before_it_is_loaded(monkeypatch):
+    import torch._inductor.cpp_builder as builder
+
+    def missing() -> str:
+        raise RuntimeError("no g++")
+
+    monkeypatch.setattr(builder, "get_cpp_compiler", missing)
+    spec = LabelerSpec("depth", ("depth",), "nowhere", compile=True, device="cpu")
+    with pytest.raises(ValueError, match=r"no compiler for cpu \(no g\+\+\); install g\+\+"):
+        load_labeler(spec)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_machine_code_labels_as_the_network_does(tmp_path, images):
+    dynamo.reset()
+    plain = load("imagebind", tmp_path, batch_size=4)
+    labeler = load_labeler(dataclasses.replace(plain.spec, compile=True))
+    (expected,), (found,) = plain.label(images).values(), labeler.label(images).values()
+    for one, other in zip(found, expected, strict=True):
+        assert difference(one, other) < 2e-3
