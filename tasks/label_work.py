@@ -23,6 +23,7 @@ from infra.store import Store
 from infra.units import SystemicFailure
 from models import modalities
 from models.labelers import Labeler, LabelerSpec, load_labeler
+from tasks.tokenizer_data import read_label
 
 logger = logging.getLogger("fourm.label")
 
@@ -170,7 +171,7 @@ class LabelWork:
         try:
             inputs = {"rgb": picture(data)} if "rgb" in self._labeler.reads else {}
             for name, each in others.items():
-                inputs[name] = modalities.get(name).decode(each)
+                inputs[name] = read_label(name, sample.key, each)
             sample.inputs = inputs
         except (OSError, ValueError, SyntaxError) as error:
             sample.fail("undecodable", error)

@@ -78,18 +78,18 @@ def rows(
 
 
 def at_sizes(
-    maps: Any, images: Sequence[Image], finish: Callable[[Any], Any] = lambda maps: maps
+    maps: Any, images: Sequence[Image], finish: Callable[[Any], Any]
 ) -> list[Any]:
     """Maps [B, C, h, w] of a network as arrays at the sizes of the pictures, in their order.
 
     Args:
-        maps: On any device; what lies beyond the pictures is passed over.
-        images: The pictures.
+        maps: On any device.
+        images: The B pictures.
         finish: Maps of one size [b, C, H, W] to values [b, ...], on the device.
     """
     found: list[Any] = [None] * len(images)
     for numbers in by_size(images):
-        chosen = maps if len(numbers) == len(maps) else maps[numbers]
+        chosen = maps if len(numbers) == len(images) else maps[numbers]
         values = finish(resize(chosen, [images[number] for number in numbers]))
         for number, value in zip(numbers, values.cpu().numpy(), strict=True):
             found[number] = value

@@ -14,12 +14,14 @@ import torch
 import torch._dynamo as dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from models import modalities
 from models.labelers import KINDS, LabelerSpec, labeler_class, load_labeler
 from models.labelers.base import Labeler
 from tests.models import test_labeler_caption as captions
 from tests.models import test_labeler_detection as detection
 from tests.models import test_labelers as dense
 from tests.models import test_labelers_features as features
+from tests.models.test_labelers_computed import stored
 
 SIZES = [(40, 61), (40, 60), (80, 121), (61, 40), (40, 61), (64, 64), (1, 1), (60, 90), (40, 62)]
 
@@ -167,6 +169,33 @@ def test_of_a_processor_that_cannot_tell_pictures_of_one_size_meet(tmp_path, mon
     monkeypatch.setattr(labeler.inputs, "_images", refuse)
     labeler.inputs.shape.cache_clear()
     assert labeler.seen(40, 60) == (40, 60)
+
+
+# --- pictures at the edge ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_networks_label_pictures_of_one_pixel_grey_alpha_and_cmyk(tmp_path, network):
+    modes = [("RGB", (1, 1), "PNG"), ("L", (17, 1), "PNG"), ("LA", (9, 8), "PNG"),
+             ("RGBA", (8, 9), "PNG"), ("CMYK", (16, 8), "JPEG")]  # fmt: skip
+    images = [stored(*each) for each in modes]
+    labeler = load(network, tmp_path, batch_size=2)
+    ((name, values),) = labeler.label(images).items()
+    modality = modalities.get(name)
+    for image, value in zip(images, values, strict=True):
+        assert np.isfinite(np.asarray(value, np.float32)).all()
+        assert modality.decode(modality.encode(value)).shape == value.shape
+        if modality.kind == "map":
+            assert value.shape[:2] == image.shape[:2]
+
+
+@pytest.mark.parametrize("network", ["depth_anything", "segformer", "clip"])
+def test_networks_label_20_megapixels_at_their_own_size(tmp_path, network):
+    image = np.zeros((4000, 5000, 3), np.uint8)
+    image[:, 2500:] = 255
+    (value,) = load(network, tmp_path).label([image]).values()
+    expected = (4000, 5000) if network != "clip" else (4, 4, 16)
+    assert value[0].shape == expected
 
 
 # --- compiled networks ------------------------------------------------------------------------

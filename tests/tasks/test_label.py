@@ -19,7 +19,7 @@ from infra.shards import hole, read_tar, write_tar
 from infra.store import Store
 from infra.units import StageJob, SystemicFailure
 from models import modalities
-from models.labelers import LabelerSpec
+from models.labelers import LabelerSpec, preset
 from models.labelers.base import Image, Labeler
 from tasks.label import in_turns, label_jobs, label_stage, label_stages
 from tasks.label_work import LabelWork, build_work
@@ -88,6 +88,16 @@ def test_labels_have_the_pictures_keys_and_order_and_failures_are_holes(tmp_path
     assert decode(members["00000000007.png"]).mean() == pytest.approx(100 / 255, abs=0.01)
     assert decode(members["00000000005.png"]).shape == (24, 24)
     assert b"unlabelled" in members["00000000003.missing"]
+
+
+def test_a_picture_that_its_network_cannot_see_is_a_hole_with_a_reason(tmp_path):
+    store = Store(str(tmp_path))
+    commit_pictures(store, [("00000000000.jpg", jpeg(9, size=64)), ("00000000001.jpg", jpeg(9, 1))])
+    spec = dataclasses.replace(preset("scenes")["depth"], device="cpu", precision="fp32")
+    stage = label_stage(spec, FETCH)
+    data = build_work(str(tmp_path), stage, spec.to_dict()).run(0)
+    assert [reason for _, reason, _ in data.statuses] == ["ok", "unlabelled"]
+    assert data.statuses[1][2]
 
 
 def test_a_shard_without_any_label_is_an_error_and_not_a_shard_of_holes(tmp_path):
@@ -254,7 +264,8 @@ def test_samples_bring_their_labels_and_holes_upstream_are_holes_or_absent(tmp_p
         "label:det", 1, {}, ("det",), (FETCH,)
     )
     far = modalities.get("depth").encode(np.ones((4, 4), np.float32))
-    boxes = modalities.get("det").encode({"instances": [{"box": [0, 0, 1, 1]}]})
+    box = {"box": [0, 0, 1, 1], "class_name": "cube"}
+    boxes = modalities.get("det").encode({"instances": [box]})
     members = {
         depth: [hole(keys[0], "x"), *((f"{key}.png", far) for key in keys[1:])],
         det: [*((f"{key}.json", boxes) for key in keys[:2]), hole(keys[2], "x"),
