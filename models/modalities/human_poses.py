@@ -47,10 +47,10 @@ def _decode(data: bytes) -> Poses:
     if not isinstance(value, dict) or not isinstance(value.get("humans"), list):
         raise ValueError("a pose file must hold an object with the list 'humans'")
     for human in value["humans"]:
-        if not isinstance(human, dict) or not is_box(human.get("box")):
-            raise ValueError("a person must have a box of four numbers")
         if np.shape(human.get("keypoints")) != (len(KEYPOINTS), 3):
             raise ValueError(f"a pose must have {len(KEYPOINTS)} keypoints of x, y and score")
+        if not is_box(human.get("box")):
+            raise ValueError("a pose must have a box of four numbers")
     return value
 
 

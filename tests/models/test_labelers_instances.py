@@ -219,10 +219,10 @@ def test_the_published_network_answers_as_the_package_s_own_predictor(published_
     with torch.no_grad():
         embeddings, seen = labeler.network.embed([image])
         ours, sure = labeler.network.ask(embeddings, places[None])
-        assert seen == (64, 48)
+        assert seen == [(64, 48)]
         assert torch.allclose(ours, logits.flatten(0, 1), atol=1e-4)
         assert torch.allclose(sure, scores.flatten(), atol=1e-4)
-        wide = labeler.network.full(ours, seen, image.shape[:2])
+        wide = labeler.network.full(ours, seen[0], image.shape[:2])
     assert torch.allclose(wide, full.flatten(0, 1), atol=1e-4)
 
 
