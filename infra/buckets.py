@@ -1,91 +1,56 @@
-"""Full batches out of a stream of unlike items: alike ones meet, and all come out in their order.
+"""Full batches out of a stream of unlike items: alike ones wait for each other, in bounded memory.
 
-    buckets = Buckets(network, size=32, most=2**24)
+    buckets = Buckets[Picture](size=32, most=2**25)
     for picture in pictures:
-        buckets.add(picture, kind=picture.shape, cost=picture.size)
-        yield from buckets.finished()
-    yield from buckets.finished(last=True)
-
-Pictures of many shapes, read in batches of 32, hold few of each shape; here each waits for its
-like, while no more than `most` is held.
+        for batch in buckets.add(picture, kind=picture.shape[:2], cost=picture.size):
+            network(batch)
+    for batch in buckets.rest():
+        network(batch)
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from collections.abc import Hashable
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
-@dataclass(eq=False, slots=True)
-class _Entry(Generic[T]):
-    item: T
-    kind: Hashable
-    cost: int
-    done: bool
-
-
 class Buckets(Generic[T]):
-    """Gathers items of a kind into batches and runs each batch as soon as it is full.
-
-    When more is held than may be, the kind of the oldest item goes as it is: so an item waits for
-    its like for as long only as others may be held back by it, and the batches are a function of
-    the stream alone.
+    """Gathers items of a kind into batches, which are a function of the stream alone.
 
     Args:
-        run: Works on a batch of one kind; what it makes is kept in the items.
         size: Items of a full batch.
-        most: Cost of the items held, those that are done and wait for an older one included. Two
-            batches are always held if the stream has them.
+        most: Cost of all items that may wait. Beyond it the fullest bucket goes as it is, but
+            one batch's worth of items may wait whatever it costs.
     """
 
-    def __init__(self, run: Callable[[list[T]], Any], *, size: int, most: int) -> None:
-        self._run, self._size, self._most = run, size, most
-        self._held: deque[_Entry[T]] = deque()
-        self._cost = 0
-        self._open: dict[Hashable, list[_Entry[T]]] = {}
-        self._finished: list[T] = []
+    def __init__(self, *, size: int, most: int) -> None:
+        self._size, self._most = size, most
+        self._open: dict[Hashable, list[tuple[T, int]]] = {}
+        self._count = self._cost = 0
 
-    def add(self, item: T, *, kind: Hashable, cost: int = 0) -> None:
-        """Take the next item of the stream, and run what is due by it."""
-        entry = _Entry(item, kind, cost, done=False)
-        self._held.append(entry)
-        self._cost += cost
-        waiting = self._open.setdefault(kind, [])
-        waiting.append(entry)
-        if len(waiting) == self._size:
-            self._close(kind)
-        while self._cost > self._most and len(self._held) > 2 * self._size:
-            self._close(self._held[0].kind)
+    def add(self, item: T, *, kind: Hashable, cost: int = 0) -> list[list[T]]:
+        """Take the next item of the stream.
 
-    def skip(self, item: T) -> None:
-        """Take the next item of the stream, on which there is nothing to work."""
-        self._held.append(_Entry(item, None, 0, done=True))
-        self._release()
-
-    def finished(self, *, last: bool = False) -> list[T]:
-        """Items that are done, in the order they came in, each once.
-
-        Args:
-            last: The stream has ended: what waits is run as it is.
+        Returns:
+            Batches that are due by it, each of one kind and in the order of the stream.
         """
-        while last and self._open:
-            self._close(next(iter(self._open)))
-        found, self._finished = self._finished, []
-        return found
+        bucket = self._open.setdefault(kind, [])
+        bucket.append((item, cost))
+        self._count += 1
+        self._cost += cost
+        due = [self._close(kind)] if len(bucket) == self._size else []
+        while self._cost > self._most and self._count > self._size:
+            due.append(self._close(max(self._open, key=lambda each: len(self._open[each]))))
+        return due
 
-    def _close(self, kind: Hashable) -> None:
+    def rest(self) -> list[list[T]]:
+        """Batches of what waits still, when the stream has ended."""
+        return [self._close(kind) for kind in list(self._open)]
+
+    def _close(self, kind: Hashable) -> list[T]:
         entries = self._open.pop(kind)
-        self._run([entry.item for entry in entries])
-        for entry in entries:
-            entry.done = True
-        self._release()
-
-    def _release(self) -> None:
-        while self._held and self._held[0].done:
-            entry = self._held.popleft()
-            self._cost -= entry.cost
-            self._finished.append(entry.item)
+        self._count -= len(entries)
+        self._cost -= sum(cost for _, cost in entries)
+        return [item for item, _ in entries]

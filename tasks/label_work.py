@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -29,9 +29,8 @@ logger = logging.getLogger("fourm.label")
 
 BATCHES_AT_ONCE = 2
 """Batches that are read together."""
-MOST_PIXELS = 2**24
-"""Pixels of pictures that wait for others of their shape, or for older ones whose labels wait: 190
-pictures of 256 x 341, and at most 200 MB of labels (normals)."""
+MOST_PIXELS = 2**25
+"""Pixels of pictures that wait for others of their shape: 100 MB, or 380 pictures of 256 x 341."""
 
 
 @dataclass
@@ -46,6 +45,7 @@ class Sample:
     members: dict[str, bytes] = field(default_factory=dict)
     reason: str = "ok"
     detail: str = ""
+    done: bool = False
 
     def fail(self, reason: str, error: Exception | str) -> None:
         self.reason, self.detail = reason, str(error)[:500]
@@ -177,16 +177,16 @@ class LabelWork:
             sample.fail("undecodable", error)
 
     def _buckets(self) -> Buckets[Sample]:
-        """Samples that the network sees in one shape meet in batches, also across others."""
+        """Of samples that the network sees in one shape, which meet across others."""
         size = self._labeler.spec.batch_size * self._labeler.at_once
-        return Buckets(self._label, size=size, most=MOST_PIXELS)
+        return Buckets(size=size, most=MOST_PIXELS)
 
-    def _put(self, buckets: Buckets[Sample], sample: Sample) -> None:
-        if sample.reason == "ok":
-            pixels = sample.inputs["rgb"].size // 3 if "rgb" in sample.inputs else 0
-            buckets.add(sample, kind=self._labeler.alike(sample.inputs), cost=pixels)
-        else:
-            buckets.skip(sample)
+    def _put(self, buckets: Buckets[Sample], sample: Sample) -> list[list[Sample]]:
+        if sample.reason != "ok":
+            sample.done = True
+            return []
+        pixels = sample.inputs["rgb"].size // 3 if "rgb" in sample.inputs else 0
+        return buckets.add(sample, kind=self._labeler.alike(sample.inputs), cost=pixels)
 
     def _label(self, samples: list[Sample]) -> None:
         try:
@@ -227,13 +227,23 @@ def _one_pass(works: Sequence[LabelWork], shard: int) -> Iterator[tuple[int, lis
     the pictures are read and decoded once for all."""
     rows = _batched(works[0]._rows(works, shard), min(work._group for work in works))
     buckets = [work._buckets() for work in works]
-    for done in pipelined(
+    lines: list[deque[Sample]] = [deque() for _ in works]
+    for batches in pipelined(
         chain(rows, [None]),
         lambda rows: rows and [_decoded(works, row) for row in rows],
-        lambda rows: _labelled(works, buckets, rows),
-        lambda groups: [(number, works[number]._encode(group)) for number, group in groups],
+        lambda rows: _labelled(works, buckets, lines, rows),
+        lambda batches: [work._encode(batch) for work, batch in batches],
     ):
-        yield from done
+        for sample in chain.from_iterable(batches):
+            sample.done = True
+        for number, line in enumerate(lines):
+            if group := list(_first_done(line)):
+                yield number, group
+
+
+def _first_done(line: deque[Sample]) -> Iterator[Sample]:
+    while line and line[0].done:
+        yield line.popleft()
 
 
 def _batched(rows: Iterator[list[Sample]], size: int) -> Iterator[list[list[Sample]]]:
@@ -249,21 +259,24 @@ def _decoded(works: Sequence[LabelWork], row: list[Sample]) -> list[Sample]:
 
 
 def _labelled(
-    works: Sequence[LabelWork], buckets: list[Buckets[Sample]], rows: list[list[Sample]] | None
-) -> list[tuple[int, list[Sample]]]:
-    """What is labelled with these rows, each group with its labeler's number.
+    works: Sequence[LabelWork], buckets: Sequence[Buckets[Sample]],
+    lines: Sequence[deque[Sample]], rows: list[list[Sample]] | None,
+) -> list[tuple[LabelWork, list[Sample]]]:  # fmt: skip
+    """Batches that became due with these rows, labelled, each with its labeler.
 
     Args:
         works: Of the labelers.
-        buckets: Of each labeler, with the samples that wait; kept up here.
+        buckets: Of each labeler, with the samples that wait for others.
+        lines: Of each labeler, the samples in the order of the pictures.
         rows: More samples of all; None when there are no more.
     """
     ready = []
-    for number, (work, each) in enumerate(zip(works, buckets, strict=True)):
-        for row in rows or ():
-            work._put(each, row[number])
-        if group := each.finished(last=rows is None):
-            ready.append((number, group))
+    for number, (work, each, line) in enumerate(zip(works, buckets, lines, strict=True)):
+        line.extend(row[number] for row in rows or ())
+        due = [each.rest()] if rows is None else [work._put(each, row[number]) for row in rows]
+        for batch in chain.from_iterable(due):
+            work._label(batch)
+            ready.append((work, batch))
     return ready
 
 

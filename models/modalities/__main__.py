@@ -85,7 +85,7 @@ it is there.
 """
 _BATCHES = """
 Pictures are batched by the shape in which a network sees them (the column `sees` below), whatever
-their own sizes: a picture waits for its like while at most 17 megapixels are held for it, so that a
+their own sizes: a picture waits for its like while at most 34 megapixels (100 MB) wait, so that a
 set of many aspect ratios fills its batches too. Resizing and normalising run on the network's
 device, and a label does not depend on what else was in its batch.
 
