@@ -84,6 +84,12 @@ def test_an_empty_caption_is_no_tokens_and_no_hole(tmp_path) -> None:
     assert len(said) > 0
 
 
+def test_a_caption_of_any_characters_and_any_length_is_tokens_and_no_hole(tmp_path) -> None:
+    odd = ["x" * 10_000, "a cube " * 5_000, "\x00\n\t", "\N{GRINNING FACE} \u202e"]
+    found = tokenized(Store(str(tmp_path)), "caption", ["a cube on a cube", *odd])
+    assert [len(ids) for ids in found[1:]] == [1, 10_000, 0, 1]
+
+
 @pytest.mark.parametrize(("name", "make", "none", "each"), [
     ("det", boxes, 0, 5), ("human_poses", people, 1, 40),
 ])  # fmt: skip
