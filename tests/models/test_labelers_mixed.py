@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 
+from infra.buckets import Buckets
 from models import modalities
 from models.labelers import LabelerSpec, load_labeler
 from models.labelers.base import Labeler
+from models.labelers.inputs import Inputs
+from tasks.label_work import MOST_PIXELS
 from tests.models import test_labeler_caption as captions
 from tests.models import test_labeler_detection as detection
 from tests.models import test_labelers as dense
@@ -138,6 +143,25 @@ def test_a_network_that_keeps_the_aspect_has_one_batch_for_sizes_that_it_sees_al
     values = labeler.label([np.zeros((*size, 3), np.uint8) for size in alike])["depth"]
     assert passes == [4, 4]
     assert [value.shape for value in values] == alike
+
+
+def test_a_set_of_mixed_aspect_ratios_fills_its_batches():
+    """Of Depth Anything, with what pictures of the web look like: usual formats, cut by a few
+    pixels, and a quarter of any format."""
+    rng = np.random.default_rng(0)
+    usual = rng.choice([1, 4 / 3, 3 / 2, 16 / 9, 3 / 4, 2 / 3], 1000)
+    ratios = np.where(rng.random(1000) < 0.75, usual, np.exp(rng.uniform(-0.7, 0.8, 1000)))
+    ratios *= np.exp(rng.normal(0, 0.006, 1000))
+    sizes = [(256, round(256 * r)) if r >= 1 else (round(256 / r), 256) for r in ratios]
+    processor = hf.DPTImageProcessor(
+        size={"height": 518, "width": 518}, keep_aspect_ratio=True, ensure_multiple_of=14
+    )
+    inputs = Inputs(SimpleNamespace(device="cpu"), processor)
+    buckets: Buckets[tuple[int, int]] = Buckets(size=8, most=MOST_PIXELS)
+    full = sum(len(batch) == 8 for size in sizes
+               for batch in buckets.add(size, kind=inputs.shape(*size), cost=size[0] * size[1]))
+    assert 8 * full >= 0.8 * len(sizes)
+    assert len(buckets.rest()) < 50
 
 
 @pytest.mark.parametrize("network", NETWORKS)
