@@ -139,7 +139,7 @@ class LabelerResources(Form):
     )
     compile: bool = Field(
         False, description="Run the network through torch.compile: a minute or more once for "
-        "each shape of its input, and each batch faster."
+        "each shape of its input. For large sets on GPUs; CPUs gain little."
     )  # fmt: skip
 
 
