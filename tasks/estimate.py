@@ -12,6 +12,10 @@ from typing import Any, Literal
 
 from infra.ledger import Commit, Ledger
 from infra.store import Store
+from models import modalities
+from models.labelers import outputs
+from models.labelers.base import COMPUTED
+from models.labelers.networks import MODERN
 
 Basis = Literal["measured", "assumed"]
 
@@ -39,14 +43,19 @@ ASSUMED: dict[str, tuple[Rate, Rate]] = {
     "label:caption": (Rate(0.3, 1_100), Rate(40, 1_100)),
     "label:clip": (Rate(10, 300_000), Rate(500, 300_000)),
     "tokens": (Rate(15, 1_700), Rate(600, 1_700)),
+    "text": (Rate(500, 400), Rate(500, 400)),
 }
 """Stage to the rate of a worker that has one CPU core, and of one that has a GPU.
 
 Order-of-magnitude figures for pictures of 256 px and the networks of the preset `modern`, four
-crops of 196 tokens; `fetch` is 630 images/s on 16 cores at 62 % living links, as published for
-CC12M. A thousand rows of your own replace all of them with measured ones.
+crops of 196 tokens, or of a text, for which no network runs; `fetch` is 630 images/s on 16 cores at
+62 % living links, as published for CC12M. A thousand rows of your own replace all of them with
+measured ones.
 """
-_OTHER_LABEL = (Rate(1, 50_000), Rate(50, 50_000))
+_COMPUTED, _NETWORK = (50.0, 50.0), (1.0, 50.0)
+"""Pictures a second of other labelers, on one core and on a GPU: without and with a network."""
+_BYTES = {"image": 23_000, "map": 50_000, "feature": 300_000, "vector": 2_000, "sequence": 1_500}
+"""Of a label, by the kind of its modality; sequences that are no text are stored as vectors."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +98,25 @@ def _measured(name: str, commits: list[Commit]) -> Rate | None:
 
 
 def assumed(stage: str, *, gpu: bool) -> Rate:
-    """The rate that is taken where none was measured."""
-    kind = stage.partition(":")[0]
-    default = _OTHER_LABEL if kind == "label" else ASSUMED["tokens"]
-    return ASSUMED.get(stage, default)[int(gpu)]
+    """The rate that is taken where none was measured; of tokens, that of a network or of words."""
+    kind, _, name = stage.partition(":")
+    form = modalities.text_form(name)
+    words = kind == "tokens" and form is not None and form.parts is None
+    if kind == "label" and stage not in ASSUMED:
+        return _labels(name, gpu)
+    return ASSUMED.get(stage, ASSUMED["text" if words else "tokens"])[int(gpu)]
+
+
+def _labels(name: str, gpu: bool) -> Rate:
+    network = MODERN.get(name)
+    computed = network is not None and network.model_id == COMPUTED
+    stored = sum(map(_label_bytes, outputs(name)))
+    return Rate((_COMPUTED if computed else _NETWORK)[int(gpu)], stored)
+
+
+def _label_bytes(name: str) -> int:
+    known = name in modalities.names() and not modalities.is_embedded(name)
+    return _BYTES[modalities.get(name).kind if known else "map"]
 
 
 def estimate(

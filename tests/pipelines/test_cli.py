@@ -203,10 +203,11 @@ def test_a_labelers_own_resources_come_from_the_terminal_and_reach_its_workers()
 
     given = {
         "gpus": 1, "share": "depth+normal,det+clip",
-        "resources": '{"sam": {"gpus": 0.5, "workers": 3, "accelerator": "A100"}}',
+        "resources": '{"sam": {"gpus": 0.5, "workers": 3, "accelerator": "A100", "compile": true}}',
     }  # fmt: skip
     form = LabelParams(**collect(LabelParams, given))
     assert form.share == ["depth+normal", "det+clip"]
+    assert form.resources["sam"].compile
     own = resources(form, form.resources["sam"])
     assert (own.num_gpus, own.workers, own.accelerator) == (0.5, 3, "A100")
     assert (resources(form).num_gpus, resources(form).accelerator) == (1, "")

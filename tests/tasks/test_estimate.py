@@ -9,6 +9,8 @@ import pytest
 from infra.ledger import Ledger, ShardData, Stage
 from infra.shards import sample_key, write_tar
 from infra.store import Store
+from models import modalities
+from models.labelers import KINDS
 from tasks.estimate import Rate, assumed, estimate, rates, total
 
 FETCH = Stage("fetch", 1, {}, ("rgb",))
@@ -58,3 +60,25 @@ def test_what_is_done_takes_nothing() -> None:
     done = dict.fromkeys(STAGES, 8)
     lines = estimate(STAGES, rows=100, shards=8, done=done, measured={}, workers=1)
     assert total(lines) == {"bytes": 0, "hours": 0, "gpu_hours": 0}
+
+
+def test_texts_are_counted_as_texts_and_what_holds_codes_as_work_of_a_network() -> None:
+    network = assumed("tokens:depth", gpu=False)
+    for name in modalities.names():
+        form = modalities.text_form(name)
+        rate = assumed(f"tokens:{name}", gpu=False)
+        if form is not None and form.parts is None:
+            assert rate.per_second > network.per_second
+            assert rate.bytes < network.bytes
+        else:
+            assert rate == network
+
+
+def test_labels_are_counted_by_what_their_labeler_is_and_writes() -> None:
+    rate = {name: assumed(f"label:{name}", gpu=False) for name in KINDS}
+    assert min(rate[name].per_second for name in ("canny_edge", "color_palette", "metadata")) > max(
+        rate[name].per_second for name in ("sam", "dinov2", "human_poses", "t5_caption")
+    )
+    assert rate["metadata"].bytes < rate["t5_caption"].bytes
+    assert rate["dinov2"].bytes > assumed("label:clip", gpu=False).bytes
+    assert assumed("label:mine", gpu=True).per_second > assumed("label:mine", gpu=False).per_second
