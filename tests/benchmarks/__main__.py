@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.machine import cores
-from tests.benchmarks.measure import Options
+from tests.benchmarks.measure import Options, under_way
 from tests.benchmarks.peer import check_peer
 
 PEER = "img2dataset"
@@ -37,7 +37,8 @@ def measure(name: str, options: Options) -> list[dict[str, Any]]:
 
     torch.set_num_threads(options.threads)
     module = importlib.import_module(f"tests.benchmarks.{BENCHMARKS[name][0]}")
-    return [record.to_dict() for record in getattr(module, name)(options)]
+    with under_way(name):
+        return [record.to_dict() for record in getattr(module, name)(options)]
 
 
 def measure_apart(name: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
@@ -69,7 +70,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--size", action="append", choices=["tiny", "base"],
                         help="network of 4M-7; may be repeated (tiny)")
     parser.add_argument("--only", default="", metavar="TEXT",
-                        help="only records whose name holds this (loader, generate, encode)")
+                        help="only cases whose name holds this, such as label.200")
     parser.add_argument("--compile", action="store_true",
                         help="train with compiled blocks (train_step); slower on CPUs so far")
     return parser

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +33,7 @@ from tasks.tokenize import token_jobs, token_stage
 from tasks.tokenizer_recipes import tokenizer_recipe
 from tasks.train_tokenizers import TokenizerInfo
 from tests.benchmarks.data import CROPS, FETCH, empty_store, scenes_shard
-from tests.benchmarks.measure import Options, Record, rates
+from tests.benchmarks.measure import Options, Record, cases, rates
 from tokenizers_vq.tokenizer import Tokenizer, fingerprint
 from tokenizers_vq.vqvae import VQVAE
 
@@ -73,12 +74,12 @@ random."""
 
 def label(options: Options) -> list[Record]:
     """Pictures/s of the labelling stage over those of its network alone."""
-    return [_label(case, options) for case in LABEL]
+    return cases({case.name: partial(_label, case, options) for case in LABEL}, options.only)
 
 
 def tokenize(options: Options) -> list[Record]:
     """Crops/s of the tokenizing stage over those of its encoder alone."""
-    return [_tokenize(case, options) for case in TOKENIZE]
+    return cases({case.name: partial(_tokenize, case, options) for case in TOKENIZE}, options.only)
 
 
 def _label(case: Case, options: Options) -> Record:
