@@ -106,6 +106,22 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def check_compiler(device: str) -> None:
+    """Raises ValueError where torch.compile cannot make code for a device, "cpu" or "cuda"."""
+    try:
+        if device == "cpu":
+            from torch._inductor.cpp_builder import get_cpp_compiler
+
+            get_cpp_compiler()
+        else:
+            import triton  # noqa: F401
+    except Exception as error:
+        raise ValueError(
+            f"compile=True finds no compiler for {device} ({error}); install g++ (CPU) or triton "
+            "(GPU), or take compile=False, which computes the same"
+        ) from error
+
+
 @functools.cache
 def commit_hash() -> str:
     """Commit of the checkout this code runs from, "-dirty" if changed; else the version."""

@@ -54,7 +54,7 @@ def _alike(
     for job in jobs:
         name = job.stage.name.partition(":")[2]
         own = params.resources.get(name, LabelerResources()).model_copy(
-            update={"batch_size": None}  # told to the labeler
+            update={"batch_size": None, "compile": False}  # told to the labeler
         )
         same = next((group for known, group in groups if known == own), None)
         if same is None:

@@ -137,6 +137,10 @@ class LabelerResources(Form):
     accelerator: Annotated[str, AfterValidator(_known_accelerator)] = Field(
         "", description="Type of GPU, as Ray names it: T4, A100, H100."
     )
+    compile: bool = Field(
+        False, description="Run the network through torch.compile: a minute or more once for "
+        "each shape of its input, and each batch faster."
+    )  # fmt: skip
 
 
 class LabelOptions(Form):
@@ -168,7 +172,7 @@ class LabelOptions(Form):
     resources: dict[LabelerName, LabelerResources] = Field(
         {},
         description="What single labelers get: {'sam': {'gpus': 1, 'accelerator': 'A100'}, "
-        "'depth': {'gpus': 0.25, 'batch_size': 64, 'workers': 4}}.",
+        "'depth': {'gpus': 0.25, 'batch_size': 64, 'workers': 4, 'compile': true}}.",
     )
     share: list[str] = Field(
         [], description="Labelers that go over the pictures together, as depth+normal; their "

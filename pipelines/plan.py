@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.table import Table
 
 from infra.ledger import Ledger, Stage
 from infra.store import Store
+from models import modalities
+from models.labelers import outputs
 from pipelines.params import PlanParams
 from pipelines.workers import resources
 from tasks.chain import Chain
 from tasks.estimate import Line, estimate, rates, total
-
-WRITTEN = ("caption", "det")
 
 
 def lines(params: PlanParams) -> list[Line]:
@@ -36,13 +36,12 @@ def lines(params: PlanParams) -> list[Line]:
     labelers = chain.settings.get("label", {}).get("labelers", params.labelers)
     dense = chain.settings.get("tokenizers", {}).get("modalities", params.modalities)
     drops = planned and "ingest" in chain.settings and chain.duplicates != "mark"
-    dense = [name for name in dense if name == "rgb" or name in labelers]
-    written = [name for name in WRITTEN if name == "caption" or name in labelers]
+    tokens = tokenized(labelers, dense, chain.settings.get("tokenize", {}).get("modalities", []))
     stages = [
         "fetch",
         *(["distinct"] if drops else []),
         *(f"label:{name}" for name in labelers),
-        *(f"tokens:{name}" for name in [*dense, *written]),
+        *(f"tokens:{name}" for name in tokens),
     ]
     compute = resources(params)
     return estimate(
@@ -54,6 +53,24 @@ def lines(params: PlanParams) -> list[Line]:
         workers=max(1, compute.workers),
         gpus=params.gpus,
     )
+
+
+def tokenized(
+    labelers: Iterable[str], learned: Sequence[str], chosen: Sequence[str] = ()
+) -> list[str]:
+    """Modalities that get tokens, of those that are fetched or labelled: the ones with a learned
+    tokenizer, then those that are told as text.
+
+    Args:
+        labelers: Names of labelers.
+        learned: Modalities that tokenizers are trained for.
+        chosen: Those of them all that are tokenized; none: all.
+    """
+    made = {"rgb", "caption", *(name for kind in labelers for name in outputs(kind))}
+    forms = {name: form for name in modalities.names() if (form := modalities.text_form(name))}
+    written = [name for name, form in forms.items() if form.parts is None or name in learned]
+    found = dict.fromkeys([*learned, *written])
+    return [name for name in found if name in made and (not chosen or name in chosen)]
 
 
 def _count(params: PlanParams) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import logging
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from infra.shards import TarIndex
 from models import modalities
 from models.modalities.det import draw
 from tasks.chain import Chain
+from tasks.tokenizer_data import read_label
 
+logger = logging.getLogger("fourm.flows")
 SIDE = 128
 """Side of a picture in the sheet, pixels."""
 _AFTER_RGB = ("depth", "normal", "semseg", "clip", "det")
@@ -76,19 +79,23 @@ def _open(chain: Chain, name: str, shard: int) -> TarIndex:
 
 
 def _value(tars: dict[str, TarIndex], name: str, key: str) -> Any:
-    """The decoded value, None for a hole."""
-    modality = modalities.get(name)
-    if tars[name].ext(key) != modality.ext:
+    """The decoded value; None for a hole, and for what is in no format of this version."""
+    if tars[name].ext(key) != modalities.get(name).ext:
         return None
-    return modality.decode(tars[name].read(key))
+    try:
+        return read_label(name, key, tars[name].read(key))
+    except ValueError as error:
+        logger.warning("not shown: %s", error)
+        return None
 
 
 def _picture(tars: dict[str, TarIndex], name: str, key: str) -> np.ndarray:
     value = _value(tars, name, key)
     if value is None:
         return np.full((SIDE, SIDE, 3), 255, np.uint8)
-    if name == "det":
-        rendered = draw(value, modalities.get("rgb").render(_value(tars, "rgb", key)))
+    picture = _value(tars, "rgb", key) if name == "det" else None
+    if picture is not None:
+        rendered = draw(value, picture)
     else:
         rendered = modalities.get(name).render(value)
     return np.asarray(Image.fromarray(rendered).resize((SIDE, SIDE), Image.Resampling.NEAREST))

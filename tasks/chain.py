@@ -317,6 +317,8 @@ def labelers(choices: dict[str, Any]) -> dict[str, LabelerSpec]:
             raise ValueError(f"resources names {name!r}; the labelers are {', '.join(chosen)}")
         if own["batch_size"]:
             chosen[name] = dataclasses.replace(chosen[name], batch_size=own["batch_size"])
+        if own.get("compile"):  # which older datasets lack
+            chosen[name] = dataclasses.replace(chosen[name], compile=True)
     return chosen
 
 

@@ -95,8 +95,22 @@ def _check_resources(chain: Chain, choices: dict[str, Any]) -> None:
                 "what shares a pass runs in the same workers"
             )
     for name, own in needs.items():
-        if own["accelerator"] and not (choices["gpus"] if own["gpus"] is None else own["gpus"]):
+        gpus = choices["gpus"] if own["gpus"] is None else own["gpus"]
+        if own["accelerator"] and not gpus:
             raise ValueError(f"resources of {name!r}: an accelerator, but no gpus")
+        if choices["resources"][name].get("compile"):
+            on_gpu = gpus and choices["device"] != "cpu"
+            _check_compiles(name, "cuda" if on_gpu else "cpu", choices["ray"]["kind"])
+
+
+def _check_compiles(name: str, device: str, ray: str) -> None:
+    from infra.machine import check_compiler
+    from models.labelers import labeler_class
+
+    if not labeler_class(name).compiles:
+        raise ValueError(f"resources of {name!r}: it has no network that can be compiled")
+    if ray == "embedded":  # elsewhere each worker looks for one itself
+        check_compiler(device)
 
 
 def _check_source(choices: dict[str, Any]) -> None:

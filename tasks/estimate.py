@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from infra.ledger import Commit, Ledger
 from infra.store import Store
+from models import modalities
 
 Basis = Literal["measured", "assumed"]
 
@@ -39,12 +40,14 @@ ASSUMED: dict[str, tuple[Rate, Rate]] = {
     "label:caption": (Rate(0.3, 1_100), Rate(40, 1_100)),
     "label:clip": (Rate(10, 300_000), Rate(500, 300_000)),
     "tokens": (Rate(15, 1_700), Rate(600, 1_700)),
+    "text": (Rate(500, 400), Rate(500, 400)),
 }
 """Stage to the rate of a worker that has one CPU core, and of one that has a GPU.
 
 Order-of-magnitude figures for pictures of 256 px and the networks of the preset `modern`, four
-crops of 196 tokens; `fetch` is 630 images/s on 16 cores at 62 % living links, as published for
-CC12M. A thousand rows of your own replace all of them with measured ones.
+crops of 196 tokens, or of a text, for which no network runs; `fetch` is 630 images/s on 16 cores at
+62 % living links, as published for CC12M. A thousand rows of your own replace all of them with
+measured ones.
 """
 _OTHER_LABEL = (Rate(1, 50_000), Rate(50, 50_000))
 
@@ -89,9 +92,11 @@ def _measured(name: str, commits: list[Commit]) -> Rate | None:
 
 
 def assumed(stage: str, *, gpu: bool) -> Rate:
-    """The rate that is taken where none was measured."""
-    kind = stage.partition(":")[0]
-    default = _OTHER_LABEL if kind == "label" else ASSUMED["tokens"]
+    """The rate that is taken where none was measured; of tokens, that of a network or of words."""
+    kind, _, name = stage.partition(":")
+    form = modalities.text_form(name)
+    words = kind == "tokens" and form is not None and form.parts is None
+    default = _OTHER_LABEL if kind == "label" else ASSUMED["text" if words else "tokens"]
     return ASSUMED.get(stage, default)[int(gpu)]
 
 

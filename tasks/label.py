@@ -20,7 +20,8 @@ def label_stage(
 ) -> Stage:
     """Return the stage of a labeler over fetched pictures.
 
-    Batch size and device change no label and are not part of it; precision is.
+    Batch size, device and compilation are not part of it: they add up the same products in another
+    order, which moves a value by its last bits. Precision is: bf16 rounds every operand.
 
     Args:
         spec: The labeler.

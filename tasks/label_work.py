@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
 from typing import Any
 
+from infra.buckets import Buckets
 from infra.ledger import Ledger, ShardData, Stage
 from infra.overlap import pipelined
 from infra.shards import MISSING_EXT, TarIndex, hole, read_tar, split_name, write_tar
@@ -22,11 +23,14 @@ from infra.store import Store
 from infra.units import SystemicFailure
 from models import modalities
 from models.labelers import Labeler, LabelerSpec, load_labeler
+from tasks.tokenizer_data import read_label
 
 logger = logging.getLogger("fourm.label")
 
 BATCHES_AT_ONCE = 2
-"""Batches handed to a labeler together: pictures of one size find each other in them."""
+"""Batches that are read together."""
+MOST_PIXELS = 2**25
+"""Pixels of pictures that wait for others of their shape: 100 MB, or 380 pictures of 256 x 341."""
 
 
 @dataclass
@@ -41,6 +45,7 @@ class Sample:
     members: dict[str, bytes] = field(default_factory=dict)
     reason: str = "ok"
     detail: str = ""
+    done: bool = False
 
     def fail(self, reason: str, error: Exception | str) -> None:
         self.reason, self.detail = reason, str(error)[:500]
@@ -93,7 +98,7 @@ class LabelWork:
     def run_with(self, others: Sequence[LabelWork], shard: int) -> list[ShardData]:
         """Label a shard with several labelers; its pictures are read and decoded once.
 
-        Each labeler meets the groups of pictures that it meets alone, hence writes the same bytes.
+        Each labeler meets the batches that it meets alone, hence writes the same bytes.
 
         Raises:
             As `run`, for the first labeler that cannot.
@@ -166,22 +171,32 @@ class LabelWork:
         try:
             inputs = {"rgb": picture(data)} if "rgb" in self._labeler.reads else {}
             for name, each in others.items():
-                inputs[name] = modalities.get(name).decode(each)
+                inputs[name] = read_label(name, sample.key, each)
             sample.inputs = inputs
         except (OSError, ValueError, SyntaxError) as error:
             sample.fail("undecodable", error)
 
-    def _label(self, samples: list[Sample]) -> list[Sample]:
-        ready = [sample for sample in samples if sample.reason == "ok"]
-        if not ready:
-            return samples
+    def _buckets(self) -> Buckets[Sample]:
+        """Of samples that the network sees in one shape, which meet across others."""
+        size = self._labeler.spec.batch_size * self._labeler.at_once
+        return Buckets(size=size, most=MOST_PIXELS)
+
+    def _put(self, buckets: Buckets[Sample], sample: Sample) -> list[list[Sample]]:
+        if sample.reason != "ok":
+            sample.done = True
+            return []
+        pixels = sample.inputs["rgb"].size // 3 if "rgb" in sample.inputs else 0
+        return buckets.add(sample, kind=self._labeler.alike(sample.inputs), cost=pixels)
+
+    def _label(self, samples: list[Sample]) -> None:
         try:
-            self._label_together(ready)
+            self._label_together(samples)
         except (RuntimeError, ValueError) as error:
             logger.warning("%s: a batch failed, one at a time: %s", self._stage.id, error)
-            for sample in ready:
+            for sample in samples:
                 self._label_alone(sample)
-        return samples
+        for sample in samples:
+            sample.inputs = {}
 
     def _label_together(self, samples: list[Sample]) -> None:
         labels = self._labeler.label_samples([sample.inputs for sample in samples])
@@ -203,7 +218,7 @@ class LabelWork:
                 }
             except ValueError as error:  # such as a number that is not finite
                 sample.fail("unlabelled", error)
-            sample.inputs, sample.values = {}, {}
+            sample.values = {}
         return samples
 
 
@@ -211,14 +226,24 @@ def _one_pass(works: Sequence[LabelWork], shard: int) -> Iterator[tuple[int, lis
     """Groups of labelled pictures of a shard, each with its labeler's number, in order for each;
     the pictures are read and decoded once for all."""
     rows = _batched(works[0]._rows(works, shard), min(work._group for work in works))
-    waiting: list[list[Sample]] = [[] for _ in works]
-    for done in pipelined(
+    buckets = [work._buckets() for work in works]
+    lines: list[deque[Sample]] = [deque() for _ in works]
+    for batches in pipelined(
         chain(rows, [None]),
         lambda rows: rows and [_decoded(works, row) for row in rows],
-        lambda rows: _labelled(works, waiting, rows),
-        lambda groups: [(number, works[number]._encode(group)) for number, group in groups],
+        lambda rows: _labelled(works, buckets, lines, rows),
+        lambda batches: [work._encode(batch) for work, batch in batches],
     ):
-        yield from done
+        for sample in chain.from_iterable(batches):
+            sample.done = True
+        for number, line in enumerate(lines):
+            if group := list(_first_done(line)):
+                yield number, group
+
+
+def _first_done(line: deque[Sample]) -> Iterator[Sample]:
+    while line and line[0].done:
+        yield line.popleft()
 
 
 def _batched(rows: Iterator[list[Sample]], size: int) -> Iterator[list[list[Sample]]]:
@@ -234,22 +259,24 @@ def _decoded(works: Sequence[LabelWork], row: list[Sample]) -> list[Sample]:
 
 
 def _labelled(
-    works: Sequence[LabelWork], waiting: list[list[Sample]], rows: list[list[Sample]] | None
-) -> list[tuple[int, list[Sample]]]:
-    """Groups that became full with these rows, labelled, each with its labeler's number.
+    works: Sequence[LabelWork], buckets: Sequence[Buckets[Sample]],
+    lines: Sequence[deque[Sample]], rows: list[list[Sample]] | None,
+) -> list[tuple[LabelWork, list[Sample]]]:  # fmt: skip
+    """Batches that became due with these rows, labelled, each with its labeler.
 
     Args:
         works: Of the labelers.
-        waiting: Samples of each labeler that fill no group yet; kept up here.
+        buckets: Of each labeler, with the samples that wait for others.
+        lines: Of each labeler, the samples in the order of the pictures.
         rows: More samples of all; None when there are no more.
     """
     ready = []
-    for number, work in enumerate(works):
-        waiting[number] += [row[number] for row in rows or ()]
-        while len(waiting[number]) >= work._group or (rows is None and waiting[number]):
-            group = waiting[number][: work._group]
-            del waiting[number][: work._group]
-            ready.append((number, work._label(group)))
+    for number, (work, each, line) in enumerate(zip(works, buckets, lines, strict=True)):
+        line.extend(row[number] for row in rows or ())
+        due = [each.rest()] if rows is None else [work._put(each, row[number]) for row in rows]
+        for batch in chain.from_iterable(due):
+            work._label(batch)
+            ready.append((work, batch))
     return ready
 
 

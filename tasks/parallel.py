@@ -63,22 +63,6 @@ def restore_forwards(model: nn.Module) -> None:
         part.__dict__.pop("forward", None)
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raises ValueError where torch.compile cannot make code for `device`."""
-    try:
-        if device.type == "cpu":
-            from torch._inductor.cpp_builder import get_cpp_compiler
-
-            get_cpp_compiler()
-        else:
-            import triton  # noqa: F401
-    except Exception as error:
-        raise ValueError(
-            f"compile=True finds no compiler for {device.type} ({error}); install g++ (CPU) or "
-            "triton (GPU), or train with compile=False, which computes the same"
-        ) from error
-
-
 @contextmanager
 def last_of(wrapped: nn.Module, last: bool) -> Iterator[None]:
     """Workers exchange gradients after the last part of an accumulated batch only."""

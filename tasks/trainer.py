@@ -201,9 +201,9 @@ class Trainer:
         """Builds model and optimisers and restores the newest checkpoint."""
         import torch
 
-        from infra.machine import fast_bf16, keep_freed_memory
+        from infra.machine import check_compiler, fast_bf16, keep_freed_memory
         from tasks.ema import WeightMean
-        from tasks.parallel import check_compiler, is_sharded, spread
+        from tasks.parallel import is_sharded, spread
 
         config = self.config
         torch.manual_seed(config.seed)
@@ -211,7 +211,7 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         if config.compile:
-            check_compiler(self.device)
+            check_compiler(self.device.type)
         self.model = self.task.build_model().to(self.device)
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16())
         found = self._found()

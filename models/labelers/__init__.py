@@ -7,6 +7,7 @@ from models.labelers.registry import (
     kinds,
     labeler_class,
     load_labeler,
+    outputs,
     preset,
     weights_revision,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "kinds",
     "labeler_class",
     "load_labeler",
+    "outputs",
     "preset",
     "weights_revision",
 ]

@@ -1,9 +1,9 @@
-"""What every labeler shares: its specification, device and precision, batches and retries."""
+"""What every labeler shares: its specification, device, precision, compilation and batches."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.fitting import FittingBatches
-from infra.machine import fast_bf16
+from infra.machine import check_compiler, fast_bf16
 
 Image = NDArray[np.uint8]
 """An RGB image, uint8 [H, W, 3]."""
@@ -44,6 +44,8 @@ class LabelerSpec:
             that is fast at it, else fp32.
         device: "cpu", "cuda", or "auto": a GPU where there is one.
         options: Of the kind, such as {"threshold": 0.3}; its class documents them.
+        compile: Run the network through torch.compile, which takes a while once for each shape of
+            its input.
 
     Raises:
         ValueError: A field has a value outside of its choices.
@@ -57,6 +59,7 @@ class LabelerSpec:
     precision: str = "auto"
     device: str = "auto"
     options: dict[str, Any] = field(default_factory=dict)
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("precision", PRECISIONS), ("device", DEVICES)):
@@ -100,8 +103,9 @@ class Labeler(ABC):
     """A network that writes one or more modalities for any images.
 
     A subclass loads its model in `__init__` (after `super().__init__`, through
-    `self.pretrained()`) and labels batches of images of one size in `predict`. One that looks at
-    more than the picture names what it `reads` and overrides `label_samples`.
+    `self.pretrained()`) and labels batches of images in `predict`, which have one size unless it
+    tells by `seen` which sizes may meet. One that looks at more than the picture names what it
+    `reads` and overrides `label_samples`.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("rgb",)
@@ -110,6 +114,10 @@ class Labeler(ABC):
     """Modalities that are looked at where a sample has them."""
     version: ClassVar[int] = 1
     """Raised when the labels change that a class without weights computes."""
+    compiles: ClassVar[bool] = False
+    """Whether it has a network that it passes through `compiled`."""
+    at_once: ClassVar[int] = 1
+    """Batches of samples that it had best be handed together."""
 
     def __init__(self, spec: LabelerSpec) -> None:
         import torch
@@ -123,6 +131,10 @@ class Labeler(ABC):
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"labeler {spec.name!r}: device 'cuda' asked, but no GPU is visible")
         self.device = torch.device(device)
+        if spec.compile:
+            if not self.compiles:
+                raise ValueError(f"labeler {spec.name!r} has no network that can be compiled")
+            check_compiler(device)
         precision = spec.precision
         if precision == "auto":
             precision = "bf16" if device == "cuda" or fast_bf16() else "fp32"
@@ -143,6 +155,16 @@ class Labeler(ABC):
         model = model.eval().requires_grad_(False)
         return model.to(self.device, memory_format=torch.channels_last)
 
+    def compiled(self, network: Any) -> Any:
+        """Return a network whose calls are compiled, if the specification says so.
+
+        Each shape of its input has kernels of its own, which know the shape (see `filled`), up to
+        torch's limit of 8 shapes; in others it runs as it is.
+        """
+        if self.spec.compile:
+            network.compile(dynamic=False)
+        return network
+
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Inference mode, and autocast where the precision asks for it."""
@@ -160,10 +182,20 @@ class Labeler(ABC):
 
     @abstractmethod
     def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
-        """Label at most `spec.batch_size` images that have one size.
+        """Label at most `spec.batch_size` images that are `seen` as one shape: have one size,
+        unless the labeler says otherwise.
 
-        Runs inside `inference()`. Values are those of the modality table, at the images' size.
+        Runs inside `inference()`. Values are those of the modality table, at the images' sizes.
         """
+
+    def seen(self, height: int, width: int) -> Hashable:
+        """The shape in which the network sees pictures of a size; those of one shape make a batch
+        and `predict` takes them together. By default each size is a shape of its own."""
+        return height, width
+
+    def alike(self, sample: Mapping[str, Any]) -> Hashable:
+        """What samples of one batch have in common; see `label_samples`."""
+        return self.seen(*sample["rgb"].shape[:2]) if "rgb" in sample else None
 
     def label(self, images: Sequence[Image]) -> dict[str, list[Any]]:
         """Label images of any sizes.
@@ -184,10 +216,10 @@ class Labeler(ABC):
                     f"labelers take uint8 [H, W, 3] images, not {image.dtype} {image.shape}"
                 )
         results: dict[str, list[Any]] = {name: [None] * len(images) for name in self.spec.outputs}
-        by_size: dict[tuple[int, ...], list[int]] = {}
+        shapes: dict[Hashable, list[int]] = {}
         for number, image in enumerate(images):
-            by_size.setdefault(image.shape, []).append(number)
-        for numbers in by_size.values():
+            shapes.setdefault(self.seen(*image.shape[:2]), []).append(number)
+        for numbers in shapes.values():
             self._label_group(images, numbers, results)
         return results
 
@@ -207,12 +239,18 @@ class Labeler(ABC):
     ) -> None:
         def label(chosen: Sequence[int]) -> dict[str, list[Any]]:
             with self.inference():
-                return self.predict([items[number] for number in chosen])
+                return self.predict(self.filled([items[number] for number in chosen]))
 
         for chosen, values in self._batches(label, numbers):
             for name in self.spec.outputs:
-                for number, value in zip(chosen, values[name], strict=True):
+                for number, value in zip(chosen, values[name], strict=not self.spec.compile):
                     results[name][number] = value
+
+    def filled(self, items: list[Any]) -> list[Any]:
+        """Items of a batch; for a compiled network of a full one, the last item repeated, so that
+        no kernels are made for what is left over at the end."""
+        missing = self._batches.size - len(items) if self.spec.compile else 0
+        return items + items[-1:] * missing
 
 
 def weights_file(spec: LabelerSpec, name: str) -> Path:
@@ -226,6 +264,14 @@ def weights_file(spec: LabelerSpec, name: str) -> Path:
     if Path(spec.source).is_dir():
         return Path(spec.source) / name
     return Path(hf_hub_download(spec.source, name, revision=spec.revision or None))
+
+
+def by_size(images: Sequence[Image]) -> list[list[int]]:
+    """Places of the images of each size, in the order of the first of each."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for number, image in enumerate(images):
+        found.setdefault(image.shape, []).append(number)
+    return list(found.values())
 
 
 def stack(images: Sequence[Image]) -> Any:

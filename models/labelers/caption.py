@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar
 
-from models.labelers.base import Image, Labeler, LabelerSpec, options_of, stack
+from models.labelers.base import Image, Labeler, LabelerSpec, options_of
+from models.labelers.inputs import Inputs
 
 
 class CaptionLabeler(Labeler):
-    """Writes "caption": a text.
+    """Writes "caption": a text. What is compiled is the part that looks at the picture; a text
+    grows word by word.
 
     Options:
         max_new_tokens: Longest caption, tokens (60).
@@ -20,6 +22,8 @@ class CaptionLabeler(Labeler):
     Raises:
         ValueError: An option is unknown or out of its range.
     """
+
+    compiles: ClassVar[bool] = True
 
     def __init__(self, spec: LabelerSpec) -> None:
         import torch
@@ -32,14 +36,26 @@ class CaptionLabeler(Labeler):
             if value < 1:
                 raise ValueError(f"{name}={value} of a captioner is below 1")
         self.search = options
-        self.processor = AutoProcessor.from_pretrained(**self.pretrained())
+        self.inputs = Inputs(self, AutoProcessor.from_pretrained(**self.pretrained()))
         self.model = self.place(
             AutoModelForImageTextToText.from_pretrained(**self.pretrained(), dtype=torch.float32)
         )
+        if spec.compile:
+            self.compiled(self._vision_part())
+
+    def seen(self, height: int, width: int) -> Hashable:
+        return self.inputs.shape(height, width)
 
     def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
         text = {"text": [self.prompt] * len(images)} if self.prompt else {}
-        inputs = self.processor(images=list(stack(images)), return_tensors="pt", **text)
-        tokens = self.model.generate(**inputs.to(self.device), do_sample=False, **self.search)
-        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
+        inputs = self.inputs(images, **text)
+        tokens = self.model.generate(**inputs, do_sample=False, **self.search)
+        texts = self.inputs.processor.batch_decode(tokens, skip_special_tokens=True)
         return {"caption": [text.strip() for text in texts]}
+
+    def _vision_part(self) -> Any:
+        names = ("vision_model", "vision_tower", "image_encoder")
+        for name, part in self.model.named_modules():
+            if name.rpartition(".")[2] in names:
+                return part
+        raise ValueError(f"{self.spec.model_id}: none of {', '.join(names)} is there to compile")

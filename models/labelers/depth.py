@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar
 
-from models.labelers.base import Image, Labeler, LabelerSpec, options_of, resize, stack
+from models.labelers.base import Image, Labeler, LabelerSpec, options_of
+from models.labelers.inputs import Inputs, at_sizes
 
 
 class DepthLabeler(Labeler):
@@ -18,6 +19,8 @@ class DepthLabeler(Labeler):
         max_depth: Metres that become 1 (20). Only of "metric".
     """
 
+    compiles: ClassVar[bool] = True
+
     def __init__(self, spec: LabelerSpec) -> None:
         import torch
         from transformers import AutoImageProcessor, AutoModelForDepthEstimation
@@ -27,17 +30,23 @@ class DepthLabeler(Labeler):
         self.scale, self.max_depth = options["scale"], float(options["max_depth"])
         if self.scale not in ("metric", "inverse"):
             raise ValueError(f"scale={self.scale!r} of a depth labeler: take 'metric' or 'inverse'")
-        self.processor = AutoImageProcessor.from_pretrained(**self.pretrained())
-        self.model = self.place(
+        self.inputs = Inputs(self, AutoImageProcessor.from_pretrained(**self.pretrained()))
+        self.model = self.compiled(self.place(
             AutoModelForDepthEstimation.from_pretrained(**self.pretrained(), dtype=torch.float32)
-        )
+        ))  # fmt: skip
+
+    def seen(self, height: int, width: int) -> Hashable:
+        return self.inputs.shape(height, width)
 
     def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
-        inputs = self.processor(images=list(stack(images)), return_tensors="pt").to(self.device)
-        depth = resize(self.model(**inputs).predicted_depth[:, None].float(), images)[:, 0]
+        depth = self.model(**self.inputs(images)).predicted_depth[:, None].float()
+        return {"depth": at_sizes(depth, images, self._values)}
+
+    def _values(self, depth: Any) -> Any:
+        depth = depth[:, 0]
         if self.scale == "metric":
             value = depth / self.max_depth
         else:
             low, high = depth.amin((1, 2), keepdim=True), depth.amax((1, 2), keepdim=True)
             value = 1 - (depth - low) / (high - low).clamp_min(1e-6)
-        return {"depth": list(value.clamp(0, 1).cpu().numpy())}
+        return value.clamp(0, 1)

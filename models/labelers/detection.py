@@ -6,10 +6,11 @@ ones that the checkpoint was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar
 
-from models.labelers.base import Image, Labeler, LabelerSpec, options_of, stack
+from models.labelers.base import Image, Labeler, LabelerSpec, options_of
+from models.labelers.inputs import Inputs
 
 
 class DetectionLabeler(Labeler):
@@ -27,6 +28,8 @@ class DetectionLabeler(Labeler):
         ValueError: An option is unknown or out of its range.
     """
 
+    compiles: ClassVar[bool] = True
+
     def __init__(self, spec: LabelerSpec) -> None:
         import torch
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
@@ -40,19 +43,21 @@ class DetectionLabeler(Labeler):
         self.max_instances = options["max_instances"]
         if self.max_instances < 1:
             raise ValueError(f"max_instances={self.max_instances} of a detector is below 1")
-        self.processor = AutoImageProcessor.from_pretrained(**self.pretrained())
-        self.model = self.place(
+        self.inputs = Inputs(self, AutoImageProcessor.from_pretrained(**self.pretrained()))
+        self.model = self.compiled(self.place(
             AutoModelForObjectDetection.from_pretrained(**self.pretrained(), dtype=torch.float32)
-        )
+        ))  # fmt: skip
         self.names = self.model.config.id2label
+
+    def seen(self, height: int, width: int) -> Hashable:
+        return self.inputs.shape(height, width)
 
     def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
         import torch
 
-        inputs = self.processor(images=list(stack(images)), return_tensors="pt").to(self.device)
-        outputs = self.model(**inputs)
+        outputs = self.model(**self.inputs(images))
         # The boxes of an image of 1 x 1 pixels are relative ones.
-        found = self.processor.post_process_object_detection(
+        found = self.inputs.processor.post_process_object_detection(
             outputs, threshold=self.threshold, target_sizes=torch.ones(len(images), 2)
         )
         return {"det": [{"instances": self._instances(each)} for each in found]}
@@ -60,14 +65,13 @@ class DetectionLabeler(Labeler):
     def _instances(self, found: dict[str, Any]) -> list[dict[str, Any]]:
         from torchvision.ops import nms
 
+        # A few hundred numbers an image: the device has done its part.
+        found = {name: found[name].cpu() for name in ("boxes", "scores", "labels")}
         boxes, scores = found["boxes"].float().clamp(0, 1), found["scores"].float()
         whole = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]
-        best = whole[nms(boxes[whole], scores[whole], self.max_overlap)]
+        best = whole[nms(boxes[whole], scores[whole], self.max_overlap)][: self.max_instances]
+        chosen = (boxes[best].tolist(), found["labels"][best].tolist(), scores[best].tolist())
         return [
-            {
-                "box": boxes[number].tolist(),
-                "class_name": self.names[int(found["labels"][number])],
-                "score": float(scores[number]),
-            }
-            for number in best[: self.max_instances].tolist()
+            {"box": box, "class_name": self.names[label], "score": score}
+            for box, label, score in zip(*chosen, strict=True)
         ]

@@ -6,12 +6,13 @@ Any `AutoModel` with a vision tower will do; ImageBind, which transformers lacks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from models.labelers.base import Image, Labeler, LabelerSpec, options_of, stack
+from models.labelers.base import Image, Labeler, LabelerSpec, options_of
+from models.labelers.inputs import Inputs
 
 GLOBAL = "_global"
 """What the name of a whole-image vector adds to the one of its map."""
@@ -25,8 +26,8 @@ class Tower(Protocol):
     patch_size: int
     model: Any
 
-    def features(self, images: Any, size: int) -> tuple[Any, Any]:
-        """uint8 [B, 3, H, W], squeezed into a square, to patches [B, N, C] and vectors [B, C]."""
+    def features(self, images: Sequence[Image], size: int) -> tuple[Any, Any]:
+        """Images, squeezed into a square, to patches [B, N, C] and vectors [B, C]."""
         ...
 
 
@@ -47,6 +48,8 @@ class FeatureLabeler(Labeler):
         ValueError: The size is no multiple of the network's patches.
     """
 
+    compiles: ClassVar[bool] = True
+
     def __init__(self, spec: LabelerSpec) -> None:
         from transformers import PretrainedConfig
 
@@ -66,8 +69,11 @@ class FeatureLabeler(Labeler):
             )
         self.side = self.size // self.tower.patch_size
 
+    def seen(self, height: int, width: int) -> Hashable:
+        return self.size
+
     def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
-        patches, vectors = self.tower.features(stack(images), self.size)
+        patches, vectors = self.tower.features(images, self.size)
         maps = patches.reshape(len(images), self.side, self.side, -1)
         found = {}
         for name in self.spec.outputs:
@@ -84,23 +90,18 @@ class _HubTower:
         from transformers import AutoImageProcessor, AutoModel
 
         source = labeler.pretrained()
-        self.device = labeler.device
-        self.processor = AutoImageProcessor.from_pretrained(**source)
+        processor = AutoImageProcessor.from_pretrained(**source)
+        self.inputs = Inputs(labeler, processor, do_center_crop=False)
         model = AutoModel.from_pretrained(**source, dtype=torch.float32)
-        self.model = labeler.place(getattr(model, "vision_model", model))
+        self.model = labeler.compiled(labeler.place(getattr(model, "vision_model", model)))
         self.image_size, self.patch_size = (
             self.model.config.image_size, self.model.config.patch_size,
         )  # fmt: skip
         # DINOv2 always fits its positions to the image; others have to be told.
         self.told = not self.model.config.model_type.startswith("dinov2")
 
-    def features(self, images: Any, size: int) -> tuple[Any, Any]:
-        inputs = self.processor(
-            images=list(images),
-            size={"height": size, "width": size},
-            do_center_crop=False,
-            return_tensors="pt",
-        ).to(self.device)
+    def features(self, images: Sequence[Image], size: int) -> tuple[Any, Any]:
+        inputs = self.inputs(images, size={"height": size, "width": size})
         told = self.told and size != self.image_size
         extra = {"interpolate_pos_encoding": True} if told else {}
         out = self.model(pixel_values=inputs["pixel_values"], **extra)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.labelers.base import weights_file
+from models.labelers.base import Image, weights_file
+from models.labelers.inputs import rows
 
 if TYPE_CHECKING:
     from models.labelers.base import Labeler
@@ -130,15 +131,17 @@ class ImageBindTower:
         with safe_open(weights_file(labeler.spec, "model.safetensors"), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys() if ".vision." in name}
         heads = int(config.get("vision_num_heads", _HEADS))
-        self.model = labeler.place(from_published(tensors, heads))
+        self.model = labeler.compiled(labeler.place(from_published(tensors, heads)))
         self.patch_size = self.model.stem.kernel_size[0]
         self.image_size = int((self.model.positions.shape[1] - 1) ** 0.5) * self.patch_size
         self.device = labeler.device
 
-    def features(self, images: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        pixels = images.to(self.device).float()
-        pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
-        pixels = pixels.round().clamp(0, 255) / 255
+    def features(self, images: Sequence[Image], size: int) -> tuple[Tensor, Tensor]:
+        def squeezed(pixels: Tensor) -> Tensor:
+            square = F.interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True)
+            return square.round().clamp(0, 255) / 255
+
+        pixels = torch.stack(rows(images, self.device, squeezed))
         mean, std = (
             torch.tensor(each, device=self.device).view(1, 3, 1, 1) for each in (_MEAN, _STD)
         )

@@ -8,7 +8,7 @@ their own and are never computed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -47,6 +47,9 @@ class MetadataLabeler(Labeler):
         self.options = options_of(
             spec, person="person", min_score=0.6, walkable=COCO_WALKABLE, things=COCO_THINGS
         )
+
+    def seen(self, height: int, width: int) -> Hashable:
+        return ()  # each sample is computed by itself
 
     def predict(self, images: Sequence[Any]) -> dict[str, list[Any]]:
         return {"metadata": [self._fields(sample) for sample in images]}

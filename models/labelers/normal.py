@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar
 
-from models.labelers.base import Image, Labeler, LabelerSpec, options_of, resize, stack
+from models.labelers.base import Image, Labeler, LabelerSpec, options_of
+from models.labelers.inputs import Inputs, at_sizes
 
 
 class NormalLabeler(Labeler):
@@ -14,6 +15,8 @@ class NormalLabeler(Labeler):
     Options:
         signs: Factors 1 or -1 that turn the network's axes into these ((1, 1, 1)).
     """
+
+    compiles: ClassVar[bool] = True
 
     def __init__(self, spec: LabelerSpec) -> None:
         import torch
@@ -24,16 +27,20 @@ class NormalLabeler(Labeler):
         if len(signs) != 3 or any(abs(sign) != 1 for sign in signs):
             raise ValueError(f"signs={signs!r} of a normal labeler: take three of 1 and -1")
         self.signs = torch.tensor(signs, dtype=torch.float32, device=self.device).view(1, 3, 1, 1)
-        self.processor = AutoImageProcessor.from_pretrained(**self.pretrained())
-        self.model = self.place(
+        self.inputs = Inputs(self, AutoImageProcessor.from_pretrained(**self.pretrained()))
+        self.model = self.compiled(self.place(
             AutoModelForNormalEstimation.from_pretrained(**self.pretrained(), dtype=torch.float32)
-        )
+        ))  # fmt: skip
+
+    def seen(self, height: int, width: int) -> Hashable:
+        return self.inputs.shape(height, width)
 
     def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
-        inputs = self.processor(images=list(stack(images)), return_tensors="pt").to(self.device)
-        normals = _unit(self.model(**inputs).normals.float())
-        normals = _unit(resize(normals, images)) * self.signs
-        return {"normal": list(normals.permute(0, 2, 3, 1).contiguous().cpu().numpy())}
+        normals = _unit(self.model(**self.inputs(images)).normals.float())
+        return {"normal": at_sizes(normals, images, self._values)}
+
+    def _values(self, normals: Any) -> Any:
+        return (_unit(normals) * self.signs).permute(0, 2, 3, 1).contiguous()
 
 
 def _unit(vectors: Any) -> Any:

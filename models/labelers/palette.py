@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,9 @@ class PaletteLabeler(Labeler):
             if value < 1:
                 raise ValueError(f"{name}={value} of a palette is below 1")
         self.grid, self.iterations = options["grid"], options["iterations"]
+
+    def seen(self, height: int, width: int) -> Hashable:
+        return ()  # each picture is computed by itself
 
     def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
         return {"color_palette": [self._palettes(image) for image in images]}

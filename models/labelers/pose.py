@@ -6,7 +6,7 @@ take their place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,6 +31,8 @@ class PoseLabeler(Labeler):
     """
 
     reads: ClassVar[tuple[str, ...]] = ("rgb", "det")
+    compiles: ClassVar[bool] = True
+    at_once: ClassVar[int] = 4  # pictures without people among them fill no batch
 
     def __init__(self, spec: LabelerSpec) -> None:
         import torch
@@ -45,11 +47,14 @@ class PoseLabeler(Labeler):
             )
         self.options = options
         self.processor = AutoImageProcessor.from_pretrained(**self.pretrained())
-        self.model = self.place(
+        self.model = self.compiled(self.place(
             AutoModelForPoseEstimation.from_pretrained(**self.pretrained(), dtype=torch.float32)
-        )
+        ))  # fmt: skip
         if (known := len(self.model.config.id2label)) != len(KEYPOINTS):
             raise ValueError(f"{spec.model_id} knows {known} keypoints, not {len(KEYPOINTS)}")
+
+    def seen(self, height: int, width: int) -> Hashable:
+        return ()  # people are cut out
 
     def label_samples(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         """One forward pass holds people of several images."""

@@ -42,6 +42,11 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
 PRESETS = tuple(NETWORKS)
 
 
+def outputs(kind: str) -> tuple[str, ...]:
+    """Modalities that a kind of labeler writes."""
+    return OUTPUTS.get(kind, (kind,))
+
+
 def added() -> dict[str, Network]:
     """Labelers that modalities of users' packages bring along, by the modality's name."""
     from models import modalities
@@ -77,7 +82,7 @@ def preset(name: str) -> dict[str, LabelerSpec]:
     return {
         kind: LabelerSpec(
             name=kind,
-            outputs=OUTPUTS.get(kind, (kind,)),
+            outputs=outputs(kind),
             model_id=network.model_id,
             revision=network.revision,
             batch_size=32 if name == "scenes" else 8,

@@ -6,8 +6,8 @@ on the threshold and what is not found twice is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -42,6 +42,8 @@ class SamLabeler(Labeler):
         ValueError: An option is unknown or out of its range.
     """
 
+    compiles: ClassVar[bool] = True
+
     def __init__(self, spec: LabelerSpec) -> None:
         from models.labelers.sam_networks import HubSam, PublishedSam, SamNetwork
 
@@ -58,15 +60,22 @@ class SamLabeler(Labeler):
             raise ValueError(f"network={name!r} and checkpoint={file!r} of SAM go together")
         self.network: SamNetwork = PublishedSam(self, name, file) if name else HubSam(self)
 
+    def seen(self, height: int, width: int) -> Hashable:
+        return ()  # a square, whose rest is empty
+
     def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
-        embeddings, shape = self.network.embed(images)
+        # What fills a batch up needs no masks.
+        embeddings, shapes = self.network.embed(super().filled(list(images)))
         found: dict[str, list[Any]] = {"sam_instance": [], "sam_edge": []}
-        for image, embedding in zip(images, embeddings, strict=True):
+        for image, embedding, shape in zip(images, embeddings, shapes, strict=False):
             masks, scores = self._masks(embedding[None], shape)
             value, edge = self._at_full_size(masks, scores, shape, image.shape[:2])
             found["sam_instance"].append(value)
             found["sam_edge"].append(edge)
         return found
+
+    def filled(self, items: list[Any]) -> list[Any]:
+        return items
 
     def _masks(self, embedding: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
         """Logits [N, h, w] and scores [N] of the masks that are kept, best first."""

@@ -1,7 +1,7 @@
 """SAM as `models.labelers.sam` asks it: the model of `transformers`, or the published network of
 the package `segment-anything` with the published checkpoint.
 
-Both embed pictures of one size, answer points with masks, and bring masks to the picture's size.
+Both embed pictures, answer points with masks, and bring masks to the picture's size.
 B pictures of H x W, P points, three masks a point of h x w.
 """
 
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from models.labelers.base import Image, stack, weights_file
+from models.labelers.base import Image, weights_file
+from models.labelers.inputs import Inputs, rows
 
 if TYPE_CHECKING:
     from models.labelers.base import Labeler
@@ -25,8 +27,8 @@ Shape = tuple[int, ...]
 class SamNetwork(Protocol):
     """What a labeler asks of SAM."""
 
-    def embed(self, images: Sequence[Image]) -> tuple[Tensor, Shape]:
-        """Embeddings [B, C, e, e] of pictures, and the size (rows, columns) they are seen at."""
+    def embed(self, images: Sequence[Image]) -> tuple[Tensor, list[Shape]]:
+        """Embeddings [B, C, e, e] of pictures, and the sizes (rows, columns) they are seen at."""
 
     def ask(self, embedding: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         """Masks of points [1, P, 1, 2] (x, y) of a picture as it is seen: logits [3 P, h, w], and
@@ -43,22 +45,23 @@ class HubSam:
         from transformers import AutoImageProcessor, SamModel
 
         self.device = labeler.device
-        self.processor = AutoImageProcessor.from_pretrained(**labeler.pretrained())
+        self.inputs = Inputs(labeler, AutoImageProcessor.from_pretrained(**labeler.pretrained()))
         self.model = labeler.place(
             SamModel.from_pretrained(**labeler.pretrained(), dtype=torch.float32)
         )
+        labeler.compiled(self.model.vision_encoder)
 
-    def embed(self, images: Sequence[Image]) -> tuple[Tensor, Shape]:
-        inputs = self.processor(images=list(stack(images)), return_tensors="pt")
-        embeddings = self.model.get_image_embeddings(inputs["pixel_values"].to(self.device))
-        return embeddings, tuple(int(side) for side in inputs["reshaped_input_sizes"][0])
+    def embed(self, images: Sequence[Image]) -> tuple[Tensor, list[Shape]]:
+        inputs = self.inputs(images)
+        embeddings = self.model.get_image_embeddings(inputs["pixel_values"])
+        return embeddings, [tuple(sides) for sides in inputs["reshaped_input_sizes"].tolist()]
 
     def ask(self, embedding: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         out = self.model(image_embeddings=embedding, input_points=points.to(self.device))
         return out.pred_masks[0].flatten(0, 1), out.iou_scores[0].flatten()
 
     def full(self, logits: Tensor, seen: Shape, size: Shape) -> Tensor:
-        (found,) = self.processor.post_process_masks(
+        (found,) = self.inputs.processor.post_process_masks(
             [logits[:, None]], [size], [seen], binarize=False
         )
         return found[:, 0]
@@ -91,17 +94,24 @@ class PublishedSam:
             raise ValueError(f"{checkpoint} is no checkpoint of {network}: {error}") from error
         self.device = labeler.device
         self.model = labeler.place(model)
+        labeler.compiled(self.model.image_encoder)
 
-    def embed(self, images: Sequence[Image]) -> tuple[Tensor, Shape]:
+    def embed(self, images: Sequence[Image]) -> tuple[Tensor, list[Shape]]:
+        padded = torch.stack(rows(images, self.device, self._padded))
+        return self.model.image_encoder(padded), [self._seen(*i.shape[:2]) for i in images]
+
+    def _padded(self, pixels: Tensor) -> Tensor:
+        seen = self._seen(pixels.shape[2], pixels.shape[3])
+        pixels = interpolate(pixels.float(), seen, mode="bilinear", antialias=True).round()
+        padded: Tensor = self.model.preprocess(pixels)
+        return padded
+
+    def _seen(self, height: int, width: int) -> Shape:
         from segment_anything.utils.transforms import ResizeLongestSide
-        from torch.nn.functional import interpolate
 
         side = self.model.image_encoder.img_size
-        seen = ResizeLongestSide.get_preprocess_shape(*images[0].shape[:2], side)
-        seen = tuple(max(1, length) for length in seen)
-        pixels = stack(images).to(self.device).float()
-        pixels = interpolate(pixels, seen, mode="bilinear", antialias=True).round()
-        return self.model.image_encoder(self.model.preprocess(pixels)), seen
+        sides = ResizeLongestSide.get_preprocess_shape(height, width, side)
+        return tuple(max(1, length) for length in sides)
 
     def ask(self, embedding: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         places = points[0].to(self.device)

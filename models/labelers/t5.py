@@ -27,6 +27,7 @@ class T5Labeler(Labeler):
     """
 
     reads: ClassVar[tuple[str, ...]] = ("caption",)
+    compiles: ClassVar[bool] = True
 
     def __init__(self, spec: LabelerSpec) -> None:
         import torch
@@ -43,16 +44,17 @@ class T5Labeler(Labeler):
             if words
             else AutoTokenizer.from_pretrained(**self.pretrained())
         )
-        self.model = self.place(
+        self.model = self.compiled(self.place(
             AutoModelForTextEncoding.from_pretrained(**self.pretrained(), dtype=torch.float32)
-        )
+        ))  # fmt: skip
 
     def label_samples(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         return self.in_batches([sample["caption"] for sample in samples])
 
     def predict(self, images: Sequence[Any]) -> dict[str, list[Any]]:
+        padding = "max_length" if self.spec.compile else "longest"
         inputs = self.tokenizer(
-            list(images), truncation=True, max_length=self.max_tokens, padding=True,
+            list(images), truncation=True, max_length=self.max_tokens, padding=padding,
             return_tensors="pt",
         ).to(self.device)  # fmt: skip
         hidden = self.model(

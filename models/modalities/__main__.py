@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from models import modalities
 from models.labelers.networks import PRESETS, Network
-from models.labelers.registry import KINDS, OUTPUTS, labeler_class
+from models.labelers.registry import KINDS, labeler_class, outputs
 
 RELEASED = {
     "rgb": ("rgb@224, tok_rgb@224", "16,384", "196 (784 at 448)"),
@@ -83,6 +83,23 @@ these names. What a labeler reads beside the picture is labelled before it; in b
 it is there.
 
 """
+_BATCHES = """
+Pictures are batched by the shape in which a network sees them (the column `sees` below), whatever
+their own sizes: a picture waits for its like while at most 34 megapixels (100 MB) wait, so that a
+set of many aspect ratios fills its batches too. Resizing and normalising run on the network's
+device, and a label does not depend on what else was in its batch.
+
+    fourm label --resources '{"depth": {"gpus": 0.5, "batch_size": 64, "compile": true}}'
+
+gives one labeler workers, a batch and GPUs of its own and runs its network through torch.compile:
+a minute or more for each shape of its input, up to torch's limit of 8 shapes (others run as they
+are), then faster batches. That pays for large sets and networks that see one shape. It needs g++
+on CPUs and triton on GPUs, and the run stops before its first picture where they are missing.
+Labels keep their fingerprint, as with another batch size or device: all of these add up the same
+products in another order and move a value by its last bits. %s
+have no network to compile; of `caption` the part that looks at the picture is compiled, of `sam`
+the encoder.
+"""
 _PRESETS = {
     "scenes": "Tiny networks that were trained on rendered scenes and ship with the package, and "
     "what is computed. Nothing is downloaded.",
@@ -112,6 +129,7 @@ def document() -> str:
                            _modalities())]  # fmt: skip
     parts += [_TEXTS, _table(("modality", "text", "what is rounded"), _TEXT_FORMS), _POSES]
     parts += [_LABELERS, _table(("labeler", "writes", "reads"), _labelers())]
+    parts.append(_BATCHES % _listed(kind for kind in KINDS if not labeler_class(kind).compiles))
     for name, networks in PRESETS.items():
         parts.append(_NETWORKS.format(name=name, text=_PRESETS[name]))
         header = ("labeler", "network", "revision", "licence of the weights", "sees", "note")
@@ -127,10 +145,15 @@ def _modalities() -> Iterable[tuple[str, ...]]:
 
 def _labelers() -> Iterable[tuple[str, ...]]:
     for kind in KINDS:
-        written = ", ".join(f"`{name}`" for name in OUTPUTS.get(kind, (kind,)))
+        written = ", ".join(f"`{name}`" for name in outputs(kind))
         found = labeler_class(kind)
         reads = [*found.reads, *(f"({name})" for name in found.also_reads)]
         yield (f"`{kind}`", written, ", ".join(reads))
+
+
+def _listed(names: Iterable[str]) -> str:
+    *first, last = (f"`{name}`" for name in names)
+    return f"{', '.join(first)} and {last}"
 
 
 def _network(kind: str, network: Network) -> tuple[str, ...]:

@@ -10,6 +10,15 @@ MIN_VISIBLE = 0.1
 """Least share of a box's area inside the window for it to count as seen in the crop."""
 
 
+def is_box(value: object) -> bool:
+    """Whether a value that was read from a file is a box: a list of four numbers."""
+    return (
+        isinstance(value, list)
+        and len(value) == 4
+        and all(type(each) in (int, float) for each in value)
+    )
+
+
 def window(corners: Sequence[float], box: CropBox) -> list[float] | None:
     """The visible part of a box in 0..1 of the window, None where too little of it is visible."""
     x0, y0, x1, y1 = corners

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from models.crops import CropBox
 from tokenizers_vq.sequences.form import TextForm
@@ -60,7 +60,10 @@ class Modality:
 
 def open_image(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     """Decodes a picture of an allowed format and bounded size."""
-    image = Image.open(io.BytesIO(data), formats=formats)
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError:  # which names the place in memory, another in each run
+        raise ValueError(f"no picture of the format {' or '.join(formats)}") from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"picture of {image.width} x {image.height} exceeds {MAX_PIXELS} pixels")
     return image

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from models.crops import CropBox
-from models.modalities._boxes import window
+from models.modalities._boxes import is_box, window
 from models.modalities.base import Modality, to_json
 from models.modalities.semseg import PALETTE
 from tokenizers_vq.sequences.boxes import MIN_SCORE, det_to_string, read_boxes, string_to_det
@@ -25,7 +25,16 @@ def _decode(data: bytes) -> Detections:
     value = json.loads(data)
     if not isinstance(value, dict) or not isinstance(value.get("instances"), list):
         raise ValueError("a detection file must hold an object with the list 'instances'")
+    if not all(map(_is_instance, value["instances"])):
+        raise ValueError("an instance must have a box of four numbers and a class_name")
     return value
+
+
+def _is_instance(each: object) -> bool:
+    return (
+        isinstance(each, dict) and is_box(each.get("box"))
+        and isinstance(each.get("class_name"), str)
+    )  # fmt: skip
 
 
 def _crop(value: Detections, box: CropBox, size: int) -> Detections:
@@ -44,10 +53,11 @@ def draw(value: Detections, canvas: np.ndarray) -> np.ndarray:
     names = sorted({instance["class_name"] for instance in value["instances"]})
     for instance in value["instances"]:
         x0, y0, x1, y1 = instance["box"]
-        corners = (x0 * image.width, y0 * image.height, x1 * image.width, y1 * image.height)
-        colour = tuple(int(c) for c in PALETTE[names.index(instance["class_name"]) + 2])
-        pen.rectangle(corners, outline=colour, width=max(1, image.width // 96))
-        pen.text((corners[0] + 2, corners[1]), instance["class_name"], fill=colour)
+        left, right = sorted((x0 * image.width, x1 * image.width))
+        top, bottom = sorted((y0 * image.height, y1 * image.height))
+        colour = tuple(int(c) for c in PALETTE[(names.index(instance["class_name"]) + 2) % 255])
+        pen.rectangle((left, top, right, bottom), outline=colour, width=max(1, image.width // 96))
+        pen.text((left + 2, top), instance["class_name"], fill=colour)
     return np.asarray(image)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from models.crops import CropBox
-from models.modalities._boxes import point, window
+from models.modalities._boxes import is_box, point, window
 from models.modalities.base import Modality, to_json
 from tokenizers_vq.sequences.form import Page, TextForm
 from tokenizers_vq.sequences.keypoints import keypoints_to_string, string_to_keypoints
@@ -49,6 +49,8 @@ def _decode(data: bytes) -> Poses:
     for human in value["humans"]:
         if np.shape(human.get("keypoints")) != (len(KEYPOINTS), 3):
             raise ValueError(f"a pose must have {len(KEYPOINTS)} keypoints of x, y and score")
+        if not is_box(human.get("box")):
+            raise ValueError("a pose must have a box of four numbers")
     return value
 
 

@@ -64,6 +64,24 @@ def test_labels_are_shown_beside_their_pictures_when_they_come_and_once(tmp_path
     assert shown.keys() == {"gallery-normal"}
 
 
+def test_a_label_of_another_version_is_left_blank_and_named(tmp_path, shown, caplog):
+    ledger = Ledger(Store(str(tmp_path)))
+    stages = {**STAGES, "det": Stage("label:det", 1, {}, ("det",))}
+    commit(ledger, "rgb", 1)
+    keys = [sample_key(1, row) for row in range(3)]
+    tar = write_tar([
+        (f"{keys[0]}.json", b'{"instances": [{"box": [0, 0, 1, 1], "class_name": "cube"}]}'),
+        (f"{keys[1]}.json", b'{"boxes": []}'), (f"{keys[2]}.json", b'{"instances": []}'),
+    ])  # fmt: skip
+    statuses = [(key, "ok", "") for key in keys]
+    ledger.commit(stages["det"], 1, ShardData(keys, {"det": tar}, statuses, 1.0))
+    chain: Any = SimpleNamespace(sources=stages, ledger=ledger)
+    with caplog.at_level("WARNING", "fourm.flows"):
+        Galleries(chain).update()
+    assert shown.keys() == {"gallery-det"}
+    assert f"not shown: the det of sample {keys[1]} is not in the format" in caplog.text
+
+
 def _picture(markdown: str) -> Image.Image:
     found = re.search(r"base64,([^)]+)\)", markdown)
     assert found

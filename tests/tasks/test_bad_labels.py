@@ -15,8 +15,11 @@ from infra.ledger import Ledger, ShardData, Stage
 from infra.shards import sample_key, write_tar
 from infra.store import Store
 from models import modalities
-from models.crops import CropPolicy
+from models.crops import CropBox, CropPolicy
+from models.labelers import LabelerSpec
+from models.labelers.base import Labeler
 from models.modalities.sam_instance import instance
+from tasks.label_work import LabelWork
 from tasks.pictures import BadPicture, PicturePolicy, cleaned
 from tasks.tokenize import build_work, token_jobs, token_stage
 from tasks.tokenizer_config import TextRecipe
@@ -110,7 +113,11 @@ def test_500_instances_and_none_are_told_at_seven_points() -> None:
 @pytest.mark.parametrize(("name", "content"), [
     ("human_poses", {"version": 2, "people": []}),
     ("human_poses", {"humans": ["someone"]}),
+    ("human_poses", {"humans": [{"keypoints": [[0, 0, 1]] * 17}]}),
     ("det", {"boxes": []}),
+    ("det", {"instances": [{"bbox": [0, 0, 1, 1], "class_name": "cube"}]}),
+    ("det", {"instances": [{"box": [0, 0, 1], "class_name": "cube"}]}),
+    ("det", {"instances": [{"box": [0, 0, 1, 1], "label": 3}]}),
     ("metadata", {"width": 3}),
     ("color_palette", {"1": [[0, 0, 0]]}),
     ("sam_instance", {"masks": []}),
@@ -131,6 +138,34 @@ def test_tokenizing_a_label_file_of_another_version_names_its_sample(tmp_path) -
     (job,) = token_jobs([tokens], [0])
     with pytest.raises(ValueError, match="human_poses of sample 00000000000 is not in the format"):
         build_work(store.url, job.stage, job.config).run(0)
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("human_poses", {"humans": ["someone"]}),
+    ("det", {"instances": [{"bbox": [0, 0, 1, 1]}]}),
+    ("metadata", {"width": 3}),
+])  # fmt: skip
+def test_a_labeler_that_reads_a_label_file_of_another_version_leaves_a_hole_for_that_sample(
+    tmp_path, name, content
+) -> None:
+    class Reader(Labeler):
+        reads = (name,)
+
+        def label_samples(self, samples: Any) -> dict[str, list[Any]]:
+            return self.in_batches([sample[name] for sample in samples])
+
+        def predict(self, images: Any) -> dict[str, list[Any]]:
+            return {"caption": ["read"] * len(images)}
+
+    store = Store(str(tmp_path))
+    good = {"human_poses": people(1), "det": boxes(1), "metadata": {"entropy": 1.0}}[name]
+    members = [modalities.get(name).encode(good), json.dumps(content).encode()]
+    upstream = commit(store, name, members)
+    stage = Stage("label:caption", 1, {}, ("caption",), (*upstream.upstream, upstream))
+    spec = LabelerSpec("caption", ("caption",), "computed", device="cpu", precision="fp32")
+    data = LabelWork(store, stage, Reader(spec)).run(0)
+    assert [reason for _, reason, _ in data.statuses] == ["ok", "undecodable"]
+    assert f"the {name} of sample 00000000001 is not in the format" in data.statuses[1][2]
 
 
 def test_a_labeler_of_another_version_writes_beside_the_old_labels(tmp_path) -> None:
@@ -160,3 +195,64 @@ def test_a_picture_of_one_pixel_is_dropped_and_one_of_20_megapixels_shrunk() -> 
     assert Image.open(io.BytesIO(large.data)).size == (320, 256)
     kept = cleaned(encoded(Image.new("RGB", (1, 1)), "PNG"), PicturePolicy(min_side=1))
     assert Image.open(io.BytesIO(kept.data)).size == (1, 1)
+
+
+# --- values at the edge of a modality, cropped for its tokenizer and rendered ------------------
+
+
+def of_size(name: str, height: int, width: int) -> np.ndarray:
+    """A value of a modality whose values have the size of the picture."""
+    value = np.zeros((height, width), np.uint8)
+    if name == "depth":
+        return value.astype(np.float32)
+    if name in ("rgb", "normal"):
+        value = np.stack([value, value, value + 1], axis=-1)
+    return value if name == "rgb" else value.astype(np.float32) if name == "normal" else value
+
+
+MAPS = [name for name in modalities.names() if modalities.get(name).kind in ("image", "map")]
+LARGE = ("rgb", "semseg", "canny_edge")
+
+
+@pytest.mark.parametrize(("name", "height", "width"), [
+    *((name, 1, 1) for name in MAPS), *((name, 1, 40) for name in MAPS),
+    *((name, 4000, 5000) for name in LARGE),
+])  # fmt: skip
+def test_maps_of_one_pixel_and_of_20_megapixels_are_stored_cropped_and_rendered(
+    name, height, width
+) -> None:
+    modality, value = modalities.get(name), of_size(name, height, width)
+    assert modality.decode(modality.encode(value)).shape == value.shape
+    crop = modality.crop(value, CropBox(0.0, 0.0, 1.0, 1.0, hflip=True), 64)
+    assert crop.shape == (64, 64, *value.shape[2:])
+    assert np.isfinite(crop).all()
+    shown = modality.render(value)
+    assert (shown.dtype, shown.shape) == (np.uint8, (height, width, 3))
+
+
+def named(count: int) -> dict[str, Any]:
+    """Boxes of as many classes, corners in either order."""
+    return {"instances": [
+        {"box": [0.9, 0.8, 0.1, 0.2], "class_name": f"class {number}", "score": 0.9}
+        for number in range(count)
+    ]}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("caption", ""), ("caption", "word " * 1000), ("caption", "x" * 10_000),
+    ("det", boxes(0)), ("det", boxes(MANY)), ("det", named(MANY)),
+    ("human_poses", people(0)), ("human_poses", people(MANY)),
+    ("sam_instance", {"size": [9, 7], "instances": []}), ("sam_instance", {
+        "size": [1, 1], "instances": [instance(np.ones((1, 1), bool), 0.9)] * MANY,
+    }),
+    ("metadata", {}), ("color_palette", {}), ("t5_caption", np.zeros((1, 8), np.float16)),
+])  # fmt: skip
+def test_nothing_and_hundreds_of_things_are_stored_cropped_and_rendered(name, value) -> None:
+    modality = modalities.get(name)
+    data = modality.encode(value)
+    assert modality.encode(modality.decode(data)) == data
+    crop = modality.crop(modality.decode(data), CropBox(0.1, 0.1, 0.8, 0.8), 32)
+    for each in (value, crop):
+        shown = modality.render(each)
+        assert shown.dtype == np.uint8
+        assert shown.shape[2:] == (3,)

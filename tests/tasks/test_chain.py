@@ -132,9 +132,10 @@ def test_resources_of_a_labeler_change_its_batches_and_no_stage(
     store: Store, tmp_path: Path
 ) -> None:
     before = Chain(store).labels["depth"].id
-    own = _resources(depth={"gpus": 0.25, "batch_size": 5})
+    own = _resources(depth={"gpus": 0.25, "batch_size": 5, "compile": True})
     remember(store, "label", _label(tmp_path / "network", resources=own))
-    assert Chain(store).labelers["depth"].batch_size == 5
+    found = Chain(store).labelers["depth"]
+    assert (found.batch_size, found.compile) == (5, True)
     assert Chain(store).labels["depth"].id == before
 
 
@@ -150,6 +151,10 @@ def test_resources_of_a_labeler_change_its_batches_and_no_stage(
             {"resources": _resources(det={"accelerator": "A100"})},
             "resources of 'det': an accelerator, but no gpus",
         ),
+        (
+            {"labelers": ["canny_edge"], "resources": _resources(canny_edge={"compile": True})},
+            "resources of 'canny_edge': it has no network that can be compiled",
+        ),
     ],
 )
 def test_check_refuses_labelers_that_cannot_run_as_asked(
@@ -158,6 +163,24 @@ def test_check_refuses_labelers_that_cannot_run_as_asked(
     form = LabelParams(root=store.url, preset="scenes", labelers=["semseg", "det"])
     with pytest.raises(ValueError, match=sentence):
         check("label", {**form.model_dump(), **changes})
+
+
+def test_check_looks_for_a_compiler_on_this_machine_alone(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._inductor.cpp_builder as builder
+
+    def missing() -> str:
+        raise RuntimeError("no g++")
+
+    monkeypatch.setattr(builder, "get_cpp_compiler", missing)
+    form = LabelParams(
+        root=store.url, preset="scenes", labelers=["det"], resources={"det": {"compile": True}}
+    )
+    with pytest.raises(ValueError, match="no compiler for cpu"):
+        check("label", form.model_dump())
+    elsewhere = LabelParams(**{**form.model_dump(), "ray": {"kind": "existing"}})
+    check("label", elsewhere.model_dump())
 
 
 def test_check_refuses_a_tokenizer_without_labels(store: Store) -> None:

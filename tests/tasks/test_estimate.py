@@ -9,6 +9,7 @@ import pytest
 from infra.ledger import Ledger, ShardData, Stage
 from infra.shards import sample_key, write_tar
 from infra.store import Store
+from models import modalities
 from tasks.estimate import Rate, assumed, estimate, rates, total
 
 FETCH = Stage("fetch", 1, {}, ("rgb",))
@@ -58,3 +59,15 @@ def test_what_is_done_takes_nothing() -> None:
     done = dict.fromkeys(STAGES, 8)
     lines = estimate(STAGES, rows=100, shards=8, done=done, measured={}, workers=1)
     assert total(lines) == {"bytes": 0, "hours": 0, "gpu_hours": 0}
+
+
+def test_texts_are_counted_as_texts_and_what_holds_codes_as_work_of_a_network() -> None:
+    network = assumed("tokens:depth", gpu=False)
+    for name in modalities.names():
+        form = modalities.text_form(name)
+        rate = assumed(f"tokens:{name}", gpu=False)
+        if form is not None and form.parts is None:
+            assert rate.per_second > network.per_second
+            assert rate.bytes < network.bytes
+        else:
+            assert rate == network

@@ -19,7 +19,7 @@ from infra.shards import hole, read_tar, write_tar
 from infra.store import Store
 from infra.units import StageJob, SystemicFailure
 from models import modalities
-from models.labelers import LabelerSpec
+from models.labelers import LabelerSpec, preset
 from models.labelers.base import Image, Labeler
 from tasks.label import in_turns, label_jobs, label_stage, label_stages
 from tasks.label_work import LabelWork, build_work
@@ -90,6 +90,16 @@ def test_labels_have_the_pictures_keys_and_order_and_failures_are_holes(tmp_path
     assert b"unlabelled" in members["00000000003.missing"]
 
 
+def test_a_picture_that_its_network_cannot_see_is_a_hole_with_a_reason(tmp_path):
+    store = Store(str(tmp_path))
+    commit_pictures(store, [("00000000000.jpg", jpeg(9, size=64)), ("00000000001.jpg", jpeg(9, 1))])
+    spec = dataclasses.replace(preset("scenes")["depth"], device="cpu", precision="fp32")
+    stage = label_stage(spec, FETCH)
+    data = build_work(str(tmp_path), stage, spec.to_dict()).run(0)
+    assert [reason for _, reason, _ in data.statuses] == ["ok", "unlabelled"]
+    assert data.statuses[1][2]
+
+
 def test_a_shard_without_any_label_is_an_error_and_not_a_shard_of_holes(tmp_path):
     store = Store(str(tmp_path))
     commit_pictures(store, [("00000000000.jpg", jpeg(255)), ("00000000001.jpg", jpeg(255))])
@@ -118,11 +128,50 @@ def test_an_empty_shard_is_labelled_as_an_empty_shard(tmp_path):
 
 def test_the_fingerprint_holds_what_changes_labels_and_nothing_else():
     base = label_stage(SPEC, FETCH).fingerprint
-    for same in ({"batch_size": 7}, {"device": "auto"}):
+    for same in ({"batch_size": 7}, {"device": "auto"}, {"compile": True}):
         assert label_stage(dataclasses.replace(SPEC, **same), FETCH).fingerprint == base
     for other in ({"revision": "2"}, {"precision": "bf16"}, {"options": {"max_depth": 10.0}}):
         assert label_stage(dataclasses.replace(SPEC, **other), FETCH).fingerprint != base
     assert label_stage(SPEC, dataclasses.replace(FETCH, version=2)).fingerprint != base
+
+
+class Batches(Brightness):
+    """Tells the sizes of the pictures of each batch."""
+
+    def __init__(self, spec: LabelerSpec) -> None:
+        super().__init__(spec)
+        self.batches: list[list[int]] = []
+
+    def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
+        self.batches.append([image.shape[0] for image in images])
+        return super().predict(images)
+
+
+def test_pictures_of_one_size_meet_across_others_and_labels_keep_their_order(
+    tmp_path, monkeypatch
+):
+    store = Store(str(tmp_path))
+    sizes = [16, 24, 32, 16, 24, 16, 24, 16, 24, 32, 16]
+    pictures = [(f"{n:011d}.jpg", jpeg(10 + 20 * n, size)) for n, size in enumerate(sizes)]
+    commit_pictures(store, [*pictures, ("00000000011.jpg", b"no picture")])
+
+    def labelled() -> tuple[list[list[int]], ShardData]:
+        labeler = Batches(SPEC)
+        return labeler.batches, LabelWork(store, label_stage(SPEC, FETCH), labeler).run(0)
+
+    batches, data = labelled()
+    assert sorted(map(tuple, batches)) == [
+        (16,), (16, 16), (16, 16), (24, 24), (24, 24), (32, 32),
+    ]  # fmt: skip
+    members = [modalities.get("depth").decode(each) for _, each in read_tar(data.outputs["depth"])
+               if len(each) > 50]  # fmt: skip
+    assert [(len(value), round(float(value.mean() * 255))) for value in members] == [
+        (size, 10 + 20 * number) for number, size in enumerate(sizes)
+    ]
+    monkeypatch.setattr("tasks.label_work.MOST_PIXELS", 0)
+    fewer, again = labelled()
+    assert len(fewer) > len(batches)
+    assert (again.outputs, again.statuses) == (data.outputs, data.statuses)
 
 
 def test_a_job_can_be_rebuilt_from_its_json(tmp_path):
@@ -136,6 +185,18 @@ def test_weights_that_cannot_be_loaded_stop_the_run_and_are_named(tmp_path):
     spec = dataclasses.replace(SPEC, model_id=str(tmp_path / "absent"))
     with pytest.raises(SystemicFailure, match="absent"):
         build_work(str(tmp_path), label_stage(spec, FETCH), spec.to_dict())
+
+
+def test_a_missing_compiler_stops_the_run_before_a_picture_is_labelled(tmp_path, monkeypatch):
+    import torch._inductor.cpp_builder as builder
+
+    def missing() -> str:
+        raise RuntimeError("no g++")
+
+    monkeypatch.setattr(builder, "get_cpp_compiler", missing)
+    compiled = dataclasses.replace(SPEC, compile=True)
+    with pytest.raises(SystemicFailure, match=r"'depth'.*no compiler for cpu \(no g\+\+\)"):
+        build_work(str(tmp_path), label_stage(compiled, FETCH), compiled.to_dict())
 
 
 def test_an_output_that_is_no_modality_is_named_before_any_work():
@@ -203,7 +264,8 @@ def test_samples_bring_their_labels_and_holes_upstream_are_holes_or_absent(tmp_p
         "label:det", 1, {}, ("det",), (FETCH,)
     )
     far = modalities.get("depth").encode(np.ones((4, 4), np.float32))
-    boxes = modalities.get("det").encode({"instances": [{"box": [0, 0, 1, 1]}]})
+    box = {"box": [0, 0, 1, 1], "class_name": "cube"}
+    boxes = modalities.get("det").encode({"instances": [box]})
     members = {
         depth: [hole(keys[0], "x"), *((f"{key}.png", far) for key in keys[1:])],
         det: [*((f"{key}.json", boxes) for key in keys[:2]), hole(keys[2], "x"),

@@ -1,0 +1,102 @@
+"""Pictures on their way into a network of transformers: on its device, in batches of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from models.labelers.base import Image, by_size, resize, stack
+
+if TYPE_CHECKING:
+    from models.labelers.base import Labeler
+
+_SIZES = 2**16  # sizes of pictures whose shapes are remembered
+
+
+class Inputs:
+    """A processor of transformers, at work where the network is.
+
+    Pictures travel to the device as bytes, those of one size together, and are resized and
+    normalised there. A filter that torchvision has for CPUs alone (Lanczos) is applied on the CPU.
+
+    Args:
+        labeler: Whose device and checkpoint it is.
+        processor: Of images, or one that has such a part.
+        fixed: Arguments of every call.
+    """
+
+    def __init__(self, labeler: Labeler, processor: Any, **fixed: Any) -> None:
+        self.processor, self._device, self._fixed = processor, labeler.device, fixed
+        self._images = getattr(processor, "image_processor", processor)
+        on_device = getattr(self._images, "backend", "") == "torchvision" and not _lanczos(
+            self._images
+        )
+        self._place = self._device if on_device else "cpu"
+        self.shape: Callable[[int, int], tuple[int, ...]] = lru_cache(_SIZES)(self._shape)
+
+    def __call__(self, images: Sequence[Image], **more: Any) -> Any:
+        """What the network takes, on its device.
+
+        Args:
+            images: Of any sizes whose `shape` is one.
+            more: Arguments of the processor.
+        """
+        pixels = rows(images, self._place)
+        made = self.processor(images=pixels, return_tensors="pt", **self._fixed, **more)
+        return made.to(self._device)
+
+    def _shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape in which the network sees pictures of a size, without a pixel being computed; of a
+        processor that does not tell, the size itself."""
+        import torch
+
+        picture = torch.empty(3, height, width, dtype=torch.uint8, device="meta")
+        try:
+            made = self._images(images=[picture], return_tensors="pt", **self._fixed)
+            return tuple(made["pixel_values"].shape)
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):
+            return (height, width)
+
+
+def rows(
+    images: Sequence[Image], device: Any, make: Callable[[Any], Any] = lambda pixels: pixels
+) -> list[Any]:
+    """A row of a tensor for each picture, in their order.
+
+    Args:
+        images: Of any sizes; those of one size are moved and worked on together.
+        device: Where.
+        make: uint8 [b, 3, H, W] to [b, ...].
+    """
+    found: list[Any] = [None] * len(images)
+    for numbers in by_size(images):
+        made = make(stack([images[number] for number in numbers]).to(device))
+        for number, row in zip(numbers, made, strict=True):
+            found[number] = row
+    return found
+
+
+def at_sizes(
+    maps: Any, images: Sequence[Image], finish: Callable[[Any], Any]
+) -> list[Any]:
+    """Maps [B, C, h, w] of a network as arrays at the sizes of the pictures, in their order.
+
+    Args:
+        maps: On any device.
+        images: The B pictures.
+        finish: Maps of one size [b, C, H, W] to values [b, ...], on the device.
+    """
+    found: list[Any] = [None] * len(images)
+    for numbers in by_size(images):
+        chosen = maps if len(numbers) == len(images) else maps[numbers]
+        values = finish(resize(chosen, [images[number] for number in numbers]))
+        for number, value in zip(numbers, values.cpu().numpy(), strict=True):
+            found[number] = value
+    return found
+
+
+def _lanczos(processor: Any) -> bool:
+    from PIL.Image import Resampling
+
+    return getattr(processor, "resample", None) == Resampling.LANCZOS
