@@ -60,11 +60,11 @@ class Case:
 
 LABEL = (
     Case("label.20", "clip", 64, 256, {"hidden_size": 512, "num_attention_heads": 8}),
-    Case("label.200.features", "clip", 256, 128,
+    Case("label.200.features", "clip", 512, 128,
          {"hidden_size": 256, "num_attention_heads": 4, "image_size": 128}),
-    Case("label.200.det", "det", 256, 128, {"size": 208}),
-    Case("label.200.semseg", "semseg", 256, 128, {"size": 224}),
-    Case("label.200.normal", "normal", 256, 128, {"size": 144}),
+    Case("label.200.det", "det", 512, 128, {"size": 192}),
+    Case("label.200.semseg", "semseg", 512, 128, {"size": 224}),
+    Case("label.200.normal", "normal", 512, 128, {"size": 144}),
 )
 """A ViT with random weights between S/16 and B/16 on pictures of the size that photographs are
 stored in. At about 200 scenes/s a smaller one, and the shipped networks for boxes, class maps and
