@@ -95,6 +95,10 @@ class Ledger:
         """Shards that are done, from one listing."""
         return set(self._numbered(f"commits/{_id(stage)}/"))
 
+    def is_committed(self, stage: Stage | str, shard: int) -> bool:
+        """Whether a shard is done, without a listing of all that are."""
+        return self.store.exists(commit_path(_id(stage), shard))
+
     def commits(self, stage: Stage | str) -> dict[int, Commit]:
         """Shard -> commit of everything that is done.
 

@@ -179,7 +179,7 @@ class UnitRunner:
         reason = "the worker died each time it ran this shard (out of memory, or a crash)"
         while True:
             number = self._ledger.attempt(stage, shard) - before
-            if number > 1 and shard in self._ledger.committed(stage):
+            if number > 1 and self._ledger.is_committed(stage, shard):
                 # The worker died, or another run was faster, after the commit.
                 return _committed(job, self._ledger.read_commit(stage, shard))
             if number > MAX_ATTEMPTS:

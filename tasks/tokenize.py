@@ -193,7 +193,7 @@ class TokenizeWork:
     def _members(self, shard: int) -> Iterator[list[tuple[str, bytes | None]]]:
         """Groups of (key, label file or None for a hole): stored ones, or made for this."""
         upstream = self._stage.upstream[0]
-        if self._labels is not None and shard not in self._ledger.committed(upstream):
+        if self._labels is not None and not self._ledger.is_committed(upstream, shard):
             for batch in self._labels.samples(shard):
                 yield [(sample.key, sample.members.get(self._modality)) for sample in batch]
             return

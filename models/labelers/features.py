@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, Protocol
 
-import numpy as np
-
 from models.labelers.base import Image, Labeler, LabelerSpec, options_of
 from models.labelers.inputs import Inputs
 
@@ -78,7 +76,7 @@ class FeatureLabeler(Labeler):
         found = {}
         for name in self.spec.outputs:
             values = vectors if name.endswith(GLOBAL) else maps
-            found[name] = list(values.float().cpu().numpy().astype(np.float16))
+            found[name] = list(values.half().cpu().numpy())
         return found
 
 

@@ -18,7 +18,8 @@ class Inputs:
     """A processor of transformers, at work where the network is.
 
     Pictures travel to the device as bytes, those of one size together, and are resized and
-    normalised there. A filter that torchvision has for CPUs alone (Lanczos) is applied on the CPU.
+    normalised there, all of one size at once. A filter that torchvision has for CPUs alone
+    (Lanczos) is applied on the CPU.
 
     Args:
         labeler: Whose device and checkpoint it is.
@@ -33,6 +34,10 @@ class Inputs:
             self._images
         )
         self._place = self._device if on_device else "cpu"
+        if on_device and self._device.type == "cpu":
+            _keep_packed(self._images)
+            if processor is self._images:
+                self._fixed["disable_grouping"] = False
         self.shape: Callable[[int, int], tuple[int, ...]] = lru_cache(_SIZES)(self._shape)
 
     def __call__(self, images: Sequence[Image], **more: Any) -> Any:
@@ -94,6 +99,15 @@ def at_sizes(
         for number, value in zip(numbers, values.cpu().numpy(), strict=True):
             found[number] = value
     return found
+
+
+def _keep_packed(processor: Any) -> None:
+    """Let a processor take pictures as they are, colours side by side, where it would unpack each
+    into planes first: on a CPU that takes longer than to resize them, which needs them packed."""
+    from transformers.image_processing_backends import TorchvisionBackend
+
+    if type(processor).process_image is TorchvisionBackend.process_image:
+        processor.process_image = lambda image, **_: image
 
 
 def _lanczos(processor: Any) -> bool:

@@ -18,7 +18,8 @@ def _encode(value: np.ndarray) -> bytes:
 
 
 def _decode(data: bytes) -> np.ndarray:
-    return np.asarray(open_image(data, ("JPEG", "PNG", "WEBP")).convert("RGB"))
+    image = open_image(data, ("JPEG", "PNG", "WEBP"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _crop(value: np.ndarray, box: CropBox, size: int) -> np.ndarray:

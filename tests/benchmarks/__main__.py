@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.machine import cores
-from tests.benchmarks.measure import Options
+from tests.benchmarks.measure import Options, under_way
 from tests.benchmarks.peer import check_peer
 
 PEER = "img2dataset"
@@ -30,6 +30,8 @@ BENCHMARKS = {
     "encode": ("generation", "embeddings of pictures and of several modalities: samples/s"),
 }
 
+PER_CORE = ("label", "tokenize")
+
 
 def measure(name: str, options: Options) -> list[dict[str, Any]]:
     """Runs one benchmark in this process and returns its records."""
@@ -37,7 +39,8 @@ def measure(name: str, options: Options) -> list[dict[str, Any]]:
 
     torch.set_num_threads(options.threads)
     module = importlib.import_module(f"tests.benchmarks.{BENCHMARKS[name][0]}")
-    return [record.to_dict() for record in getattr(module, name)(options)]
+    with under_way(name):
+        return [record.to_dict() for record in getattr(module, name)(options)]
 
 
 def measure_apart(name: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
@@ -55,7 +58,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="name the benchmarks")
     parser.add_argument("--json", type=Path, metavar="OUT", help="file for the list of records")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="default: the faster one here")
-    parser.add_argument("--threads", type=int, default=cores(), help="of torch (%(default)s)")
+    parser.add_argument("--threads", type=int,
+                        help=f"of torch; label and tokenize run on as many cores with all that "
+                             f"they do (1 there, else {cores()})")
     parser.add_argument("--seconds", type=float, default=5.0,
                         help="least time measured for each figure (%(default)s)")
     parser.add_argument("--peer", default="", metavar="WHAT",
@@ -69,7 +74,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--size", action="append", choices=["tiny", "base"],
                         help="network of 4M-7; may be repeated (tiny)")
     parser.add_argument("--only", default="", metavar="TEXT",
-                        help="only records whose name holds this (loader, generate, encode)")
+                        help="only cases whose name holds this, such as label.200")
     parser.add_argument("--compile", action="store_true",
                         help="train with compiled blocks (train_step); slower on CPUs so far")
     return parser
@@ -82,7 +87,8 @@ def _fast_dtype() -> str:
 
 
 def _options(args: argparse.Namespace) -> Options:
-    return Options(dtype=args.dtype or _fast_dtype(), threads=args.threads, seconds=args.seconds,
+    threads = args.threads or (1 if args.name in PER_CORE else cores())
+    return Options(dtype=args.dtype or _fast_dtype(), threads=threads, seconds=args.seconds,
                    peer=args.peer, peer_python=args.peer_python, rows=args.rows,
                    sizes=tuple(args.size or ["tiny"]), only=args.only, compile=args.compile)
 

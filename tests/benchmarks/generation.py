@@ -20,7 +20,7 @@ from models.fourm.decoding import Decoding, as_condition, draw
 from models.fourm.model import FourM
 from models.fourm.presets import TARGET_ORDER, base_name, default_decoding
 from tests.benchmarks.data import FIRST_WORD
-from tests.benchmarks.measure import Call, Options, Record, rounds
+from tests.benchmarks.measure import Call, Options, Record, rounds, under_way
 from tests.benchmarks.peer import Peer
 from tests.benchmarks.seven import save_model
 
@@ -68,8 +68,10 @@ def _generate(options: Options, size: str) -> list[Record]:
             if peer:
                 calls.append(peer.prepare("generate", at=folder, given=[PIXELS], top_p=TOP_P,
                                           rows=ROWS, plan=_peer_plan(model, plan)))
-            records.append(_record(title, options, rounds(calls, options.seconds), peer, ROWS,
-                                   tokens[-1], {"rows": ROWS, "targets": list(plan)}))
+            with under_way(title):
+                taken = rounds(calls, options.seconds)
+            records.append(_record(title, options, taken, peer, ROWS, tokens[-1],
+                                   {"rows": ROWS, "targets": list(plan)}))
     return records
 
 

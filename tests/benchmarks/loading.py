@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from infra.machine import keep_freed_memory, peak_rss
@@ -16,7 +17,7 @@ from models.fourm.spec import FourMConfig
 from tasks.recipes.released import SEVEN, TWENTY_ONE
 from tasks.specs import modality_specs, resolve
 from tests.benchmarks.data import released_set
-from tests.benchmarks.measure import Call, Options, Record, rounds
+from tests.benchmarks.measure import Call, Options, Record, cases, rounds
 from tests.benchmarks.peer import Peer
 from tests.benchmarks.peer_shards import write_shard
 
@@ -37,8 +38,8 @@ def loader(options: Options) -> list[Record]:
 
     `masking` is what masking alone would reach.
     """
-    return [_loader(options, title, names) for title, names in SETS.items()
-            if options.only in f"loader.{title}"]
+    return cases({f"loader.{title}": partial(_loader, options, title, names)
+                  for title, names in SETS.items()}, options.only)
 
 
 def _loader(options: Options, title: str, names: tuple[str, ...]) -> Record:

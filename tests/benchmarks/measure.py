@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -72,6 +74,28 @@ class Record:
             "commit": commit_hash(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+
+
+@contextmanager
+def under_way(name: str) -> Iterator[None]:
+    """Tells on stderr that something begins, and how long it took."""
+    began = time.perf_counter()
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        took = time.perf_counter() - began
+        print(f"{name} took {took:.0f} s", file=sys.stderr, flush=True)
+
+
+def cases(named: Mapping[str, Callable[[], Record]], only: str) -> list[Record]:
+    """Measures one after the other what has a name that holds `only`."""
+    records = []
+    for name, measured in named.items():
+        if only in name:
+            with under_way(name):
+                records.append(measured())
+    return records
 
 
 def rates(calls: Sequence[Call], units: float, seconds: float) -> list[float]:

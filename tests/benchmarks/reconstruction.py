@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from tasks.tokenizer_config import TokenizerRecipe
 from tasks.tokenizer_recipes import tokenizer_recipe
 from tasks.tokenizer_task import reconstruction_task
 from tasks.trainer import Trainer
-from tests.benchmarks.measure import Options, Record
+from tests.benchmarks.measure import Options, Record, cases
 from tokenizers_vq.quantizers import code_statistics
 from tokenizers_vq.tokenizer import Tokenizer
 
@@ -53,22 +54,27 @@ def released(name: str, steps: int = STEPS) -> TokenizerRecipe:
 def tokenizer_quality(options: Options, steps: int = STEPS) -> list[Record]:
     """Reconstruction error, code usage and perplexity of both on scenes that neither has seen."""
     train, held_out = _scenes(TEACHER_SEED, TRAIN), _scenes(EVAL_SEED, HELD_OUT)
-    records = []
-    for name in UNITS:
-        sides = {}
-        for side, recipe in (("ours", ours(name, steps)), ("peer", released(name, steps))):
-            tokenizer = _trained(name, recipe, train[name], options)
-            sides[side] = _figures(tokenizer, held_out[name], train[name])
-        error = {side: figures.pop("error") for side, figures in sides.items()}
-        records.append(Record(
-            name=f"tokenizer_quality.{name}", unit=UNITS[name], ours=error["ours"],
-            peer=error["peer"], dtype=options.dtype, threads=options.threads,
-            shape={"size": SIZE, "tokens": (SIZE // 16) ** 2, "codes": CODES, "steps": steps,
-                   "batch": BATCH, "scenes": TRAIN, "held_out": HELD_OUT},
-            also={f"{side}.{key}": round(value, 4) for side, figures in sides.items()
-                  for key, value in figures.items()},
-        ))  # fmt: skip
-    return records
+    return cases(
+        {f"tokenizer_quality.{name}": partial(_quality, name, train[name], held_out[name], steps,
+                                              options) for name in UNITS}, options.only)
+
+
+def _quality(
+    name: str, train: list[np.ndarray], held_out: list[np.ndarray], steps: int, options: Options
+) -> Record:
+    sides = {}
+    for side, recipe in (("ours", ours(name, steps)), ("peer", released(name, steps))):
+        tokenizer = _trained(name, recipe, train, options)
+        sides[side] = _figures(tokenizer, held_out, train)
+    error = {side: figures.pop("error") for side, figures in sides.items()}
+    return Record(
+        name=f"tokenizer_quality.{name}", unit=UNITS[name], ours=error["ours"],
+        peer=error["peer"], dtype=options.dtype, threads=options.threads,
+        shape={"size": SIZE, "tokens": (SIZE // 16) ** 2, "codes": CODES, "steps": steps,
+               "batch": BATCH, "scenes": TRAIN, "held_out": HELD_OUT},
+        also={f"{side}.{key}": round(value, 4) for side, figures in sides.items()
+              for key, value in figures.items()},
+    )  # fmt: skip
 
 
 def _scenes(seed: int, count: int) -> dict[str, list[np.ndarray]]:

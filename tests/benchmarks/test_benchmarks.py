@@ -13,7 +13,7 @@ import torch
 
 from models.fourm.batch import from_released
 from tests.benchmarks.__main__ import BENCHMARKS, main
-from tests.benchmarks.measure import rounds
+from tests.benchmarks.measure import Record, cases, rounds
 from tests.benchmarks.seven import random_batches, released_batch, seven
 
 REQUIRED = {
@@ -57,6 +57,15 @@ def test_a_peer_that_is_not_there_is_an_error_that_says_how_to_install_it(python
 def test_a_path_that_is_no_checkout_is_refused_by_what_it_lacks(tmp_path):
     with pytest.raises(SystemExit, match=r"no checkout .*lacks fourm/models/fm\.py: git clone"):
         main(["train_step", "--peer", str(tmp_path)])
+
+
+def test_only_the_cases_asked_for_are_measured_and_each_tells_when_it_begins_and_ends(capsys):
+    record = Record(name="b.200", unit="x/s", ours=2.0, shape={}, dtype="none", threads=1)
+    found = cases({"a.20": lambda: pytest.fail("not asked for"), "b.200": lambda: record}, "200")
+    assert found == [record]
+    out = capsys.readouterr()
+    assert out.out == ""
+    assert out.err.splitlines() == ["b.200 ...", "b.200 took 0 s"]
 
 
 def test_a_call_that_runs_elsewhere_counts_by_its_own_clock():

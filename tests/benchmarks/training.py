@@ -24,7 +24,7 @@ from tasks.meter import TRAINING_PASSES
 from tasks.task import Task
 from tasks.train_config import TrainConfig
 from tasks.trainer import Trainer
-from tests.benchmarks.measure import MIN_ROUNDS, Options, Record
+from tests.benchmarks.measure import MIN_ROUNDS, Options, Record, cases
 from tests.benchmarks.peer import Peer
 from tests.benchmarks.seven import PEER_MODELS, SIZES, hand_over, random_batches, seven
 
@@ -93,7 +93,8 @@ def train_step(options: Options) -> list[Record]:
     The released code runs its training script's loop on the same batches from the same weights: in
     fp32, as it runs on a CPU whatever precision it is told, and for bf16 under autocast besides.
     """
-    return [_train_step(options, size) for size in options.sizes if size in SIZES]
+    return cases({f"train_step.{size}": partial(_train_step, options, size)
+                  for size in options.sizes if size in SIZES}, options.only)
 
 
 def _train_step(options: Options, size: str) -> Record:

@@ -161,6 +161,7 @@ def test_resuming_is_subtraction(tmp_store: Store) -> None:
     assert ledger.todo(FETCH, [3, 2, 1, 0]) == [3, 0]
     assert ledger.quarantined(FETCH) == {2: "worker was killed 3 times"}
     assert ledger.committed(FETCH) == {1}
+    assert [ledger.is_committed(FETCH, shard) for shard in range(3)] == [False, True, False]
     ledger.release(FETCH, 2)
     assert ledger.todo(FETCH, range(4)) == [0, 2, 3]
 
