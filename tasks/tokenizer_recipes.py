@@ -92,6 +92,10 @@ def _adapted(
 RELEASED: dict[str, TokenizerRecipe] = {
     **_BASE,
     "rgb_1k_divae": _released(50, 64, 1e-4, kind="rgb", codes=1024, loss="mse", **_UVIT),
+    "rgb_controlnet": _released(
+        10, 16, 1.6e-4, warmup_epochs=1, kind="rgb", codes=1024, loss="mse",
+        architecture="controlnet", prediction="epsilon", picture=512
+    ),
     "rgb_448": _adapted("rgb", 5, 16, 5e-5, warmup=_IMAGES // 128),
     "depth_448": _adapted("depth", 1, 16, 1e-4, warmup=5000),
     "normal_448": _adapted("normal", 1, 16, 5e-5, warmup=5000),
