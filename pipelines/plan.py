@@ -8,6 +8,7 @@ from rich.table import Table
 
 from infra.ledger import Ledger, Stage
 from infra.store import Store
+from models import modalities
 from pipelines.params import PlanParams
 from pipelines.workers import resources
 from tasks.chain import Chain
@@ -38,11 +39,13 @@ def lines(params: PlanParams) -> list[Line]:
     drops = planned and "ingest" in chain.settings and chain.duplicates != "mark"
     dense = [name for name in dense if name == "rgb" or name in labelers]
     written = [name for name in WRITTEN if name == "caption" or name in labelers]
+    finer = sorted(chain.settings.get("tokenize", {}).get("sizes", []))[1:]
     stages = [
         "fetch",
         *(["distinct"] if drops else []),
         *(f"label:{name}" for name in labelers),
         *(f"tokens:{name}" for name in [*dense, *written]),
+        *(f"tokens:{name}:{size}" for size in finer for name in dense if _grows(name)),
     ]
     compute = resources(params)
     return estimate(
@@ -54,6 +57,11 @@ def lines(params: PlanParams) -> list[Line]:
         workers=max(1, compute.workers),
         gpus=params.gpus,
     )
+
+
+def _grows(name: str) -> bool:
+    """Whether a larger crop of a modality has more tokens."""
+    return modalities.get(name).kind in ("image", "map", "feature")
 
 
 def _count(params: PlanParams) -> int:
