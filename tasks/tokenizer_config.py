@@ -257,7 +257,7 @@ class TokenizerRecipe:
             prediction=self.prediction,
             schedule=self.schedule,
             clamp=self.kind != "depth",  # standardised depth goes beyond [-1, 1]
-            **({"picture": self.picture} if self.picture else {}),
+            picture=self.picture,
         )
 
     def _sizes(self, packed: np.ndarray) -> dict[str, Any]:

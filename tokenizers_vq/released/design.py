@@ -14,7 +14,7 @@ import torch
 
 from tokenizers_vq.diffusion import Diffusion, Prediction
 from tokenizers_vq.released.codebooks import Memcodes, MovingCodebook
-from tokenizers_vq.released.controlnet import PICTURE, STABLE, begun
+from tokenizers_vq.released.controlnet import STABLE, begun
 from tokenizers_vq.released.network import ReleasedShape, ReleasedVQ
 from tokenizers_vq.released.stable import SOURCE
 from tokenizers_vq.released.unet import PatchedUNet
@@ -66,7 +66,7 @@ class ReleasedDesign:
     """Its noise schedule."""
     clamp: bool = True
     """Whether it clips values to [-1, 1] while sampling."""
-    picture: int = PICTURE
+    picture: int = 0
     """Side in px of what a `controlnet` decodes."""
     stable_diffusion: str = ""
     """Folder or hub id of a `controlnet`'s Stable Diffusion; empty: fresh weights of its sizes."""

@@ -7,8 +7,10 @@ cells of the latents, D condition width, N context tokens of width E.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +122,7 @@ class _FirstHalf(nn.Module):
         """All skip connections, and the middle."""
         x = self.conv_in(x) + condition
         seen = [x]
-        for level in self.down_blocks:
+        for level in cast("Iterable[_Level]", self.down_blocks):
             seen += level.down(seen[-1], time, context)
         return seen, self.mid_block(seen[-1], time, context)
 
@@ -151,7 +153,7 @@ class LatentUNet(_FirstHalf):
         if control is not None:
             seen = [own + told for own, told in zip(seen, control[0], strict=True)]
             x = x + control[1]
-        for level in self.up_blocks:
+        for level in cast("Iterable[_Level]", self.up_blocks):
             x = level.up(x, seen, time, context)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
