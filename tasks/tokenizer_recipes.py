@@ -118,7 +118,7 @@ def _modern(**fields: Any) -> TokenizerRecipe:
     return TokenizerRecipe(**{
         "size": 224, "width": 768, "heads": 12, "encoder_depth": 6, "decoder_depth": 12,
         "levels": (7, 5, 5, 5, 5), "steps": 200_000, "batch_size": 256, "lr": 2e-3,
-        "warmup": 2000, "ema": 0.999, "max_samples": 100_000, "eval_every": 5000, "spread": 0.1,
+        "warmup": 2000, "ema": 0.999, "max_samples": 100_000, "eval_every": 5000, "spread": 0.3,
         **fields,
     })  # fmt: skip
 
@@ -130,7 +130,7 @@ _VECTOR: dict[str, Any] = {
 MODERN: dict[str, TokenizerRecipe] = {
     "rgb": _modern(kind="rgb", levels=(8, 8, 8, 6, 5), perceptual=1.0),
     "rgb_adaptive": _modern(kind="rgb", levels=(8, 8, 8, 6, 5), perceptual=1.0, registers=256),
-    "depth": _modern(kind="depth"),
+    "depth": _modern(kind="depth", spread=0.7),  # of walls and floors codes hardly differ
     "normal": _modern(kind="normal"),
     "semseg": _modern(kind="semseg"),
     "canny_edge": _modern(kind="edge"),
