@@ -107,8 +107,7 @@ def chosen_specs(
     if missing:
         have = ", ".join(sorted(spec.name for spec in offered))
         raise ValueError(f"{where} lacks {', '.join(missing)}; it has {have}")
-    # The first one of a base name is of the set's own resolution.
-    own = {stored_name(spec.name): spec.name for spec in reversed(offered)}
+    own = own_names(offered)
     named = {own.get(name, name) for name in wanted}
     kept = [spec for spec in offered if not wanted or spec.name in named]
     return tuple(
@@ -116,6 +115,11 @@ def chosen_specs(
         if predicts and s.is_target and not any(_is(name, s) for name in predicts) else s
         for s in kept
     )
+
+
+def own_names(offered: Sequence[ModalitySpec]) -> dict[str, str]:
+    """Name without resolution -> full name of what a set has at its own, which comes first."""
+    return {stored_name(spec.name): spec.name for spec in reversed(offered)}
 
 
 def _is(name: str, spec: ModalitySpec) -> bool:

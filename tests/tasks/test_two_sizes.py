@@ -109,6 +109,8 @@ def test_one_manifest_holds_both_and_a_name_without_size_means_the_sets_own(made
     specs = modality_specs(manifest, max_text=12)
     assert {spec.name for spec in specs if "rgb" in spec.name} == {
         "rgb@32", "rgb@64", "tok_rgb@32", "tok_rgb@64"}
+    task = FourMTask(store, manifest, dataclasses.replace(COARSE, modalities=()))
+    assert set(task.config.by_name) == {"caption", "rgb@32", "tok_clip@32", "tok_rgb@32"}
     taken = chosen_specs(specs, ("rgb", "tok_rgb", "tok_clip@64"), (), "the set")
     assert {spec.name for spec in taken} == {"rgb@32", "tok_rgb@32", "tok_clip@64"}
 
