@@ -7,13 +7,14 @@ D code width, h, w grid of codes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizers_vq.diffusion import Diffusion, Spacing
+from tokenizers_vq.diffusion import Diffusion
 from tokenizers_vq.quantizers import Quantized
 from tokenizers_vq.released.autoencoder import Autoencoder, AutoencoderSizes
 from tokenizers_vq.released.codebooks import MovingCodebook
@@ -104,7 +105,6 @@ class VQControlNet(ReleasedVQ):
         ValueError: the side is no multiple of what Stable Diffusion takes.
     """
 
-    spacing: Spacing = "leading"
     decoding = (*ReleasedVQ.decoding, "vae.")
     frozen = True
 
@@ -155,6 +155,13 @@ class VQControlNet(ReleasedVQ):
         """Tokens [B, h, w] to pictures float32 [B, 3, picture, picture] in [-1, 1]."""
         parts = (super().decode(tokens) / SCALE).split(_BATCH)
         return torch.cat([self.vae.decode(part).float().clamp(-1, 1) for part in parts])
+
+    def walk(
+        self, denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """From noise to latents, by the rule that Stable Diffusion is sampled with."""
+        return STABLE.sample_multistep(denoise, noise, steps=self.sampling.steps)
 
     def noise_shape(self, latents: Tensor) -> tuple[int, ...]:
         """That of one sample's latents."""

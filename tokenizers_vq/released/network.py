@@ -6,13 +6,14 @@ Shapes: B batch, C channels, H, W pixels, D latent width, h, w grid, K codebooks
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tokenizers_vq.diffusion import Diffusion, Spacing
+from tokenizers_vq.diffusion import Diffusion
 from tokenizers_vq.quantizers import Quantized
 from tokenizers_vq.released.codebooks import Memcodes, MovingCodebook
 from tokenizers_vq.released.unet import PatchedUNet
@@ -95,8 +96,6 @@ class ReleasedVQ(nn.Module):
     """
 
     frozen = False
-    spacing: Spacing = "trailing"
-    """Steps that sampling visits."""
     decoding: tuple[str, ...] = ("decoder.", "post_quant_proj.")
     """Parameters that stand behind the codes."""
 
@@ -208,9 +207,16 @@ class ReleasedVQ(nn.Module):
                 return output
             return torch.lerp(self.unguided(xt, t, latents), output, options.guidance)
 
+        return self.walk(denoise, noise, generator)
+
+    def walk(
+        self, denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """From noise to what is decoded, by DDIM."""
+        assert self.diffusion is not None
         return self.diffusion.sample(
-            denoise, noise, steps=options.steps, spacing=self.spacing, eta=options.eta,
-            generator=generator,
+            denoise, noise, steps=self.sampling.steps, eta=self.sampling.eta, generator=generator
         )
 
     def unguided(self, xt: Tensor, t: Tensor, latents: Tensor) -> Tensor:
