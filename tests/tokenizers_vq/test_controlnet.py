@@ -240,6 +240,22 @@ RECORDED = {
 """Mean magnitude and eighth number of each result."""
 
 
+@pytest.mark.parametrize(("how", "expected"), [
+    ({}, (0.654594, 0.150342)), ({"strength": 0.8}, (0.661546, 0.168862)),
+    ({"silent": True}, (0.718754, 0.250698)), ({"hidden": True}, (0.654596, 0.150790)),
+])
+def test_the_denoiser_gives_the_numbers_of_the_released_code(how, expected):
+    """Recorded with the released decoder around networks of diffusers, on the same weights."""
+    decoder = _waves(parts_of(UNET, VAE, LATENT, (LATENT, 32, 96))[0])
+    x, t, codes = _input(2, 4, 16, 16), torch.tensor([3, 700]), _input(2, LATENT, *TOKENS)
+    if "hidden" in how:
+        how = {"hidden": torch.tensor([[[True, False], [False, False]]] * 2)}
+    with torch.no_grad():
+        found = decoder(x, t, codes, **how)
+    assert float(found.abs().mean()) == pytest.approx(expected[0], rel=1e-4)
+    assert float(found.flatten()[7]) == pytest.approx(expected[1], rel=1e-3)
+
+
 SMALL = {
     "size": 16, "patch": 8, "width": 64, "encoder_depth": 1, "decoder_depth": 1, "codes": 32,
     "latent": 8, "batch_size": 2, "steps": 2, "warmup": 0, "eval_every": 0, "max_samples": 8,
