@@ -6,6 +6,8 @@ Adding a modality is a new manifest over the same objects; nothing is copied.
 
     manifests/<name>/v0001.json     created once, never changed
     manifests/<name>/CURRENT        the version to use, moved with compare-and-swap
+
+A modality may be there at several sizes: "tok_rgb" and, of another stage, "tok_rgb@448".
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class Manifest:
     Args:
         name: the dataset's name.
         version: counts from 1.
-        modalities: modality -> {stage, fingerprint, model, revision}.
+        modalities: modality -> {stage, fingerprint, model, revision}; what follows an "@" in its
+            name tells it from another stage's output of the same name.
         entries: shard -> {samples, key_digest, outputs: {modality: {path, sha256, bytes}}}.
         splits: split -> its shards, sorted; every shard is in at most one.
         tokenizers: name -> whatever identifies it.
@@ -163,6 +166,11 @@ def load_manifest(store: Store, name: str, version: int | None = None) -> Manife
     return manifest
 
 
+def output_of(modality: str) -> str:
+    """What the stage behind a manifest's modality calls it: "tok_rgb" of "tok_rgb@448"."""
+    return modality.partition("@")[0]
+
+
 def manifest_names(store: Store) -> list[str]:
     """Names of all published manifests."""
     return sorted({path.split("/")[1] for path in store.list("manifests/")})
@@ -183,7 +191,7 @@ def _entries(
     for shard in shards:
         commits: dict[str, Commit] = {}
         for modality, stage in sorted(stages.items()):
-            stage.directory(modality)  # refuses a modality that the stage does not write
+            stage.directory(output_of(modality))  # refuses what the stage does not write
             if shard not in by_stage[stage.id]:
                 raise ManifestError(
                     f"shard {shard} lacks {modality}: {stage.id} has not committed it; "
@@ -195,7 +203,10 @@ def _entries(
         entries[str(shard)] = {
             "samples": first.samples,
             "key_digest": first.key_digest,
-            "outputs": {modality: commit.outputs[modality] for modality, commit in commits.items()},
+            "outputs": {
+                modality: commit.outputs[output_of(modality)]
+                for modality, commit in commits.items()
+            },
         }
     return entries
 
@@ -204,7 +215,7 @@ def _check_aligned(store: Store, shard: int, commits: Mapping[str, Commit]) -> N
     for (left, a), (right, b) in combinations(commits.items(), 2):
         if a.key_digest != b.key_digest:
             sides = [
-                read_keys(store.read(commit.outputs[modality]["path"]), modality)
+                read_keys(store.read(commit.outputs[output_of(modality)]["path"]), modality)
                 for modality, commit in ((left, a), (right, b))
             ]
             raise ManifestError(

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from infra.ledger import OK, commit_path, count_drops, read_keys, read_statuses
-from infra.manifest import Manifest, load_manifest, manifest_names, versions
+from infra.manifest import Manifest, load_manifest, manifest_names, output_of, versions
 from infra.shards import key_digest
 from infra.stages import Commit
 from infra.store import Store
@@ -183,7 +183,7 @@ def _check_manifests(store: Store, name: str, commits: list[Commit]) -> Iterator
 def _manifest_problems(manifest: Manifest, outputs: Mapping[tuple, tuple]) -> Iterator[str]:
     for shard, entry in manifest.entries.items():
         for modality, about in manifest.modalities.items():
-            committed = outputs.get((about["stage"], shard, modality))
+            committed = outputs.get((about["stage"], shard, output_of(modality)))
             if committed is None:
                 yield f"shard {shard} of {modality} has no valid commit"
             elif committed != (

@@ -37,11 +37,13 @@ def lines(params: PlanParams) -> list[Line]:
     dense = chain.settings.get("tokenizers", {}).get("modalities", params.modalities)
     drops = planned and "ingest" in chain.settings and chain.duplicates != "mark"
     tokens = tokenized(labelers, dense, chain.settings.get("tokenize", {}).get("modalities", []))
+    finer = sorted(chain.settings.get("tokenize", {}).get("sizes", []))[1:]
     stages = [
         "fetch",
         *(["distinct"] if drops else []),
         *(f"label:{name}" for name in labelers),
         *(f"tokens:{name}" for name in tokens),
+        *(f"tokens:{name}:{size}" for size in finer for name in tokens if _grows(name)),
     ]
     compute = resources(params)
     return estimate(
@@ -71,6 +73,11 @@ def tokenized(
     written = [name for name, form in forms.items() if form.parts is None or name in learned]
     found = dict.fromkeys([*learned, *written])
     return [name for name in found if name in made and (not chosen or name in chosen)]
+
+
+def _grows(name: str) -> bool:
+    """Whether a larger crop of a modality has more tokens."""
+    return modalities.get(name).kind in ("image", "map", "feature")
 
 
 def _count(params: PlanParams) -> int:

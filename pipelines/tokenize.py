@@ -20,7 +20,7 @@ def tokenize_labels(params: TokenizeParams) -> list[dict[str, Any]]:
     store = Store(params.root)
     dataset = chain.Chain(store)
     jobs = token_jobs(
-        dataset.tokens.values(), dataset.labelled(), labelers=dataset.one_pass
+        dataset.tokens.values(), dataset.labelled(), labelers=dataset.in_passing
     )
     return run_jobs(store, jobs, params, "tokenize")
 

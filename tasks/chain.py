@@ -8,6 +8,7 @@ what was made under the old ones stays, and counts again when the choice is take
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -202,11 +203,24 @@ class Chain:
         chosen = self.settings.get("label", {}).get("one_pass", [])
         return {self.labels[name]: self.labelers[name] for name in chosen}
 
+    @cached_property
+    def in_passing(self) -> dict[Stage, LabelerSpec]:
+        """Label stages that tokenizing runs itself where they stored nothing: those of one pass,
+        and those of finer feature maps, which are never stored."""
+        return self.one_pass | dict(self._finer_features.values())
+
     def label_shards(self, stage: Stage, shards: Sequence[int]) -> list[int]:
         """Which of the shards with pictures a label stage works on."""
         if stage not in self.one_pass:
             return list(shards)
         return sorted(shards)[: self.section("label")["one_pass_shards"]]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sides of the crops in pixels, ascending, a token set each. The first is the size of the
+        dataset itself: that of texts, and of names without a size."""
+        chosen = self.section("tokenize").get("sizes")
+        return sorted(set(chosen or [self.section("tokenizers")["size"]]))
 
     @cached_property
     def crops(self) -> CropPolicy:
@@ -218,7 +232,7 @@ class Chain:
             num_crops=choices["crops"],
             min_scale=choices["min_scale"],
             hflip=choices["hflip"],
-            size=self.section("tokenizers")["size"],
+            size=self.sizes[0],
         )
 
     @cached_property
@@ -246,7 +260,8 @@ class Chain:
 
     @cached_property
     def tokens(self) -> dict[str, Stage]:
-        """Token stage of each modality that has a tokenizer, or of those that were chosen."""
+        """Token stage of each modality that has a tokenizer, or of those that were chosen; of finer
+        sets by names such as rgb@448."""
         from tasks.tokenize import token_stage
         from tasks.train_tokenizers import TEXT
 
@@ -256,7 +271,7 @@ class Chain:
         if missing := [name for name in wanted if name not in known]:
             raise ValueError(f"{missing[0]!r} has no tokenizer; there are {', '.join(known)}")
         chosen = {name: info for name, info in known.items() if name in wanted}
-        return {
+        stages = {
             name: token_stage(
                 name, info, self.crops, self.sources[name],
                 codes=learned.get(name) if name in self.text_forms else None,
@@ -264,6 +279,40 @@ class Chain:
             )
             for name, info in chosen.items()
         }  # fmt: skip
+        for size in self.sizes[1:]:
+            for name, info in chosen.items():
+                source = self._source_at(name, size)
+                if source is not None:
+                    stages[f"{name}@{size}"] = token_stage(
+                        name, info, self.crops, source, size=size
+                    )
+        return stages
+
+    def _source_at(self, name: str, size: int) -> Stage | None:
+        """The stage whose values have more tokens at a larger size, if any has: maps are cut finer
+        out of the same labels, features are seen in a larger picture."""
+        if name not in self.recipes or self.tokenizers[name].ordered:
+            return None
+        finer = self._finer_features.get((name, size))
+        if finer is not None:
+            return finer[0]
+        return self.sources[name] if self.tokenizers[name].patch else None
+
+    @cached_property
+    def _finer_features(self) -> dict[tuple[str, int], tuple[Stage, LabelerSpec]]:
+        """(Modality, size) of the feature maps of finer sets to who writes them."""
+        from models.labelers.features import finer
+        from tasks.label import label_stage
+
+        if "tokenize" not in self.settings:
+            return {}
+        found = {}
+        for name, size in itertools.product(self.recipes, self.sizes[1:]):
+            for spec in self.labelers.values():
+                larger = finer(spec, name, size / self.sizes[0])
+                if larger is not None:
+                    found[name, size] = label_stage(larger, self.fetch), larger
+        return found
 
     @property
     def kept(self) -> dict[str, int]:

@@ -45,9 +45,7 @@ def check(flow: str, choices: dict[str, Any]) -> None:
     if flow == "train_tokenizers":
         _check_tokenizers(chain, choices)
     if flow == "tokenize":
-        for name in choices["modalities"]:
-            known = [*chain.recipes, *chain.text_forms]
-            _one_of("tokenizer of", name, known, "train-tokenizers")
+        _check_tokens(chain, choices)
     if flow == "train":
         _check_training(store, choices)
     if flow in ("evaluate", "generate"):
@@ -144,6 +142,16 @@ def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:
         form.check_bins(name, bins)
         if form.parts is not None:
             recipes[name].check_codes(name, form.parts.count, form.parts.most(bins))
+
+
+def _check_tokens(chain: Chain, choices: dict[str, Any]) -> None:
+    for name in choices["modalities"]:
+        _one_of("tokenizer of", name, [*chain.recipes, *chain.text_forms], "train-tokenizers")
+    for name, recipe in chain.recipes.items():
+        cut = name in (choices["modalities"] or chain.recipes) and recipe.scales
+        if odd := [size for size in choices["sizes"] if cut and size % recipe.patch]:
+            raise ValueError(f"sizes: {odd[0]} is no multiple of the {recipe.patch} px of a token "
+                             f"of {name}")
 
 
 def _check_training(store: Store, choices: dict[str, Any]) -> None:

@@ -49,7 +49,10 @@ def fourm_load(config: FourMConfig, batch: Batch) -> Load:
     inputs = sum(2 * int(t) * s.dense_width * d for s, t in zip(specs, read, strict=True))
     heads = sum(2 * int(r) * s.vocab_size * d for s, r in zip(specs, written, strict=True))
     flops = block_flops(config, n, m).sum() + inputs + heads
-    tokens = {s.name.split("@")[0]: int(t) for s, t in zip(specs, read + written, strict=True)}
+    tokens: dict[str, int] = {}
+    for spec, count in zip(specs, read + written, strict=True):
+        name = spec.name.split("@")[0]  # of all resolutions together
+        tokens[name] = tokens.get(name, 0) + int(count)
     return Load(tokens, enc.size + dec.size, float(flops))
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
+from infra.manifest import output_of
 from infra.shards import read_tar, split_name
 from infra.store import Store, json_bytes
 from tasks.layouts import CROPS, Part, from_npy
@@ -51,7 +53,8 @@ def infer(source: Store) -> dict[str, Any]:
                 f"{source.url}: {name} holds shards {there[0]} to {there[-1]}, {len(there)} of "
                 f"them; expected {len(numbers)}, counted from 00000 without a gap"
             )
-    parts = [_part(source, name) for name in sorted(shards)]
+    named = _modalities(shards)
+    parts = [_part(source, name, named[name]) for name in sorted(shards)]
     tokens = [part for part in parts if part.is_tokens]
     rows = [(path, size) for path, size in sizes.items() if path.endswith(".tar")]
     return {
@@ -71,21 +74,30 @@ def infer(source: Store) -> dict[str, Any]:
     }
 
 
-def _part(source: Store, name: str) -> Part:
+def _modalities(folders: Iterable[str]) -> dict[str, str]:
+    """Folder to modality: tok_rgb of tok_rgb@224, and tok_rgb@448 where it lies beside that."""
+    found: dict[str, str] = {}
+    sides = {name: re.search(r"@(\d+)$", name) for name in sorted(folders)}
+    for name in sorted(sides, key=lambda each: int(side[1]) if (side := sides[each]) else 0):
+        base = re.sub(r"@\d+$", "", name)
+        found[name] = name if base in found.values() else base
+    return found
+
+
+def _part(source: Store, name: str, modality: str) -> Part:
     path = f"{name}/shard-00000.tar"
     first = next(read_tar(source.read(path), source=source.full(path)), None)
     if first is None:
         raise ValueError(f"{source.full(path)} is empty")
     extension = split_name(first[0])[1]
-    modality = re.sub(r"@\d+$", "", name)
     if extension == "npy" and name != CROPS and name.startswith("tok_"):
         tokens = from_npy(first[1], source.full(path))
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise ValueError(f"{source.full(path)}: tokens are {tokens.dtype} {tokens.shape}")
         columns = tuple((f"crop{i}", "uint16", tokens.shape[1]) for i in range(len(tokens)))
-        vocabulary = str(VOCABULARIES.get(modality, 1 << 15))
+        vocabulary = str(VOCABULARIES.get(output_of(modality), 1 << 15))
         metadata = {
-            "modality": modality,
+            "modality": output_of(modality),
             "tokenizer": "",
             "tokenizer_fingerprint": "",
             "vocab_size": vocabulary,
@@ -107,9 +119,9 @@ def _tokenizer(part: Part) -> dict[str, Any]:
 
 
 def _crops(tokens: list[Part]) -> dict[str, Any] | None:
-    """Number of crops and their side, told from the finest grid of tokens."""
+    """Number of crops and their side, told from the finest grid of tokens of the set's own size."""
     if not tokens:
         return None
-    longest = max(part.columns[0][2] or 0 for part in tokens)
+    longest = max(part.columns[0][2] or 0 for part in tokens if "@" not in part.modality)
     size = math.isqrt(longest) * PATCH
     return {"num_crops": len(tokens[0].columns), "min_scale": 0.8, "hflip": True, "size": size}

@@ -16,7 +16,7 @@ from typing import Any
 
 from infra.blocks import BlockReader
 from infra.ledger import OK, Ledger, ShardData, Stage
-from infra.manifest import Manifest, load_manifest, publish
+from infra.manifest import Manifest, load_manifest, output_of, publish
 from infra.runner import StageJob
 from infra.shards import TornShard, key_digest
 from infra.store import Store, json_bytes
@@ -40,6 +40,7 @@ from tasks.layouts import (
 ABOUT = "fourm.json"
 VERSION = 1
 _DONE = "fourm/"
+_LABELS = "import:labels"
 SECTION = "import"
 """Section of `dataset.json` that says where imported labels lie."""
 
@@ -162,7 +163,7 @@ def _about(
 
 
 def _read(store: Store, place: _Place, shard: int) -> tuple[bytes, str]:
-    output = Ledger(store).read_commit(place.stage, shard).outputs[place.modality]
+    output = Ledger(store).read_commit(place.stage, shard).outputs[output_of(place.modality)]
     data = store.read(output["path"])
     if hashlib.sha256(data).hexdigest() != output["sha256"]:
         raise TornShard(f"{store.full(output['path'])} is not what was committed")
@@ -255,16 +256,16 @@ def import_jobs(store: Store, source: Store) -> list[StageJob]:
 
 
 def _stages(about: dict[str, Any]) -> list[Stage]:
-    parts = [Part.from_dict(part) for part in about["parts"]]
-    stages = []
-    for name, chosen in (
-        ("labels", [part for part in parts if not part.is_tokens]),
-        ("tokens", [part for part in parts if part.is_tokens]),
-    ):
-        if chosen:
-            outputs = tuple(part.modality for part in chosen)
-            stages.append(Stage(f"import:{name}", 1, {"set": about["id"]}, outputs))
-    return stages
+    outputs: dict[str, list[str]] = {}
+    for part in map(Part.from_dict, about["parts"]):
+        outputs.setdefault(_stage_of(part), []).append(output_of(part.modality))
+    return [Stage(name, 1, {"set": about["id"]}, tuple(outputs[name])) for name in sorted(outputs)]
+
+
+def _stage_of(part: Part) -> str:
+    """Name of the stage that imports a part: one for files, and one for the tokens of each size."""
+    size = part.modality.removeprefix(output_of(part.modality)).replace("@", ":")
+    return ("import:tokens" if part.is_tokens else _LABELS) + size
 
 
 def build_work(store_url: str, stage: Stage, config: dict[str, Any]) -> ImportWork:
@@ -278,9 +279,8 @@ class ImportWork:
     def __init__(self, source: Store, stage: Stage, places: dict[str, int]) -> None:
         self._source, self._stage, self._places = source, stage, places
         self._about = read_about(source)
-        tokens = stage.name == "import:tokens"
         parts = [Part.from_dict(part) for part in self._about["parts"]]
-        self._parts = [part for part in parts if part.is_tokens == tokens]
+        self._parts = [part for part in parts if _stage_of(part) == stage.name]
 
     def run(self, shard: int) -> ShardData:
         """One shard.
@@ -292,10 +292,10 @@ class ImportWork:
         number = self._places[str(shard)]
         entry = self._about["shards"][number]
         content = read_shard(self._about["layout"], self._source, number, self._parts)
-        outputs = {part.modality: to_tar(part, content) for part in self._parts}
+        outputs = {output_of(part.modality): to_tar(part, content) for part in self._parts}
         for part in self._parts:
             expected = entry["sha256"].get(part.name)
-            found = hashlib.sha256(outputs[part.modality]).hexdigest()
+            found = hashlib.sha256(outputs[output_of(part.modality)]).hexdigest()
             if expected and found != expected:
                 raise TornShard(
                     f"{part.name} of shard {shard} in {self._source.url} is not what was "
@@ -325,16 +325,17 @@ def finish_import(store: Store, source: Store) -> Manifest | None:
     for stage in stages:
         if left := sorted(set(numbers) - ledger.committed(stage)):
             raise ValueError(f"{stage.name} lacks shard {left[0]} ({len(left)} of {len(numbers)})")
-    labels = next((stage for stage in stages if stage.name == "import:labels"), None)
+    by_name = {stage.name: stage for stage in stages}
+    labels = by_name.get(_LABELS)
     if labels:
         chain.remember(store, SECTION, dict.fromkeys(labels.outputs, labels.id))
+    parts = [Part.from_dict(part) for part in about["parts"]]
     published = {
-        name: stage
-        for stage in stages
-        for name in stage.outputs
-        if name in about["modalities"] and (stage is not labels or name == "rgb")
+        part.modality: by_name[_stage_of(part)]
+        for part in parts
+        if part.modality in about["modalities"] and (part.is_tokens or part.modality == "rgb")
     }
-    if not any(stage is not labels for stage in published.values()):
+    if not any(part.is_tokens and part.modality in published for part in parts):
         return None
     for path in source.list("tokenizers/"):
         store.write(path, source.read(path))

@@ -25,7 +25,7 @@ from models.fourm.loader import TokenDataset, stored_name
 from models.fourm.masking import Mixture, Samples, mask_batch
 from models.fourm.spec import FourMConfig, ModalitySpec
 from tasks.recipes import Source, TrainRecipe
-from tasks.specs import chosen_specs, modality_specs, resolve, tokenizer_key
+from tasks.specs import chosen_specs, modality_specs, own_names, resolve, tokenizer_key
 
 CYCLE = 1000
 SetOf = tuple[Store, Manifest]
@@ -105,8 +105,9 @@ def bind(
 
 
 def _bound(recipe: TrainRecipe, source: Source, sets: tuple[SetOf, ...]) -> Bound:
-    wanted = source.modalities or recipe.modalities
     offered = [modality_specs(manifest, max_text=recipe.max_text) for _, manifest in sets]
+    everything = [name for specs in offered for name in own_names(specs).values()]
+    wanted = source.modalities or recipe.modalities or everything
     where = " + ".join(f"{manifest.name} v{manifest.version}" for _, manifest in sets)
     taken: set[str] = set()
     parts = []

@@ -9,6 +9,7 @@ from typing import Any
 from infra.manifest import Manifest, load_manifest, publish
 from infra.store import Store
 from tasks.chain import Chain
+from tasks.tokenize import published_name
 
 
 def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
@@ -43,6 +44,7 @@ def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
         splits={"train": [shard for shard in shards if shard not in val], "val": val},
         tokenizers={
             **{key: _tokenizer(chain, key) for key in chain.tokenizers},
+            **{key: _finer(chain, key) for key in chain.tokens if "@" in key},
             **{name: _vectors(chain, name, shards) for name in chain.embedded},
         },
         meta={"crops": asdict(chain.crops)},
@@ -52,7 +54,7 @@ def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
 def published_stages(chain: Chain) -> dict[str, Any]:
     """Modality of the manifest to its stage: the token sets, the pictures for pixel input, and the
     vectors of texts, which models read without tokens."""
-    stages = {output: stage for stage in chain.tokens.values() for output in stage.outputs}
+    stages = {published_name(stage): stage for stage in chain.tokens.values()}
     return {"rgb": chain.fetch, **chain.embedded, **stages}
 
 
@@ -79,6 +81,13 @@ def _vectors(chain: Chain, name: str, shards: Sequence[int]) -> dict[str, Any]:
             if value is not None:
                 return {"channels": int(value.shape[1]), "num_tokens": MAX_TOKENS}
     raise ValueError(f"no sample of shards {list(shards)} has a {name}")
+
+
+def _finer(chain: Chain, key: str) -> dict[str, Any]:
+    """The tokenizer of a set of another size, such as rgb@448."""
+    name, _, size = key.partition("@")
+    count = chain.tokens[key].params.get("tokens") or chain.tokenizers[name].length(int(size))
+    return _tokenizer(chain, name) | {"num_tokens": count}
 
 
 def _tokenizer(chain: Chain, key: str) -> dict[str, Any]:

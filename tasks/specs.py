@@ -38,7 +38,15 @@ def modality_specs(manifest: Manifest, *, max_text: int) -> tuple[ModalitySpec, 
     Raises:
         ValueError: a modality has no tokenizer in the manifest.
     """
-    return tuple(_spec(manifest, name, max_text) for name in sorted(manifest.modalities))
+    specs = [_spec(manifest, name, max_text) for name in sorted(manifest.modalities)]
+    if PIXELS in manifest.modalities:
+        specs += [pixels_spec(PIXELS, size) for size in _further_sizes(manifest)]
+    return tuple(specs)
+
+
+def _further_sizes(manifest: Manifest) -> list[int]:
+    """Sides in pixels of the token sets that a manifest holds beside its own."""
+    return sorted({int(name.partition("@")[2]) for name in manifest.modalities if "@" in name})
 
 
 def _spec(manifest: Manifest, name: str, max_text: int) -> ModalitySpec:
@@ -56,7 +64,8 @@ def _spec(manifest: Manifest, name: str, max_text: int) -> ModalitySpec:
     if _is_text(name):
         return sequence_spec(name, vocab, max_text if name in _OWN_LENGTH else None)
     made = manifest.tokenizers[key]
-    return grid_spec(name, _size(manifest), vocab, int(made["num_tokens"]),
+    base, _, size = name.partition("@")
+    return grid_spec(base, int(size or _size(manifest)), vocab, int(made["num_tokens"]),
                      ordered=bool(made.get("ordered", False)))
 
 
@@ -87,7 +96,7 @@ def chosen_specs(
 
     Args:
         offered: Specifications of a set.
-        wanted: Names with or without resolution; none: all.
+        wanted: Names with or without resolution, which is the set's own then; none: all.
         predicts: Names of targets; none: all that can be.
         where: What the set is called in errors.
 
@@ -98,12 +107,19 @@ def chosen_specs(
     if missing:
         have = ", ".join(sorted(spec.name for spec in offered))
         raise ValueError(f"{where} lacks {', '.join(missing)}; it has {have}")
-    kept = [s for s in offered if not wanted or any(_is(name, s) for name in wanted)]
+    own = own_names(offered)
+    named = {own.get(name, name) for name in wanted}
+    kept = [spec for spec in offered if not wanted or spec.name in named]
     return tuple(
         replace(s, is_target=False)
         if predicts and s.is_target and not any(_is(name, s) for name in predicts) else s
         for s in kept
     )
+
+
+def own_names(offered: Sequence[ModalitySpec]) -> dict[str, str]:
+    """Name without resolution -> full name of what a set has at its own, which comes first."""
+    return {stored_name(spec.name): spec.name for spec in reversed(offered)}
 
 
 def _is(name: str, spec: ModalitySpec) -> bool:

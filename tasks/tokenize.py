@@ -4,6 +4,7 @@ One unit reads one label shard. A thread decodes and crops ahead while the netwo
 windows are a pure function of (key, crop index), so modalities agree without a crop file. A
 missing label stays a hole: a null in every column, under the same key. Labels that are not worth
 storing, such as feature maps, can be made and tokenized in one pass (`token_jobs`, `labelers`).
+Windows do not depend on the side of the crops, so sets of several sides show the same regions.
 """
 
 from __future__ import annotations
@@ -48,6 +49,12 @@ def output_name(modality: str) -> str:
     return modality if modalities.text_form(modality) else f"tok_{modality}"
 
 
+def published_name(stage: Stage) -> str:
+    """Name of a token stage's output in manifests: tok_depth, or tok_depth@448 where it is of
+    another size than the set's own."""
+    return "@".join([stage.outputs[0], *stage.name.split(":")[2:]])
+
+
 def token_stage(
     modality: str,
     tokenizer: TokenizerInfo,
@@ -57,6 +64,7 @@ def token_stage(
     codes: TokenizerInfo | None = None,
     min_score: float | None = None,
     kept: int = 0,
+    size: int = 0,
 ) -> Stage:
     """The stage that tokenizes one modality.
 
@@ -69,10 +77,12 @@ def token_stage(
         min_score: Least confidence of what is written, where the text leaves out what is unsure;
             None is the form's own.
         kept: Number of ordered tokens that are stored; 0 stores all.
+        size: Side of the crops in pixels, where it is not that of `policy`: one more set, of the
+            same regions. Feature maps upstream are as many times finer.
 
     Raises:
         ValueError: if the stage upstream does not write the modality, the tokenizer is another's,
-            codes are missing, or so few tokens do not decode.
+            codes are missing, so few tokens do not decode, or the side is no multiple of a token's.
     """
     if modality not in upstream.outputs:
         raise ValueError(f"{upstream.id} writes {', '.join(upstream.outputs)}, not {modality!r}")
@@ -80,7 +90,7 @@ def token_stage(
     expected = modality if form is None else TEXT
     if tokenizer.modality != expected:
         raise ValueError(f"{modality!r} needs the {expected} tokenizer, not {tokenizer.modality}'s")
-    params: dict[str, Any] = {"crops": asdict(policy)}
+    params: dict[str, Any] = {"crops": asdict(replace(policy, size=size or policy.size))}
     if form is not None and form.min_score is not None:
         params["min_score"] = form.min_score if min_score is None else min_score
     if form is not None and form.parts is not None:
@@ -89,8 +99,10 @@ def token_stage(
         params |= {"codes": codes.path, "codes_fingerprint": codes.fingerprint}
     if kept:
         params["tokens"] = tokenizer.length(policy.size, kept)
+    if size and not tokenizer.patch:
+        params["tokens"] = tokenizer.num_tokens * size**2 // policy.size**2
     return Stage(
-        name=f"tokens:{modality}",
+        name=f"tokens:{modality}:{size}" if size else f"tokens:{modality}",
         version=VERSION,
         params=params,
         outputs=(output_name(modality),),
@@ -98,6 +110,10 @@ def token_stage(
         model=tokenizer.path,
         revision=tokenizer.fingerprint,
     )
+
+
+def _modality(stage: Stage) -> str:
+    return stage.name.split(":")[1]
 
 
 def token_jobs(
@@ -129,7 +145,7 @@ def build_work(store_url: str, stage: Stage, config: dict[str, Any]) -> Tokenize
         ValueError: if the stored tokenizer is not the one of the stage.
     """
     store = Store(store_url)
-    form = modalities.text_form(stage.name.partition(":")[2])
+    form = modalities.text_form(_modality(stage))
     encoder = _Learned(store, stage, config) if form is None else _Text(store, stage, config, form)
     labels = None
     if "labeler" in config:
@@ -154,7 +170,7 @@ class TokenizeWork:
         self._labels = labels
         self._ledger = Ledger(store)
         self._stage, self._encoder = stage, encoder
-        self._modality = stage.name.partition(":")[2]
+        self._modality = _modality(stage)
         self._policy = CropPolicy(**stage.params["crops"])
         self._columns = [f"crop{i}" for i in range(self._policy.num_crops)]
 
@@ -261,7 +277,7 @@ class _Text:
         data = store.read(f"{stage.model}/{FILE}")
         _require(fingerprint({FILE: data}), stage.model, stage.revision, stage)
         self._tokenizer: TextTokenizer = TextTokenizer.from_bytes(data)
-        self._modality, self._form = stage.name.partition(":")[2], form
+        self._modality, self._form = _modality(stage), form
         self._form.check_bins(self._modality, self._tokenizer.bins)
         codes, params = None, stage.params
         if form.parts is not None:

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from tokenizers_vq.vqvae import VQConfig
 
 Kind = Literal["rgb", "depth", "normal", "semseg", "feature", "vector", "edge", "mask"]
-Architecture = Literal["light", "vit", "unet", "uvit", "mlp"]
+Architecture = Literal["light", "vit", "unet", "uvit", "mlp", "controlnet"]
 _ADDED = frozenset({
     "loss", "perceptual", "perceptual_model", "sizes", "registers", "encoder", "start",
     "architecture", "heads", "codes", "latent", "groups", "decoder_width", "out_blocks",
     "prediction", "schedule", "dead_code", "guidance_dropout", "muon", "betas", "warmup", "ema",
-    "eval_every", "spread", "words",
+    "eval_every", "spread", "words", "picture", "stable_diffusion",
 })  # fmt: skip
 _CHANNELS = {"rgb": 3, "depth": 1, "normal": 3, "semseg": 8, "edge": 1, "mask": 1}
 _PICTURES: tuple[Kind, ...] = ("rgb", "depth", "normal", "edge", "mask")
 _TAKES: dict[str, tuple[Kind, ...]] = {
     "vit": (*_PICTURES, "semseg", "feature"), "unet": _PICTURES, "uvit": _PICTURES,
-    "mlp": ("vector",),
+    "mlp": ("vector",), "controlnet": ("rgb",),
 }  # fmt: skip
 _PICTURE = 224  # px of the crops that masks are cut from
 _CLASS_WIDTH = 64  # of the released network of class maps
@@ -95,8 +95,9 @@ class TokenizerRecipe:
     with `sizes`, the adaptation to several resolutions."""
     architecture: Architecture = "light"
     """`light`: this project's network; as released, `vit`: VQ-VAE, `unet` and `uvit`: DiVAE with
-    such a diffusion decoder, `mlp`: single vectors and memcodes. These take `codes`, `latent` and
-    what follows it instead of `levels`."""
+    such a diffusion decoder, `controlnet`: a ControlNet of Stable Diffusion behind the codes of
+    `encoder`, `mlp`: single vectors and memcodes. These take `codes`, `latent` and what follows it
+    instead of `levels`."""
     heads: int = 4
     """Attention heads of `light`; the released networks have one for each 64 channels."""
     codes: int = 0
@@ -115,6 +116,10 @@ class TokenizerRecipe:
     dead_code: float = 32.0
     """A code of a released codebook that occurs so many times more seldom than the average is
     replaced by a latent of the batch; 0 keeps all."""
+    picture: int = 0
+    """Side in pixels of the pictures that a `controlnet` learns from and decodes to."""
+    stable_diffusion: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    """Folder or hub id of the Stable Diffusion that it steers."""
     guidance_dropout: float = 0.0
     """Share of samples whose codes a diffusion decoder is not shown, for guidance."""
     spread: float = 0.0
@@ -147,6 +152,9 @@ class TokenizerRecipe:
         if self.registers and not self.light:
             raise ValueError(f"registers={self.registers}: ordered tokens need the architecture "
                              "'light'")
+        if bool(self.picture) != (self.architecture == "controlnet"):
+            raise ValueError(f"picture={self.picture}: the architecture 'controlnet' needs a side "
+                             "for its pictures, others have none")
         if self.encoder and self.start:
             raise ValueError("encoder= keeps the codes of a tokenizer, start= trains all of it "
                              "further: choose one")
@@ -185,6 +193,11 @@ class TokenizerRecipe:
         return self.architecture == "light"
 
     @property
+    def scales(self) -> bool:
+        """Whether a larger picture has more tokens."""
+        return not self.registers and self.kind not in ("feature", "vector", "mask")
+
+    @property
     def vocab_size(self) -> int:
         """Codes of a learned codebook."""
         return self.codes or math.prod(self.levels)
@@ -192,7 +205,7 @@ class TokenizerRecipe:
     @property
     def crops(self) -> CropPolicy:
         """Crops drawn for training; of pictures, where what is tokenized are masks in them."""
-        size = _PICTURE if self.kind == "mask" else self.size
+        size = _PICTURE if self.kind == "mask" else self.picture or self.size
         return CropPolicy(num_crops=4, min_scale=self.min_scale, size=size)
 
     def network(self, packed: np.ndarray) -> VQConfig | ReleasedDesign:
@@ -244,6 +257,7 @@ class TokenizerRecipe:
             prediction=self.prediction,
             schedule=self.schedule,
             clamp=self.kind != "depth",  # standardised depth goes beyond [-1, 1]
+            picture=self.picture,
         )
 
     def _sizes(self, packed: np.ndarray) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 from infra import ui
 from infra.store import Store
 from models import modalities
+from models.crops import CropBox
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,13 +41,15 @@ class HealthCheck:
         codec: The value contract.
         held_out: Values that training does not see.
         perceptual: A network that compares pictures, see `losses.Perceptual`; rgb only.
+        side: Of the pictures that codes are made of, pixels, where what is decoded is as large as
+            the held-out ones and that is larger; 0: theirs.
     """
 
     def __init__(
         self, name: str, codec: ValueCodec, held_out: list[np.ndarray],
-        perceptual: nn.Module | None = None,
+        perceptual: nn.Module | None = None, side: int = 0,
     ) -> None:
-        self.name, self.codec, self.held_out = name, codec, held_out
+        self.name, self.codec, self.held_out, self.side = name, codec, held_out, side
         self.perceptual = perceptual
         self.metrics: dict[str, float] = {}
         self.counts = np.zeros(0, np.int64)
@@ -66,7 +69,7 @@ class HealthCheck:
 
         tokenizer = Tokenizer(self.name, net, self.codec)
         kind, given = self.codec.kind, self.held_out
-        tokens = tokenizer.encode_values(given)
+        tokens = tokenizer.encode_values(self._seen())
         decoded = tokenizer.decode_tokens(tokens)
         metrics = reconstruction_quality(kind, decoded, given)
         if kind in ("rgb", "edge"):
@@ -79,6 +82,13 @@ class HealthCheck:
         self.metrics = metrics
         self.counts = np.bincount(tokens.ravel(), minlength=tokenizer.vocab_size)
         return metrics
+
+    def _seen(self) -> list[np.ndarray]:
+        """The held-out values as the encoder takes them."""
+        if not self.side:
+            return self.held_out
+        whole, crop = CropBox(0.0, 0.0, 1.0, 1.0), modalities.get(self.name).crop
+        return [crop(value, whole, self.side) for value in self.held_out]
 
     def _prefixes(self, tokenizer: Tokenizer, tokens: np.ndarray) -> dict[str, float]:
         from tokenizers_vq.quality import reconstruction_quality

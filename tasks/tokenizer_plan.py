@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from tasks.tokenizer_task import Network
+    from tokenizers_vq.released.network import ReleasedVQ
 
 FEATURES = {
     "clip": 512, "dinov2": 768, "imagebind": 1280, "dinov2_global": 768, "imagebind_global": 1280,
@@ -80,8 +81,9 @@ def plan_tokenizer(name: str, recipe: TokenizerRecipe, channels: int = 0) -> Tok
         tokens = net.encode(values)
         with counter:
             output = _answer(net, values)
-    if output.shape[-2:] != values.shape[-2:]:
-        raise ValueError(f"{name}: {tuple(values.shape[1:])} decodes to {tuple(output.shape[1:])}")
+        wanted = _wanted(net, values)
+    if output.shape[-2:] != wanted.shape[-2:]:
+        raise ValueError(f"{name}: {tuple(wanted.shape[1:])} decodes to {tuple(output.shape[1:])}")
     return TokenizerPlan(
         name, recipe, sum(value.numel() for value in net.parameters()), tokens[0].numel(),
         net.config.vocab_size,
@@ -123,7 +125,14 @@ def _answer(net: Network, values: torch.Tensor) -> torch.Tensor:
     if getattr(net, "diffusion", None) is None:
         return net(values)[0]
     step = torch.zeros(1, dtype=torch.int64, device="meta")
-    return net(values, torch.zeros_like(values), step)[0]
+    return net(values, torch.zeros_like(_wanted(net, values)), step)[0]
+
+
+def _wanted(net: Network, values: torch.Tensor) -> torch.Tensor:
+    """What the network is to give out: the values, or what it makes of them for itself."""
+    if getattr(net, "diffusion", None) is None:
+        return values
+    return cast("ReleasedVQ", net).clean(values)
 
 
 def plan_lines(

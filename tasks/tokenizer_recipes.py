@@ -92,6 +92,10 @@ def _adapted(
 RELEASED: dict[str, TokenizerRecipe] = {
     **_BASE,
     "rgb_1k_divae": _released(50, 64, 1e-4, kind="rgb", codes=1024, loss="mse", **_UVIT),
+    "rgb_controlnet": _released(
+        10, 16, 1.6e-4, warmup_epochs=1, kind="rgb", codes=1024, loss="mse",
+        architecture="controlnet", prediction="epsilon", picture=512
+    ),
     "rgb_448": _adapted("rgb", 5, 16, 5e-5, warmup=_IMAGES // 128),
     "depth_448": _adapted("depth", 1, 16, 1e-4, warmup=5000),
     "normal_448": _adapted("normal", 1, 16, 5e-5, warmup=5000),
@@ -114,7 +118,7 @@ def _modern(**fields: Any) -> TokenizerRecipe:
     return TokenizerRecipe(**{
         "size": 224, "width": 768, "heads": 12, "encoder_depth": 6, "decoder_depth": 12,
         "levels": (7, 5, 5, 5, 5), "steps": 200_000, "batch_size": 256, "lr": 2e-3,
-        "warmup": 2000, "ema": 0.999, "max_samples": 100_000, "eval_every": 5000, "spread": 0.1,
+        "warmup": 2000, "ema": 0.999, "max_samples": 100_000, "eval_every": 5000, "spread": 0.3,
         **fields,
     })  # fmt: skip
 
@@ -126,7 +130,7 @@ _VECTOR: dict[str, Any] = {
 MODERN: dict[str, TokenizerRecipe] = {
     "rgb": _modern(kind="rgb", levels=(8, 8, 8, 6, 5), perceptual=1.0),
     "rgb_adaptive": _modern(kind="rgb", levels=(8, 8, 8, 6, 5), perceptual=1.0, registers=256),
-    "depth": _modern(kind="depth"),
+    "depth": _modern(kind="depth", spread=0.7),  # of walls and floors codes hardly differ
     "normal": _modern(kind="normal"),
     "semseg": _modern(kind="semseg"),
     "canny_edge": _modern(kind="edge"),

@@ -104,10 +104,12 @@ class ReconstructionTask(Task):
         if diffusion is None:
             output, quantized = model(batch)
             return output, batch, quantized, vocab_size
-        noise = torch.randn_like(batch)
+        # Of a decoder in latents, those; for values themselves otherwise.
+        clean = cast("ReleasedVQ", net).clean(batch)
+        noise = torch.randn_like(clean)
         t = torch.randint(0, diffusion.steps, (len(batch),), device=batch.device)
-        output, quantized = model(batch, noise, t, self._hidden(batch, net.config.patch))
-        pred, target = diffusion.compared(output.float(), batch, noise, t)
+        output, quantized = model(batch, noise, t, self._hidden(batch, net.config.patch), clean)
+        pred, target = diffusion.compared(output.float(), clean, noise, t)
         return pred, target, quantized, vocab_size
 
     def _hidden(self, batch: torch.Tensor, patch: int) -> torch.Tensor | None:
@@ -116,7 +118,8 @@ class ReconstructionTask(Task):
 
         if not self.recipe.guidance_dropout:
             return None
-        cells = (len(batch), batch.shape[2] // patch, batch.shape[3] // patch)
+        side = min(batch.shape[2], self.recipe.size) // patch  # pictures may be larger than seen
+        cells = (len(batch), side, side)
         dropped = torch.rand(len(batch), 1, 1, device=batch.device) < self.recipe.guidance_dropout
         return dropped.expand(cells)
 
@@ -164,6 +167,9 @@ def reconstruction_task(
     from tokenizers_vq.tokenizer import load_tokenizer
     from tokenizers_vq.vqvae import VQConfig
 
+    if recipe.architecture == "controlnet" and not recipe.encoder and not recipe.start:
+        raise ValueError("a ControlNet learns behind the codes of a stored tokenizer: name it with "
+                         "encoder='tokenizers/rgb@...'")
     if not recipe.encoder and not recipe.start:
         return ReconstructionTask(recipe, recipe.network(train), recipe.codec(train), train)
     given = recipe.encoder or recipe.start
@@ -180,6 +186,8 @@ def reconstruction_task(
                          f"{recipe.architecture!r}")
     if isinstance(config, VQConfig):
         network = replace(config, decoder_depth=recipe.decoder_depth)
+    elif not isinstance(network, VQConfig) and recipe.picture:
+        network = replace(network, stable_diffusion=recipe.stable_diffusion)
     return ReconstructionTask(recipe, network, start.codec, train, start.net)
 
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -130,7 +131,8 @@ class FourMTask(Task):
         counts = zip(self.config.modalities, batch.counts, strict=True)
         seen = {spec.name: losses.per_modality[spec.name].detach()
                 for spec, count in counts if count}
-        return losses.total, {f"loss/{stored_name(name)}": value for name, value in seen.items()}
+        shown = _shown_names(self.config)
+        return losses.total, {f"loss/{shown[name]}": value for name, value in seen.items()}
 
     def load(self, batch: Batch) -> Load:
         """Tokens, slots and operations of a batch."""
@@ -175,7 +177,7 @@ def fixed_batches(
     held_out = open_split(part, "val", crops=1)
     prefix = f"val/{part.source.name}/" if recipe.sources else "val/"
     mixture = resolve(part.source.mixture, config, part.names)
-    count = min(recipe.val_samples, len(held_out))
+    count, shown = min(recipe.val_samples, len(held_out)), _shown_names(config)
     for first in range(0, count, _VAL_BATCH):
         samples = held_out.fixed(first, min(_VAL_BATCH, count - first))
         draws = Draws(0, 0, len(samples))
@@ -183,13 +185,20 @@ def fixed_batches(
             if target.name not in part.names:
                 continue
             inputs = _sources(config, part, target)
-            name = stored_name(target.name)
+            name = shown[target.name]
             if inputs:
-                yield (f"{prefix}{stored_name(inputs[0])}->{name}",
+                yield (f"{prefix}{shown[inputs[0]]}->{name}",
                        transfer_batch(config, samples, inputs, [target.name], draws))
             else:
                 again = Draws(0, first, len(samples))
                 yield f"{prefix}{name}", mask_batch(config, samples, mixture, again)
+
+
+def _shown_names(config: FourMConfig) -> dict[str, str]:
+    """Names of modalities in curves: without the resolution, as long as that tells them apart."""
+    bases = Counter(stored_name(name) for name in config.by_name)
+    return {name: stored_name(name) if bases[stored_name(name)] == 1 else name
+            for name in config.by_name}
 
 
 def _sources(config: FourMConfig, part: Bound, target: ModalitySpec) -> list[str]:

@@ -68,8 +68,12 @@ class TokenizerInfo:
         all).
 
         Raises:
-            ValueError: if fewer tokens than that would not decode.
+            ValueError: if fewer tokens than that would not decode, or the side is no multiple of a
+                token's.
         """
+        if self.patch and size % self.patch:
+            raise ValueError(f"{self.modality}: a side of {size} px is no multiple of the "
+                             f"{self.patch} px of a token")
         whole = (size // self.patch) ** 2 if self.patch else self.num_tokens
         if not kept:
             return whole
@@ -226,7 +230,8 @@ def train_tokenizer(
     began = time.monotonic()
     train, held_out = load_crops(store, name, stage, recipe, shards, held_out=_HELD_OUT)
     task = reconstruction_task(store, name, recipe, train)
-    check = task.measure = HealthCheck(name, task.codec, held_out)
+    side = recipe.size if recipe.picture else 0
+    check = task.measure = HealthCheck(name, task.codec, held_out, side=side)
     if recipe.perceptual:
         check.perceptual = task.perceptual
     run = f"runs/{path}"

@@ -19,7 +19,7 @@ def load(
     path: str | Path, *, modality: str | None = None, head_width: int = 64,
     precision: str = "fp32", ema: bool = False,
 ) -> Tokenizer:
-    """Opens a released tokenizer checkpoint: VQ, VQ-VAE or DiVAE.
+    """Opens a released tokenizer checkpoint: VQ, VQ-VAE, DiVAE or VQ-ControlNet.
 
     Args:
         path: Local folder with `config.json` and `model.safetensors`, a `.safetensors` file that
@@ -32,10 +32,12 @@ def load(
 
     Returns:
         The tokenizer with the released value contract. `net.sampling` of a DiVAE holds steps,
-        seed and guidance of its diffusion decoder.
+        seed and guidance of its diffusion decoder. A VQ-ControlNet decodes to Stable Diffusion's
+        side; where the checkpoint does not hold Stable Diffusion, it is taken from the folder or
+        hub id that its configuration names as `sd_path`.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint.
+        FileNotFoundError: if there is no checkpoint, or no Stable Diffusion where it is needed.
         ValueError: if its tensors do not make a network, naming them, or no modality is told.
     """
     from tokenizers_vq.released.contracts import load as load_released

@@ -8,7 +8,7 @@ set. Nothing has to be saved to resume.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -32,9 +32,10 @@ BLOCK_ROWS = 256
 WINDOW_BLOCKS = 64
 
 
-def stored_name(name: str) -> str:
-    """Name in the manifest of a model's modality: without the resolution."""
-    return name.split("@")[0]
+def stored_name(name: str, held: Collection[str] = ()) -> str:
+    """Name of a model's modality in a manifest that holds `held`: without the resolution, but for
+    those that it holds beside its own."""
+    return name if name in held else name.split("@")[0]
 
 
 class EpochOrder:
@@ -117,7 +118,7 @@ class TokenDataset:
         pictures that are kept."""
         self.store, self.manifest, self.specs = store, manifest, tuple(specs)
         self.shards = manifest.shards(split)
-        missing = sorted({stored_name(s.name) for s in specs} - manifest.modalities.keys())
+        missing = sorted({self._stored_as(s) for s in specs} - manifest.modalities.keys())
         if missing:
             raise ValueError(f"{manifest.name} v{manifest.version} lacks {', '.join(missing)}; it "
                              f"has {', '.join(sorted(manifest.modalities))}")
@@ -125,7 +126,7 @@ class TokenDataset:
         self.policy = CropPolicy(**manifest.meta.get("crops", {"num_crops": 1}))
         self.num_crops = min(crops or self.policy.num_crops, self.policy.num_crops)
         self.order = EpochOrder([manifest.samples(shard) for shard in self.shards], seed)
-        self._cache: dict[tuple[int, int, int], np.ndarray] = {}
+        self._cache: dict[tuple[str | int, ...], np.ndarray] = {}
         self._room = cache_bytes
         self._open: dict[int, _Shard] = {}
         self._columns: dict[tuple[int, str], _Column] = {}
@@ -137,6 +138,9 @@ class TokenDataset:
 
     def __len__(self) -> int:
         return self.order.total
+
+    def _stored_as(self, spec: ModalitySpec) -> str:
+        return stored_name(spec.name, self.manifest.modalities)
 
     def batch_at(self, step: int, batch_size: int, rows: slice = slice(None)) -> Samples:
         """`rows` of the samples of `step`: the same for every number of workers."""
@@ -231,12 +235,12 @@ class TokenDataset:
         here = np.ones(len(places), bool)
         patches = np.zeros((len(places), spec.max_tokens, spec.dense_width), np.uint8)
         for i, place in enumerate(map(tuple, places.tolist())):
-            found = self._cache.get(place)
+            found = self._cache.get((spec.name, *place))
             if found is None:
                 found = self._picture(spec, *place)
                 if found is not None and found.nbytes <= self._room:
                     self._room -= found.nbytes
-                    self._cache[place] = found
+                    self._cache[spec.name, *place] = found
             here[i] = found is not None
             if found is not None:
                 patches[i] = found
@@ -270,7 +274,7 @@ class TokenDataset:
             number = self.shards[index]
             tokens, members, keys = dict[str, BlockReader](), dict[str, TarIndex](), list[str]()
             for spec in self.specs:
-                name = stored_name(spec.name)
+                name = self._stored_as(spec)
                 path = self.store.local(self.manifest.path(name, number))
                 digest = self.manifest.sha256(name, number)
                 if spec.discrete:

@@ -242,7 +242,7 @@ class Translator:
     def page(self, name: str) -> Page:
         """What texts of a modality are written on."""
         sides = [resolution(spec.name) for spec in self.model.config.modalities]
-        size = max(sides, default=0) or SIZE
+        size = min((side for side in sides if side), default=SIZE)  # finer sets have no texts
         return Page(bins=self.text.bins, size=size, codes=self.tokenizers.get(name))
 
     def written(self, name: str, value: Any) -> str:

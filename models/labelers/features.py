@@ -7,6 +7,7 @@ Any `AutoModel` with a vision tower will do; ImageBind, which transformers lacks
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 from models.labelers.base import Image, Labeler, LabelerSpec, options_of
@@ -41,6 +42,7 @@ class FeatureLabeler(Labeler):
     Options:
         image_size: Side in pixels of that square; 0 is the checkpoint's own. Another than the
             checkpoint's interpolates its position embeddings (0).
+        scale: How many times larger than that the side is (1).
 
     Raises:
         ValueError: The size is no multiple of the network's patches.
@@ -54,13 +56,14 @@ class FeatureLabeler(Labeler):
         from models.labelers.imagebind import ImageBindTower, is_imagebind
 
         super().__init__(spec)
-        options = options_of(spec, image_size=0)
+        options = options_of(spec, image_size=0, scale=1.0)
         config, _ = PretrainedConfig.get_config_dict(**self.pretrained())
         build: Callable[[Labeler], Tower] = (
             ImageBindTower if is_imagebind(config) else _HubTower
         )
         self.tower = build(self)
-        self.size = int(options["image_size"]) or self.tower.image_size
+        side = int(options["image_size"]) or self.tower.image_size
+        self.size = round(side * float(options["scale"]))
         if self.size % self.tower.patch_size:
             raise ValueError(
                 f"image_size={self.size} is no multiple of {self.tower.patch_size} (patches)"
@@ -78,6 +81,18 @@ class FeatureLabeler(Labeler):
             values = vectors if name.endswith(GLOBAL) else maps
             found[name] = list(values.half().cpu().numpy())
         return found
+
+
+def finer(spec: LabelerSpec, name: str, scale: float) -> LabelerSpec | None:
+    """The labeler that writes the map `name` alone, of pictures with `scale` times the side; None
+    where it writes no such map."""
+    from models.labelers.registry import labeler_class
+
+    if name not in spec.outputs or name.endswith(GLOBAL):
+        return None
+    if not issubclass(labeler_class(spec.name), FeatureLabeler):
+        return None
+    return replace(spec, outputs=(name,), options={**spec.options, "scale": scale})
 
 
 class _HubTower:

@@ -93,7 +93,8 @@ class TrainRecipe:
     val_samples: int = 128
     """Samples of the validation split that losses are measured on, of each source."""
     modalities: tuple[str, ...] = ()
-    """Modalities the model has, all of which the data must hold; none: all that it holds."""
+    """Modalities the model has, all of which the data must hold; none: all that it holds, at the
+    set's own size where it has several."""
     predicts: tuple[str, ...] = ()
     """Modalities the decoder predicts; none: all that are tokens."""
     sources: tuple[Source, ...] = ()

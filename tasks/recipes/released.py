@@ -206,11 +206,10 @@ def t2i_xl() -> TrainRecipe:
 def sr_l() -> TrainRecipe:
     """Super-resolution: 4M-7 L learns the tokens of 448 px from those of 224 px, 100 B tokens.
 
-    The data are two manifests over the same shards, tokenized at 224 and 448 px with the same
-    crops. Token vectors of 448 px begin as those of 224 px, whose codes they share; the released
-    run drew them anew.
+    The data are tokenized at both sizes (`fourm tokenize --sizes 224,448`). Token vectors of 448 px
+    begin as those of 224 px, whose codes they share; the released run drew them anew.
     Cost: 128 A100; hours are not published. Scores: none published beside pictures.
-    Command: fourm train --recipe sr_l --start RUN --data '{"main": "main+main448"}'
+    Command: fourm train --recipe sr_l --start RUN --train-workers 128
     """
     low, high = SR_SIZES
     fine = tuple(name + high for name in GRIDS)

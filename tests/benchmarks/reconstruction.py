@@ -32,15 +32,15 @@ SIZE, CODES, STEPS, BATCH, WIDTH = 128, 1000, 200, 32, 256
 TRAIN, HELD_OUT = 640, 256
 UNITS = {"rgb": "mean squared error of 0..1", "depth": "absolute relative error, aligned"}
 _SAME = {"size": SIZE, "width": WIDTH, "batch_size": BATCH, "decoder_depth": 2}
-_OURS: dict[str, dict[str, Any]] = {
-    "rgb": {"spread": 0.3},
-    "depth": {"spread": 1.0, "depth_mode": "standardise"},
-}
+_OURS: dict[str, dict[str, Any]] = {"rgb": {}, "depth": {"depth_mode": "standardise"}}
 
 
 def ours(name: str, steps: int = STEPS) -> TokenizerRecipe:
-    """FSQ: a ViT without codebook."""
-    return tokenizer_recipe(name, **_SAME, levels=(8, 5, 5, 5), steps=steps, **_OURS[name])
+    """FSQ: a ViT without codebook, its codes kept in use as by the preset `modern`."""
+    spread = tokenizer_recipe(name, "modern").spread
+    return tokenizer_recipe(
+        name, **_SAME, levels=(8, 5, 5, 5), steps=steps, spread=spread, **_OURS[name]
+    )
 
 
 def released(name: str, steps: int = STEPS) -> TokenizerRecipe:

@@ -22,6 +22,7 @@ from models.crops import CropPolicy, crop_box
 from tasks.chain import remember
 from tasks.interchange import build_work, export_set, finish_import, import_jobs
 from tasks.layouts import LAYOUTS, npy
+from tasks.specs import modality_specs
 
 SHARDS, ROWS, CROPS, HOLE = (0, 2), 5, 3, 3
 POLICY = {"num_crops": CROPS, "min_scale": 0.8, "hflip": True, "size": 32}
@@ -286,6 +287,25 @@ def test_a_set_of_the_released_code_is_imported_from_its_folders(tmp_path):
     (value, *_) = [modalities.get("det").decode(data) for _, data in read_tar(store.read(det))]
     assert value["instances"][0]["box"] == [0, 0, 1, 1]
     assert labels.keys() == {"rgb", "caption", "det", "crop_settings"}
+
+
+def test_released_sets_of_two_sizes_are_imported_side_by_side(tmp_path):
+    source = released(tmp_path / "theirs")
+    rng = np.random.default_rng(1)
+    for shard in range(2):
+        members = [(f"{shard}{row:03}.npy",
+                    npy(rng.integers(0, 16_384, (2, 784)).astype(np.int16))) for row in range(3)]
+        source.write(f"tok_rgb@448/shard-{shard:05}.tar", write_tar(members))
+    store = imported(Store(str(tmp_path / "ours")), source)
+    manifest = load_manifest(store, "main")
+    assert list(manifest.modalities) == ["tok_rgb", "tok_rgb@448"]
+    assert CropPolicy(**manifest.meta["crops"]).size == 224
+    assert manifest.tokenizers["rgb@448"] == {**manifest.tokenizers["rgb"], "num_tokens": 784}
+    for name, count in (("tok_rgb", 196), ("tok_rgb@448", 784)):
+        reader = BlockReader.from_bytes(store.read(manifest.path(name, 1)))
+        assert reader.fixed("crop0")[0].shape == (3, count)
+    specs = modality_specs(manifest, max_text=8)
+    assert [spec.name for spec in specs] == ["tok_rgb@224", "tok_rgb@448"]
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,9 @@ def _tokenize(store: Store, learned: dict[str, Any], **choices: Any) -> Chain:
     remember(store, "tokenize", TokenizeOptions(crops=2, **choices).model_dump())
     chain = Chain(store)
     jobs = token_jobs(chain.tokens.values(), chain.labelled(), precision="fp32", device="cpu",
-                      labelers=chain.one_pass)
+                      labelers=chain.in_passing)
     reports = run_stages(store, jobs, target=Embedded(), resources=HERE)
-    assert all(report.done == SHARDS for report in reports.values())
+    assert all(report.done + report.skipped == SHARDS for report in reports.values())
     return chain
 
 

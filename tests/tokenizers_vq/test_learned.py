@@ -194,20 +194,31 @@ def test_quality_of_hand_made_values():
     assert reconstruction_quality("rgb", [white * 0], [white]) == {"psnr": pytest.approx(0)}
 
 
-def test_codes_that_are_used_unequally_cost_and_the_loss_moves_latents_apart():
+def test_missing_codes_cost_frequent_ones_hardly_and_the_loss_moves_latents_apart():
     quantizer = FiniteScalar(2, (5, 5), spread=0.5).train()
     steps = torch.linspace(-1, 1, 5)
-    even = torch.cartesian_prod(steps, steps)
-    assert quantizer._unevenness(even) < 0.05
-    alike = torch.zeros(25, 2, requires_grad=True)
-    cost = quantizer._unevenness(alike)
-    assert cost > 0.9
-    (slope,) = torch.autograd.grad(quantizer._unevenness(alike + 0.1 * even), alike)
+    even = torch.cartesian_prod(steps, steps).repeat(4, 1)
+    assert quantizer._missing(even) < 0.05
+    alike = torch.zeros(100, 2, requires_grad=True)
+    cost = quantizer._missing(alike)
+    assert cost > 0.7
+    uneven, half = torch.cat([alike, even]), torch.cat([even[even[:, 0] < 0.3]] * 2)
+    assert quantizer._missing(uneven) < 0.5 * quantizer._missing(half) < 0.5 * cost
+    (slope,) = torch.autograd.grad(quantizer._missing(alike + 0.1 * even), alike)
     assert slope.abs().sum() > 0
     assert quantizer(torch.randn(2, 8, 2)).loss > 0
     assert quantizer.eval()(torch.randn(2, 8, 2)).loss == 0
     assert "spread" not in config("rgb").to_dict()
     assert config("rgb", spread=0.1).to_dict()["spread"] == 0.1
+
+
+def test_fewer_latents_than_tell_which_codes_are_missing_look_at_some_dimensions():
+    quantizer = FiniteScalar(3, (8, 5, 5), spread=0.5).train()
+    torch.manual_seed(0)
+    seen = {tuple(quantizer._told_apart(torch.zeros(100, 3))[1]) for _ in range(40)}
+    assert seen == {(2 / 7, 0.5), (0.5, 0.5)}
+    assert len(quantizer._told_apart(torch.zeros(400, 3))[1]) == 3
+    assert len(quantizer._told_apart(torch.zeros(1, 3))[1]) == 1
 
 
 def test_equal_pictures_are_alike_in_every_figure():

@@ -14,7 +14,6 @@ import argparse
 import ast
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,11 @@ import torch
 from torch import Tensor
 
 from tokenizers_vq.diffusion import Diffusion
+from tokenizers_vq.released import stable
 from tokenizers_vq.released.codebooks import Memcodes, MovingCodebook
+from tokenizers_vq.released.controlnet import PICTURE, VQControlNet, parts_of
 from tokenizers_vq.released.network import ReleasedShape, ReleasedVQ
+from tokenizers_vq.released.shapes import Shapes, require_equal
 from tokenizers_vq.released.unet import PatchedUNet
 from tokenizers_vq.released.uvit import UViT
 from tokenizers_vq.released.vit import BottleneckMLP, ViTDecoder, ViTEncoder
@@ -31,38 +33,9 @@ from tokenizers_vq.released.vit import BottleneckMLP, ViTDecoder, ViTEncoder
 Config = dict[str, Any]
 Tensors = dict[str, Tensor]
 
-_NAMED = 4
-"""Tensors an error names before it only counts."""
 _ALIASES = {"decoder.downsample_mid.Conv2d_0.": "decoder.downsample_mid.conv."}
 """Second names under which released files hold a tensor."""
-
-
-class Shapes:
-    """Shapes of a checkpoint's tensors below a prefix."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
-        self._tensors, self._prefix = tensors, prefix
-
-    def __getitem__(self, name: str) -> tuple[int, ...]:
-        full = self._prefix + name
-        if full not in self._tensors:
-            raise ValueError(f"the checkpoint lacks the tensor {full}")
-        return tuple(self._tensors[full].shape)
-
-    def below(self, name: str) -> Shapes:
-        """Those of a submodule."""
-        return Shapes(self._tensors, f"{self._prefix}{name}.")
-
-    def has(self, start: str) -> bool:
-        """Whether any name starts so."""
-        return any(name.startswith(self._prefix + start) for name in self._tensors)
-
-    def count(self, name: str) -> int:
-        """Number of modules of a list."""
-        start = f"{self._prefix}{name}."
-        numbers = [key[len(start) :].split(".")[0] for key in self._tensors if
-                   key.startswith(start)]
-        return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)
+_CONTROL = "decoder.controlnet."
 
 
 def read_checkpoint(path: str | Path, *, ema: bool = False) -> tuple[Config, Tensors]:
@@ -125,39 +98,24 @@ def build(config: Config, tensors: Tensors, *, head_width: int = 64) -> Released
 
     Args:
         config: The published configuration; unknown keys do not matter.
-        tensors: All tensors by their published names.
+        tensors: All tensors by their published names; Stable Diffusion's may be left out where the
+            configuration names it.
         head_width: Channels per attention head, which no file tells.
 
     Raises:
+        FileNotFoundError: if Stable Diffusion is needed and not there.
         ValueError: if tensors are missing, surplus or of another shape.
     """
     if config.get("conditioning", "concat") != "concat":
         raise ValueError(f"conditioning={config['conditioning']!r}: only 'concat' is supported")
+    if any(name.startswith(_CONTROL) for name in tensors):
+        tensors = stable.completed(tensors, config.get("sd_path") or stable.SOURCE)
     shapes = Shapes(tensors)
     with torch.device("meta"):
         net = _network(config, shapes, head_width)
-    _require_equal(net.state_dict(), tensors)
+    require_equal(net.state_dict(), tensors)
     net.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
     return net.eval()
-
-
-def _require_equal(wanted: Mapping[str, Tensor], tensors: Tensors) -> None:
-    found = {
-        "lacks": sorted(wanted.keys() - tensors.keys()),
-        "holds besides": sorted(tensors.keys() - wanted.keys()),
-        "holds in another shape": [
-            f"{name} {tuple(tensors[name].shape)}, not {tuple(wanted[name].shape)}"
-            for name in sorted(wanted.keys() & tensors.keys())
-            if tensors[name].shape != wanted[name].shape
-        ],
-    }
-    texts = []
-    for verb, names in found.items():
-        if names:
-            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            texts.append(f"{verb} {', '.join(names[:_NAMED])}{more}")
-    if texts:
-        raise ValueError(f"the checkpoint {'; it '.join(texts)}")
 
 
 def _network(config: Config, shapes: Shapes, head_width: int) -> ReleasedVQ:
@@ -170,6 +128,18 @@ def _network(config: Config, shapes: Shapes, head_width: int) -> ReleasedVQ:
     grid = 1 if single else enc["pos_emb"][2]
     latent, width = shapes["quant_proj.weight"][:2]
     quantize = _bottleneck(config, shapes.below("quantize"))
+    heads = quantize.heads if isinstance(quantize, Memcodes) else 1
+    shape = ReleasedShape(
+        vocab_size=quantize.vocab_size, channels=channels, patch=patch, grid=grid,
+        codebooks=heads, num_classes=num_classes, published=dict(config), head_width=head_width,
+    )
+    encoder = _mlp(enc) if single else ViTEncoder(
+        channels=channels, patch=patch, **_transformer(enc, head_width)
+    )
+    if shapes.has(_CONTROL):
+        assert isinstance(encoder, ViTEncoder)
+        assert isinstance(quantize, MovingCodebook)
+        return _controlled(config, shapes, shape, encoder, quantize)
     diffusion: Diffusion | None = None
     decoder: ViTDecoder | BottleneckMLP | PatchedUNet | UViT | None = None
     if dec.has("time_embed"):
@@ -180,18 +150,31 @@ def _network(config: Config, shapes: Shapes, head_width: int) -> ReleasedVQ:
             decoder = _uvit(dec, channels, latent, head_width)
     elif dec.has(""):
         decoder = _plain_decoder(config, dec, num_classes or channels, patch, head_width)
-    heads = quantize.heads if isinstance(quantize, Memcodes) else 1
-    shape = ReleasedShape(
-        vocab_size=quantize.vocab_size, channels=channels, patch=patch, grid=grid,
-        codebooks=heads, num_classes=num_classes, published=dict(config), head_width=head_width,
-    )
     plain = decoder is not None and diffusion is None
     return ReleasedVQ(
-        shape, encoder=_mlp(enc) if single else ViTEncoder(
-            channels=channels, patch=patch, **_transformer(enc, head_width)
-        ),
-        quantize=quantize, latent=latent, decoder=decoder, diffusion=diffusion,
-        features=(width, shapes["post_quant_proj.weight"][0] if plain else 0),
+        shape, encoder=encoder, quantize=quantize, latent=latent, decoder=decoder,
+        diffusion=diffusion, features=(width, shapes["post_quant_proj.weight"][0] if plain else 0),
+    )
+
+
+def _controlled(
+    config: Config, shapes: Shapes, shape: ReleasedShape, encoder: ViTEncoder,
+    quantize: MovingCodebook,
+) -> VQControlNet:
+    latent, width = shapes["quant_proj.weight"][:2]
+    reads = shapes.below("decoder.controlnet.controlnet_cond_embedding")
+    if reads.has("adapter_model."):
+        raise ValueError("the ControlNet reads codes through an adapter: that is not supported")
+    convolutions = range(1, reads.count("blocks"), 2)
+    widths = (reads["conv_in.weight"][0], *(reads[f"blocks.{i}.weight"][0] for i in convolutions))
+    decoder, vae = parts_of(
+        stable.unet_sizes(shapes.below("decoder.unet")),
+        stable.autoencoder_sizes(shapes.below("vae")), latent, widths,
+    )
+    picture = config.get("image_size_sd") or config.get("input_size_sd") or PICTURE
+    return VQControlNet(
+        shape, encoder=encoder, quantize=quantize, latent=latent, width=width, decoder=decoder,
+        vae=vae, picture=int(picture),
     )
 
 

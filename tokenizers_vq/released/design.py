@@ -14,20 +14,23 @@ import torch
 
 from tokenizers_vq.diffusion import Diffusion, Prediction
 from tokenizers_vq.released.codebooks import Memcodes, MovingCodebook
+from tokenizers_vq.released.controlnet import STABLE, begun
 from tokenizers_vq.released.network import ReleasedShape, ReleasedVQ
+from tokenizers_vq.released.stable import SOURCE
 from tokenizers_vq.released.unet import PatchedUNet
 from tokenizers_vq.released.uvit import UViT
 from tokenizers_vq.released.vit import BottleneckMLP, ViTDecoder, ViTEncoder
 from tokenizers_vq.vqvae import sincos_positions
 
-DecoderKind = Literal["vit", "unet", "uvit", "mlp"]
+DecoderKind = Literal["vit", "unet", "uvit", "mlp", "controlnet"]
 HEAD_WIDTH = 64
 _UNET_LEVELS = (1, 2, 2, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReleasedDesign:
-    """Sizes of a VQ-VAE (`vit`, or `mlp` for single vectors) or a DiVAE (`unet`, `uvit`)."""
+    """Sizes of a VQ-VAE (`vit`, or `mlp` for single vectors), a DiVAE (`unet`, `uvit`) or a
+    VQ-ControlNet."""
 
     decoder: DecoderKind
     channels: int
@@ -63,6 +66,10 @@ class ReleasedDesign:
     """Its noise schedule."""
     clamp: bool = True
     """Whether it clips values to [-1, 1] while sampling."""
+    picture: int = 0
+    """Side in px of what a `controlnet` decodes."""
+    stable_diffusion: str = ""
+    """Folder or hub id of a `controlnet`'s Stable Diffusion; empty: fresh weights of its sizes."""
 
     def __post_init__(self) -> None:
         if self.decoder not in get_args(DecoderKind):
@@ -84,13 +91,16 @@ class ReleasedDesign:
     @property
     def diffusion(self) -> Diffusion | None:
         """What the decoder is trained for; None of those that answer at once."""
+        if self.decoder == "controlnet":
+            return STABLE
         if self.decoder not in ("unet", "uvit"):
             return None
         return Diffusion(schedule=self.schedule, prediction=self.prediction, clamp=self.clamp)
 
     def published(self) -> dict[str, Any]:
         """The configuration in the words of released files."""
-        kinds = {"vit": "vit_b_dec", "unet": "unet_patched", "uvit": "uvit_b_p4_f16"}
+        kinds = {"vit": "vit_b_dec", "unet": "unet_patched", "uvit": "uvit_b_p4_f16",
+                 "controlnet": "controlnet"}  # fmt: skip
         mlp = self.decoder == "mlp"
         block = "BottleneckMLP/B_6-Wi_1024"
         config: dict[str, Any] = {
@@ -103,7 +113,9 @@ class ReleasedDesign:
             "norm_latents": False, "ema_decay": 0.99, "commitment_weight": 1.0,
             "threshold_ema_dead_code": self.dead_below,
         }  # fmt: skip
-        if self.diffusion:
+        if self.decoder == "controlnet":
+            config |= {"image_size_sd": self.picture, "sd_path": self.stable_diffusion or SOURCE}
+        elif self.diffusion:
             config |= {
                 "num_train_timesteps": self.diffusion.steps, "beta_schedule": self.schedule,
                 "prediction_type": self.prediction, "zero_terminal_snr": True,
@@ -112,7 +124,11 @@ class ReleasedDesign:
         return config
 
     def build(self) -> ReleasedVQ:
-        """The network with fresh weights."""
+        """The network with fresh weights, around Stable Diffusion where that is named.
+
+        Raises:
+            FileNotFoundError: if Stable Diffusion is not there.
+        """
         shape = ReleasedShape(
             vocab_size=self.vocab_size, channels=self.channels, patch=self.patch, grid=self.grid,
             codebooks=self.codebooks, num_classes=self.num_classes, published=self.published(),
@@ -134,6 +150,11 @@ class ReleasedDesign:
         )
         _set_positions(encoder.pos_emb)
         codebook = MovingCodebook(self.vocab_size, self.latent, dead_below=self.dead_below)
+        if self.decoder == "controlnet":
+            return begun(
+                shape, stable_diffusion=self.stable_diffusion, encoder=encoder, quantize=codebook,
+                latent=self.latent, width=self.width, picture=self.picture,
+            )
         return ReleasedVQ(
             shape, encoder=encoder, quantize=codebook, latent=self.latent,
             features=(self.width, self.width if plain else 0), decoder=self._decoder(),

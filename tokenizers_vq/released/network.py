@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H, W pixels, D latent width, h, w grid, K codebooks
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,9 +20,6 @@ from tokenizers_vq.released.unet import PatchedUNet
 from tokenizers_vq.released.uvit import UViT
 from tokenizers_vq.released.vit import BottleneckMLP, ViTDecoder, ViTEncoder
 from tokenizers_vq.vqvae import take_encoder
-
-_DECODING = ("decoder.", "post_quant_proj.")
-"""Parameters that stand behind the codes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +92,17 @@ class ReleasedVQ(nn.Module):
         latent: D.
         features: Widths of the encoder's and the decoder's features.
         decoder: None where the checkpoint holds only an encoder.
-        diffusion: What a `PatchedUNet` or `UViT` decoder was trained for.
+        diffusion: What a decoder that denoises was trained for.
     """
 
     frozen = False
+    decoding: tuple[str, ...] = ("decoder.", "post_quant_proj.")
+    """Parameters that stand behind the codes."""
 
     def __init__(
         self, shape: ReleasedShape, *, encoder: ViTEncoder | BottleneckMLP,
         quantize: MovingCodebook | Memcodes, latent: int, features: tuple[int, int],
-        decoder: ViTDecoder | BottleneckMLP | PatchedUNet | UViT | None,
+        decoder: nn.Module | None,
         diffusion: Diffusion | None = None,
     ) -> None:
         super().__init__()
@@ -129,20 +129,25 @@ class ReleasedVQ(nn.Module):
 
     def forward(
         self, x: Tensor, noise: Tensor | None = None, t: Tensor | None = None,
-        hidden: Tensor | None = None,
+        hidden: Tensor | None = None, clean: Tensor | None = None,
     ) -> tuple[Tensor, Quantized]:
         """Values to their reconstruction (logits for classes) and codes.
 
         A diffusion decoder answers to x_t instead of x, made of `noise` [B, C, H, W] at steps
-        `t` [B] with the codes not shown where `hidden` [B, h, w].
+        `t` [B] with the codes not shown where `hidden` [B, h, w]. `clean` is what `clean(x)` gave,
+        where that is known.
         """
         quantized = self.quantize(self.latents(x))
         if self.diffusion is None:
             return self._plain(quantized.latents), quantized
         assert noise is not None
         assert t is not None
-        xt = self.diffusion.noisy(x, noise, t)
+        xt = self.diffusion.noisy(self.clean(x) if clean is None else clean, noise, t)
         return self.denoise(xt, t, quantized.latents, hidden), quantized
+
+    def clean(self, x: Tensor) -> Tensor:
+        """What noise is added to: the values themselves."""
+        return x
 
     def take_encoder(self, source: nn.Module) -> None:
         """Takes over everything up to the codes from a trained network, and freezes it.
@@ -150,7 +155,7 @@ class ReleasedVQ(nn.Module):
         Raises:
             ValueError: if the two differ in more than their decoders.
         """
-        take_encoder(self, source, _DECODING)
+        take_encoder(self, source, self.decoding)
         self.frozen = True
 
     def train(self, mode: bool = True) -> ReleasedVQ:
@@ -191,22 +196,37 @@ class ReleasedVQ(nn.Module):
 
     def _sampled(self, latents: Tensor) -> Tensor:
         assert self.diffusion is not None
-        options, (height, breadth) = self.sampling, latents.shape[2:]
-        patch = self.config.patch
+        options = self.sampling
         generator = torch.Generator().manual_seed(options.seed)
-        noise = torch.randn(
-            (1, self.config.channels, height * patch, breadth * patch), generator=generator
-        )
+        noise = torch.randn(self.noise_shape(latents), generator=generator)
         noise = noise.to(latents.device).expand(len(latents), -1, -1, -1)
-        shown = torch.zeros(latents.shape[0], height, breadth, dtype=torch.bool)
-        shown = shown.to(latents.device)
 
         def denoise(xt: Tensor, t: Tensor) -> Tensor:
             output = self.denoise(xt, t, latents)
             if options.guidance == 1:
                 return output
-            return torch.lerp(self.denoise(xt, t, latents, ~shown), output, options.guidance)
+            return torch.lerp(self.unguided(xt, t, latents), output, options.guidance)
 
+        return self.walk(denoise, noise, generator)
+
+    def walk(
+        self, denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """From noise to what is decoded, by DDIM."""
+        assert self.diffusion is not None
         return self.diffusion.sample(
-            denoise, noise, steps=options.steps, eta=options.eta, generator=generator
+            denoise, noise, steps=self.sampling.steps, eta=self.sampling.eta, generator=generator
         )
+
+    def unguided(self, xt: Tensor, t: Tensor, latents: Tensor) -> Tensor:
+        """What guidance leads away from: an answer that no code was shown for."""
+        batch, _, height, breadth = latents.shape
+        hidden = torch.ones(batch, height, breadth, dtype=torch.bool, device=latents.device)
+        return self.denoise(xt, t, latents, hidden)
+
+    def noise_shape(self, latents: Tensor) -> tuple[int, ...]:
+        """Of the noise that sampling begins with, for one sample."""
+        height, breadth = latents.shape[2:]
+        patch = self.config.patch
+        return 1, self.config.channels, height * patch, breadth * patch
