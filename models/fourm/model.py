@@ -266,8 +266,7 @@ class FourM(nn.Module):
         """Decoder input [B,M,D]: mask token or the preceding token, plus position and modality."""
         used = (modality != PADDING).unsqueeze(2)
         modality = modality.clamp(min=0)
-        fed = self.heads.shared(modality, ids) if self.dec_tokens is None else \
-            self.dec_tokens(modality, ids)
+        fed = (self.heads if self.dec_tokens is None else self.dec_tokens)(modality, ids)
         x = torch.where(self.is_grid[modality].unsqueeze(2), self.mask_token, fed)
         emb = self.dec_positions(modality, position) + F.embedding(modality, self.dec_modality)
         return (x + emb) * used
