@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from infra.overlap import prefetch
 from tasks.batches import to_device
 from tasks.frozen import held_rows
+from tasks.gradients import Gradients
 from tasks.meter import Meter
 from tasks.optim import build_optimizers, learning_rate_scale
 from tasks.preemption import Stopped, StopSignal
@@ -177,6 +178,7 @@ class Trainer:
         from tasks.parallel import restore_forwards
 
         restore_forwards(self.model)
+        self.gradients.close()
         return metrics
 
     def _open_curve(self) -> Curve:
@@ -224,6 +226,8 @@ class Trainer:
             is_hidden=self.task.is_hidden,
         )
         self.held = held_rows(self.model)
+        alone = self.world == 1 and self.device.type == "cpu"
+        self.gradients = Gradients(self.model, by_rows=alone)
         self.sharded = any(is_sharded(value) for value in self.model.parameters())
         self.mean = WeightMean(unique_tensors(self.model), config.ema_decay) \
             if config.ema_decay else None
@@ -291,28 +295,32 @@ class Trainer:
         """Clips and applies the gradients, unless one is not finite; returns their norm."""
         import torch
 
+        self.gradients.fill()
         for rows in self.held:
             rows.clear_gradient()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.config.clip_norm or float("inf")
-        ).detach()
+        norm = self.gradients.norm()
         # DDP has already averaged: a bad gradient on one worker is seen, and skipped, by all.
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         bad = ~torch.isfinite(norm)
+        excess = ((norm + 1e-6) / (self.config.clip_norm or float("inf"))).clamp(min=1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
         if not self.sharded and all(isinstance(o, torch.optim.AdamW) for o in self.optimizers):
-            # Its fused kernel looks at this flag on the device, so the host need not wait for it.
+            # Its fused kernel clips, and looks at this flag on the device, so that the host need
+            # not wait for it.
             for optimizer in self.optimizers:
+                optimizer.grad_scale = excess  # type: ignore[attr-defined]
                 optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
                 optimizer.step()
         elif not bad:
+            self.gradients.divide(excess)
             for optimizer in self.optimizers:
                 optimizer.step()
         self.skipped = self.skipped + bad.int()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        self.gradients.clear()
         for rows in self.held:
             rows.put_back()
         if self.mean:

@@ -38,6 +38,11 @@ def key_mask(modality: Tensor) -> Tensor:
     return (modality != PADDING).unsqueeze(1)
 
 
+def part_mask(part: Tensor) -> Tensor:
+    """Allowed [B,N,N]: slots of the same input, by the numbers `part` [B,N]."""
+    return part.unsqueeze(2) == part.unsqueeze(1)
+
+
 def target_mask(modality: Tensor, until: Tensor) -> Tensor:
     """Allowed [B,M,M] among targets: slots of the same modality before the query's `until` [B,M].
 

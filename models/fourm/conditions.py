@@ -7,13 +7,14 @@ once, whatever the number of samples that are drawn from it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.fourm.attention import PADDING, additive, key_mask
 from models.fourm.batch import Batch, Dense
 from models.fourm.model import DecoderBlock, Encoded, FourM, LayerCache
 from models.fourm.spec import EOS_ID, NUM_SENTINELS, SENTINEL_0, FourMConfig
@@ -81,6 +82,42 @@ def gather_inputs(config: FourMConfig, shown: Mapping[str, Shown]) -> Batch:
                  none[0], none[0], (), dense)  # fmt: skip
 
 
+def side_by_side(batch: Batch, branches: int) -> tuple[Batch, Tensor | None]:
+    """Puts what the branches of a row show behind one another, [R, P] instead of
+    [branches * R, N], if that leaves out empty slots: an unconditional branch shows little.
+
+    Returns:
+        The batch, and in which of R * P slots each of [branches * R, N] lies, whatever for those
+        that are not used; the batch as it is and None if it would save less than a tenth, which
+        attention among all the slots of a row costs.
+    """
+    count, slots = batch.enc_mod.shape
+    rows = count // branches
+
+    def beside(values: Tensor) -> Tensor:
+        return values.view(branches, rows, slots).transpose(0, 1).reshape(rows, -1)
+
+    mod = beside(batch.enc_mod)
+    width = max(1, int((mod != PADDING).sum(1).max()))
+    if 10 * width > 9 * branches * slots:
+        return batch, None
+    order = (mod == PADDING).to(torch.int8).argsort(dim=1, stable=True)
+    start = width * torch.arange(rows, device=mod.device)
+    place = order.argsort(1).clamp_(max=width - 1) + start.unsqueeze(1)
+    place = place.view(rows, branches, slots).transpose(0, 1).reshape(count, slots)
+    kept = order[:, :width]
+    ids, mod, pos = (x.gather(1, kept) for x in (beside(batch.enc_ids), mod, beside(batch.enc_pos)))
+    dense = {name: replace(part, slots=place.flatten()[part.slots])
+             for name, part in batch.dense.items()}
+    part = torch.where(mod == PADDING, PADDING, kept // slots)
+    return replace(batch, enc_ids=ids, enc_mod=mod, enc_pos=pos, enc_part=part, dense=dense), place
+
+
+def _apart(values: Tensor, place: Tensor) -> Tensor:
+    """Vectors [B,H,N,Dh] of the slots that lie at `place` [B,N] of [R,H,P,Dh]."""
+    return values.transpose(1, 2).flatten(0, 1)[place].transpose(1, 2)
+
+
 @dataclass
 class Context:
     """The encoder's output as the decoder's layers read it."""
@@ -89,20 +126,28 @@ class Context:
     caches: list[LayerCache]
 
     @classmethod
-    def read(cls, model: FourM, shown: Mapping[str, Shown]) -> Context:
-        """Runs the encoder, and the decoder's key and value projections of its output."""
-        batch = gather_inputs(model.config, shown)
-        encoded = model.encode(batch)
+    def read(cls, model: FourM, shown: Mapping[str, Shown], branches: int = 1) -> Context:
+        """Runs the encoder, and the decoder's key and value projections of its output, over the
+        rows of all `branches`, which lie below one another."""
+        batch, place = gather_inputs(model.config, shown), None
+        given = batch
+        if branches > 1 and model.register_tokens is None:
+            given, place = side_by_side(batch, branches)
+        encoded = model.encode(given)
+        if place is not None:
+            mask = additive(key_mask(batch.enc_mod), encoded.mask.dtype)
+            encoded = Encoded(encoded.context, mask)
         seen = (batch.enc_mod >= 0).any(1)
         if model.register_tokens is not None:
             seen = torch.ones_like(seen)
         caches = []
         for layer in model.decoder:
             block = cast(DecoderBlock, layer)
-            keys, values = block.cross_attn.keys(block.context_norm(encoded.context))
+            pair = block.cross_attn.keys(block.context_norm(encoded.context))
+            if place is not None:
+                pair = _apart(pair[0], place), _apart(pair[1], place)
             # A row without any input takes nothing from cross-attention.
-            values = values * seen.view(-1, 1, 1, 1)
-            caches.append(LayerCache(cross_kv=(keys, values)))
+            caches.append(LayerCache(cross_kv=(pair[0], pair[1] * seen.view(-1, 1, 1, 1))))
         return cls(encoded, caches)
 
     def pick(self, index: Tensor) -> None:

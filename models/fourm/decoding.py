@@ -259,7 +259,7 @@ class _Run:
     ) -> Tensor:
         """Guided logits [R, M, V] of the grid positions `places` [R, M]."""
         inputs, weights = guidance.inputs(self.model.config, shown, self.spec.name)
-        context = Context.read(self.model, inputs)
+        context = Context.read(self.model, inputs, len(weights) + 1)
         position = places.repeat(len(weights) + 1, 1)
         return self._logits(context, torch.zeros_like(position), position, weights, places)
 
@@ -293,7 +293,7 @@ class _Run:
         elif self.grammar or not bool(holes.all()):
             raise ValueError(f"{spec.name}: to fill holes, every row needs one, and no grammar")
         inputs, weights = guidance.inputs(self.model.config, shown, spec.name)
-        context = Context.read(self.model, inputs)
+        context = Context.read(self.model, inputs, len(weights) + 1)
         if copies > 1:
             slots = torch.arange((len(weights) + 1) * len(seeds), device=device)
             context.pick(slots.repeat_interleave(copies))

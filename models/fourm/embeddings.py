@@ -92,6 +92,9 @@ class TokenTable(nn.Module):
     """One matrix [sum of vocabularies, D] over several discrete modalities."""
 
     start: Tensor
+    collected: list[tuple[Tensor, Tensor]] | None = None
+    """Where it is a list, look-ups leave their gradients there, (rows [n], vectors [n, D]), instead
+    of filling a matrix of zeros with them: for trainings that add them up themselves."""
 
     def __init__(
         self, specs: Sequence[ModalitySpec], used: Sequence[bool], dim: int, std: float = 0.02
@@ -108,14 +111,10 @@ class TokenTable(nn.Module):
 
     def forward(self, modality: Tensor, ids: Tensor) -> Tensor:
         """Rows [..., D]; slots of modalities without a table read some row of no meaning."""
-        return nn.functional.embedding(self.start[modality] + ids, self.weight)
-
-    def shared(self, modality: Tensor, ids: Tensor) -> Tensor:
-        """The same for a matrix that is used elsewhere too, whose gradient is added to that one
-        row by row instead of filling a matrix of its own."""
-        if torch.compiler.is_compiling():
-            return self(modality, ids)
-        return _Shared.apply(self.weight, self.start[modality] + ids)
+        rows = self.start[modality] + ids
+        if self.collected is None or torch.compiler.is_compiling():
+            return nn.functional.embedding(rows, self.weight)
+        return _Collected.apply(self.weight, rows, self.collected)
 
     def rows(self, spec: ModalitySpec) -> Tensor:
         """The matrix [V, D] of one modality, a view."""
@@ -123,22 +122,23 @@ class TokenTable(nn.Module):
         return self.weight[start : start + spec.vocab_size]
 
 
-class _Shared(torch.autograd.Function):
-    """A look-up with a sparse gradient: autograd adds it in place to a dense one."""
+class _Collected(torch.autograd.Function):
+    """A look-up whose gradient goes to a list."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, rows: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, rows: Tensor, collected: list[tuple[Tensor, Tensor]]
+    ) -> Tensor:
         ctx.save_for_backward(rows)
-        ctx.shape = weight.shape
+        ctx.collected = collected
         return nn.functional.embedding(rows, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
         (rows,) = ctx.saved_tensors
-        values = grad.reshape(-1, grad.shape[-1])
-        return torch.sparse_coo_tensor(rows.reshape(1, -1), values, ctx.shape,
-                                       check_invariants=False), None
+        ctx.collected.append((rows.flatten(), grad.reshape(-1, grad.shape[-1])))
+        return None, None, None
 
 
 class DenseInput(nn.Module):

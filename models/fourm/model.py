@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.fourm.attention import PADDING, additive, attention, key_mask, target_mask
+from models.fourm.attention import (
+    PADDING,
+    additive,
+    attention,
+    key_mask,
+    part_mask,
+    target_mask,
+)
 from models.fourm.batch import IGNORED, Batch
 from models.fourm.embeddings import DenseInput, Positions, TokenTable
 from models.fourm.losses import summed_losses
@@ -229,7 +236,8 @@ class FourM(nn.Module):
         return x * used, emb * used
 
     def encode(self, batch: Batch) -> Encoded:
-        """Runs the encoder over the inputs of `batch`."""
+        """Runs the encoder over the inputs of `batch`; where a row holds several of them, the mask
+        is the one among its slots [B,1,N,N]."""
         x, emb, mask = self._encoded(batch)
         return Encoded(self.decoder_proj_context(x) + emb, mask)
 
@@ -248,7 +256,8 @@ class FourM(nn.Module):
             x = torch.cat([registers, x], 1)
             emb = F.pad(emb, (0, 0, registers.shape[1], 0))
             modality = F.pad(modality, (registers.shape[1], 0))
-        mask = additive(key_mask(modality), self._dtype(x))
+        allowed = key_mask(modality) if batch.enc_part is None else part_mask(batch.enc_part)
+        mask = additive(allowed, self._dtype(x))
         for block in self.encoder:
             x = block(x, mask)
         return self.encoder_norm(x), emb, mask
@@ -257,8 +266,7 @@ class FourM(nn.Module):
         """Decoder input [B,M,D]: mask token or the preceding token, plus position and modality."""
         used = (modality != PADDING).unsqueeze(2)
         modality = modality.clamp(min=0)
-        fed = self.heads.shared(modality, ids) if self.dec_tokens is None else \
-            self.dec_tokens(modality, ids)
+        fed = (self.heads if self.dec_tokens is None else self.dec_tokens)(modality, ids)
         x = torch.where(self.is_grid[modality].unsqueeze(2), self.mask_token, fed)
         emb = self.dec_positions(modality, position) + F.embedding(modality, self.dec_modality)
         return (x + emb) * used

@@ -9,9 +9,7 @@ from torch.nn import functional as F
 
 from models.fourm import losses
 from models.fourm.batch import IGNORED
-from models.fourm.embeddings import TokenTable
 from models.fourm.losses import summed_losses
-from models.fourm.spec import ModalitySpec
 
 SIZES, ROWS, DIM = (7, 30, 11), (5, 64, 0), 8
 
@@ -66,17 +64,3 @@ def test_without_gradients_scores_stay_what_they_are_and_a_frozen_matrix_gets_no
     summed_losses(hidden, frozen, targets, SIZES).sum().backward()
     assert frozen.grad is None
     assert hidden.grad.abs().sum() > 0
-
-
-def test_a_shared_table_gets_one_dense_gradient_from_both_of_its_uses():
-    spec = ModalitySpec(name="caption", kind="seq", max_tokens=4, vocab_size=9)
-    table = TokenTable([spec], [True], DIM)
-    ids, modality = torch.tensor([[1, 2, 2]]), torch.zeros(1, 3, dtype=torch.long)
-    found = []
-    for look_up in (table.shared, table):
-        table.zero_grad()
-        rows = look_up(modality, ids)
-        summed_losses(rows[0] ** 2, table.weight, [ids[0]], [9]).sum().backward()
-        assert not table.weight.grad.is_sparse
-        found.append(table.weight.grad)
-    torch.testing.assert_close(*found)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.fourm.conditions import LAST, Shown, gather_inputs
+from models.fourm.conditions import LAST, Context, Shown, gather_inputs, side_by_side
 from models.fourm.decoding import Decoding, Drawn, Step, as_condition, draw
 from models.fourm.ensemble import combine, vote_boxes
 from models.fourm.generate import Generator, read_boxes
@@ -16,7 +16,7 @@ from models.fourm.guidance import Branch
 from models.fourm.model import FourM
 from models.fourm.sampling import filtered, sample, uniform
 from models.fourm.schedules import temperature_schedule, token_schedule
-from tests.models.tiny_fourm import Grey, network, small_text, words
+from tests.models.tiny_fourm import GRID, Grey, network, small_text, words
 from tests.models.tiny_fourm import tokens as grid
 from tokenizers_vq.text import TextTokenizer
 
@@ -264,3 +264,31 @@ def test_boxes_are_voted_for() -> None:
     assert voted[0]["score"] > 0.9 > 0.4 > voted[1]["score"]
     assert voted[0]["box"] == pytest.approx([0.1067, 0.1, 0.5, 0.5067], abs=1e-3)
     assert vote_boxes([seen(), seen()]) == {"instances": []}
+
+
+@pytest.mark.parametrize("seen", [0, 3])
+def test_branches_that_show_little_share_a_row_and_are_read_as_if_alone(
+    model: FourM, seen: int
+) -> None:
+    pixels = Shown(torch.randint(0, 256, (4, GRID, 768), dtype=torch.uint8),
+                   torch.tensor([[False], [False], [True], [True]]).expand(4, GRID))
+    depth = Shown(grid(4).values, (torch.arange(GRID) < seen).expand(4, GRID))
+    shown = {"rgb@64": pixels, "tok_depth@64": depth}
+    whole = gather_inputs(model.config, shown)
+    assert side_by_side(whole, 2)[0].enc_mod.shape == (2, GRID + 2 * seen)
+    with torch.inference_mode():
+        found, alone = (Context.read(model, shown, branches) for branches in (2, 1))
+    used = (whole.enc_mod >= 0)[:, None, :, None]
+    assert torch.equal(found.encoded.mask, alone.encoded.mask)
+    for ours, theirs in zip(found.caches, alone.caches, strict=True):
+        assert ours.cross_kv is not None
+        assert theirs.cross_kv is not None
+        for one, other in zip(ours.cross_kv, theirs.cross_kv, strict=True):
+            assert torch.allclose(one * used, other * used, atol=1e-5)
+
+
+def test_branches_that_show_as_much_keep_rows_of_their_own(model: FourM) -> None:
+    whole = gather_inputs(model.config, {"tok_rgb@64": grid(4)})
+    batch, place = side_by_side(whole, 2)
+    assert batch is whole
+    assert place is None
