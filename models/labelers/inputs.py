@@ -29,6 +29,7 @@ class Inputs:
 
     def __init__(self, labeler: Labeler, processor: Any, **fixed: Any) -> None:
         self.processor, self._device, self._fixed = processor, labeler.device, fixed
+        self._compiled = labeler.spec.compile
         self._images = getattr(processor, "image_processor", processor)
         on_device = getattr(self._images, "backend", "") == "torchvision" and not _lanczos(
             self._images
@@ -49,7 +50,10 @@ class Inputs:
         """
         pixels = rows(images, self._place)
         made = self.processor(images=pixels, return_tensors="pt", **self._fixed, **more)
-        return made.to(self._device)
+        made = made.to(self._device)
+        if self._compiled:  # kernels know how their input lies in memory: always in one way
+            made["pixel_values"] = made["pixel_values"].contiguous()
+        return made
 
     def _shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape in which the network sees pictures of a size, without a pixel being computed; of a

@@ -156,7 +156,8 @@ def test_a_set_of_mixed_aspect_ratios_fills_its_batches():
     processor = hf.DPTImageProcessor(
         size={"height": 518, "width": 518}, keep_aspect_ratio=True, ensure_multiple_of=14
     )
-    inputs = Inputs(SimpleNamespace(device="cpu"), processor)
+    spec = LabelerSpec("depth", ("depth",), "none", device="cpu")
+    inputs = Inputs(SimpleNamespace(device=torch.device("cpu"), spec=spec), processor)
     buckets: Buckets[tuple[int, int]] = Buckets(size=8, most=MOST_PIXELS)
     full = sum(len(batch) == 8 for size in sizes
                for batch in buckets.add(size, kind=inputs.shape(*size), cost=size[0] * size[1]))
