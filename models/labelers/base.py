@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from infra.fitting import FittingBatches
 from infra.machine import check_compiler, fast_bf16
 
+logger = logging.getLogger("fourm.label")
 Image = NDArray[np.uint8]
 """An RGB image, uint8 [H, W, 3]."""
 
@@ -142,6 +144,7 @@ class Labeler(ABC):
             precision
         ]
         self._batches = FittingBatches(spec.batch_size, f"labeler {spec.name}")
+        self._compiled: list[Any] = []
 
     def pretrained(self) -> dict[str, Any]:
         """Arguments that every `from_pretrained` of a model or processor gets."""
@@ -159,10 +162,12 @@ class Labeler(ABC):
         """Return a network whose calls are compiled, if the specification says so.
 
         Each shape of its input has kernels of its own, which know the shape (see `filled`), up to
-        torch's limit of 8 shapes; in others it runs as it is.
+        torch's limit of 8 shapes; in others it runs as it is, and so it does from a compilation on
+        that fails.
         """
         if self.spec.compile:
             network.compile(dynamic=False)
+            self._compiled.append(network)
         return network
 
     @contextmanager
@@ -238,13 +243,29 @@ class Labeler(ABC):
         self, items: Sequence[Any], numbers: list[int], results: dict[str, list[Any]]
     ) -> None:
         def label(chosen: Sequence[int]) -> dict[str, list[Any]]:
-            with self.inference():
-                return self.predict(self.filled([items[number] for number in chosen]))
+            batch = self.filled([items[number] for number in chosen])
+            return self._predict_compiled(batch) if self._compiled else self._predict(batch)
 
         for chosen, values in self._batches(label, numbers):
             for name in self.spec.outputs:
                 for number, value in zip(chosen, values[name], strict=not self.spec.compile):
                     results[name][number] = value
+
+    def _predict(self, items: list[Any]) -> dict[str, list[Any]]:
+        with self.inference():
+            return self.predict(items)
+
+    def _predict_compiled(self, items: list[Any]) -> dict[str, list[Any]]:
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            return self._predict(items)
+        except TorchDynamoException as error:
+            # Such as a kernel that a killed process left half written in torch's cache.
+            logger.warning("%s: goes on uncompiled: %s", self.spec.name, str(error)[:500])
+        while self._compiled:
+            self._compiled.pop()._compiled_call_impl = None
+        return self._predict(items)
 
     def filled(self, items: list[Any]) -> list[Any]:
         """Items of a batch; for a compiled network of a full one, the last item repeated, so that

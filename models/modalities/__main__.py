@@ -97,7 +97,8 @@ gives one labeler workers, a batch and GPUs of its own and runs its network thro
 a minute or more for each shape of its input, up to torch's limit of 8 shapes (others run as they
 are). That is for large sets and networks that see one shape: on a CPU the shipped networks take
 between half and 1.4 times the time afterwards, and no GPU was at hand to measure it. It needs g++
-on CPUs and triton on GPUs; the run stops before its first picture where they are missing.
+on CPUs and triton on GPUs; the run stops before its first picture where they are missing. Where
+compiling itself fails the log says so, and the network runs as it is.
 Labels keep their fingerprint, as with another batch size or device: all of these add up the same
 products in another order and move a value by its last bits. %s
 have no network to compile; of `caption` the part that looks at the picture is compiled, of `sam`

@@ -163,6 +163,27 @@ class Doubling(Labeler):
         return {"depth": list(self.model(pixels)[:, 0].numpy())}
 
 
+def test_a_compilation_that_fails_is_told_and_the_network_runs_as_it_is(monkeypatch, caplog):
+    dynamo.reset()
+    compile_it = torch.compile
+
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise OSError("kernel.so: file too short")
+
+    monkeypatch.setattr(
+        torch, "compile", lambda call, **options: compile_it(call, **options, backend=broken)
+    )
+    monkeypatch.setattr("models.labelers.base.check_compiler", lambda device: None)
+    labeler = Doubling(LabelerSpec("depth", ("depth",), "x", batch_size=2, device="cpu",
+                                   precision="fp32", compile=True))  # fmt: skip
+    with caplog.at_level("WARNING", "fourm.label"):
+        values = labeler.label([np.full((6, 5, 3), level, np.uint8) for level in (1, 7, 9)])
+    assert [float(value.mean()) for value in values["depth"]] == pytest.approx([2, 14, 18])
+    assert caplog.text.count("depth: goes on uncompiled") == 1
+    assert "file too short" in caplog.text
+    dynamo.reset()
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_machine_code_labels_as_the_network_does():
     dynamo.reset()
