@@ -228,7 +228,7 @@ class TokenizeOptions(Form):
     )
     sizes: list[Annotated[int, Field(ge=16)]] = Field(
         [], description="Sides of the crops, pixels: a token set for each, of the same regions, as "
-        "224,448 for super-resolution; none: that of the tokenizers."
+        "224,448 for super-resolution; pictures should be stored as large. None: the tokenizers'."
     )  # fmt: skip
     crops: int = Field(4, ge=1, le=64, description="Crops of a sample; crop 0 is the centre.")
     min_scale: float = Field(0.8, gt=0, le=1, description="Least area of a random crop, a share.")

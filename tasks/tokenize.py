@@ -99,7 +99,9 @@ def token_stage(
         params |= {"codes": codes.path, "codes_fingerprint": codes.fingerprint}
     if kept:
         params["tokens"] = tokenizer.length(policy.size, kept)
-    if size and not tokenizer.patch:
+    if size and tokenizer.patch:
+        tokenizer.length(size)  # refuses a side that cuts a token in two
+    elif size:
         params["tokens"] = tokenizer.num_tokens * size**2 // policy.size**2
     return Stage(
         name=f"tokens:{modality}:{size}" if size else f"tokens:{modality}",

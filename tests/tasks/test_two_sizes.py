@@ -24,6 +24,7 @@ from tasks.generate import How, generate
 from tasks.interchange import build_work, export_set, finish_import, import_jobs
 from tasks.publish import is_current, publish_tokens
 from tasks.specs import chosen_specs, modality_specs
+from tasks.tokenize import token_stage
 from tasks.tokenizer_data import read_values
 from tasks.train import FourMTask, train_fourm
 from tests.tasks.test_token_choices import ROWS, SMALL, _ingested, _label, _tokenize
@@ -164,6 +165,9 @@ def test_a_size_that_cuts_a_token_in_two_is_refused_before_any_work(made):
     choices = TokenizeOptions(sizes=[LOW, 60]).model_dump()
     with pytest.raises(ValueError, match="60 is no multiple of the 8 px of a token of rgb"):
         check("tokenize", {**choices, "root": store.url})
+    chain = made[2]
+    with pytest.raises(ValueError, match="rgb: a side of 60 px is no multiple of the 8 px"):
+        token_stage("rgb", chain.tokenizers["rgb"], chain.crops, chain.fetch, size=60)
 
 
 def test_features_of_a_labeler_that_knows_no_sizes_stay_at_one(tmp_path: Path):
