@@ -7,7 +7,6 @@ the same whatever it is batched with.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -16,8 +15,6 @@ from torch import Tensor
 
 GREEDY = 1e-8
 """Temperatures up to this one take the most likely token."""
-
-_SORTED_AT_ONCE = 1 << 18  # values that are worth a thread: about a millisecond
 
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # constants of the splitmix64 generator
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -70,21 +67,10 @@ def filtered(logits: Tensor, top_k: float = 0, top_p: float = 0.0) -> Tensor:
 
 def _descending(values: Tensor) -> Tensor:
     """Values [..., V] sorted along the last dimension. NumPy sorts rows on a CPU with vector
-    instructions, several times faster than torch, and many of them on all its threads."""
+    instructions, several times faster than torch."""
     if values.device.type != "cpu" or values.dtype != torch.float32:
         return values.sort(dim=-1, descending=True).values
-    rows = values.detach().reshape(-1, values.shape[-1]).numpy().copy()
-    threads = min(torch.get_num_threads(), -(-rows.size // _SORTED_AT_ONCE))
-    if threads > 1:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(_sort_rows, np.array_split(rows, threads)))
-    else:
-        _sort_rows(rows)
-    return torch.from_numpy(rows).flip(-1).view(values.shape)
-
-
-def _sort_rows(rows: NDArray[np.float32]) -> None:
-    rows.sort(axis=-1)
+    return torch.from_numpy(np.sort(values.detach().numpy(), axis=-1)).flip(-1)
 
 
 def sample(

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from models.fourm import sampling
 from models.fourm.conditions import LAST, Context, Shown, gather_inputs, side_by_side
 from models.fourm.decoding import Decoding, Drawn, Step, as_condition, draw
 from models.fourm.ensemble import combine, vote_boxes
@@ -82,16 +81,6 @@ def test_filters_keep_the_likely_tokens_of_untempered_logits() -> None:
     assert torch.isfinite(filtered(logits, top_p=0.7)).tolist() == [[True, True, False, False]]
     even = torch.zeros(1, 4)
     assert torch.isfinite(filtered(even, top_p=0.3)).all()  # none is likelier than the others
-
-
-def test_rows_are_filtered_alike_by_one_thread_and_by_several(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    logits = torch.randn(3, 7, 50)
-    alone = filtered(logits, top_p=0.7)
-    monkeypatch.setattr(sampling, "_SORTED_AT_ONCE", 100)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert torch.equal(filtered(logits, top_p=0.7), alone)
 
 
 def test_samples_follow_their_probabilities_and_greedy_takes_the_best() -> None:
