@@ -7,7 +7,7 @@ flows need not be told again. Secrets have no place here: parameters are stored 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
@@ -25,9 +25,7 @@ from pipelines.model_params import (
 SourceFormat = Literal["auto", "tsv", "csv", "jsonl", "parquet", "folder", "webdataset"]
 RetryReason = Literal["timeout", "connect", "dns", "rate_limited", "server_error", "truncated"]
 
-ALL_RETRIES: list[RetryReason] = [
-    "timeout", "connect", "dns", "rate_limited", "server_error", "truncated",
-]  # fmt: skip
+ALL_RETRIES: list[RetryReason] = list(get_args(RetryReason))
 
 
 def _known_labeler(name: str) -> str:
