@@ -20,11 +20,6 @@ Spacing = Literal["trailing", "linspace", "leading"]
 SHIFTED = "shifted_cosine:"
 _MAX_LOG_SNR = 15.0
 _MAX_BETA = 0.999
-_ADAMS_BASHFORTH = {
-    2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}  # fmt: skip
-"""Shares of so many answers, the latest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,41 +122,6 @@ class Diffusion:
             at = torch.full((len(x),), t, device=x.device)
             _, x = self.step(denoise(x, at), x, t, t - self.steps // steps, eta, generator)
         return x
-
-    def sample_multistep(
-        self, denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor, *, steps: int = 50
-    ) -> Tensor:
-        """Walks from noise to values as Stable Diffusion does: by the linear multistep rule of PNDM
-        (Liu et al., arXiv 2202.09778), which extrapolates from the last four answers.
-
-        Args:
-            denoise: As of `sample`.
-            noise: x_T [B, ...].
-            steps: Steps visited; the second one is asked twice, to begin with.
-        """
-        first, *rest = [min(t + 1, self.steps - 1) for t in timesteps(self.steps, steps, "leading")]
-        stride, x = self.steps // steps, noise
-
-        def told(x: Tensor, t: int) -> Tensor:
-            at = torch.full((len(x),), t, device=x.device)
-            return self.split(denoise(x, at), x, at)[1]
-
-        seen = [told(x, first)]
-        if rest:
-            ahead = self._moved(x, seen[0], first, rest[0])
-            x = self._moved(x, (seen[0] + told(ahead, rest[0])) / 2, first, rest[0])
-        for t in rest:
-            seen = [told(x, t), *seen[:3]]
-            rule = _ADAMS_BASHFORTH[len(seen)]
-            mixed = sum((share * each for share, each in zip(rule, seen, strict=True)), 0 * x)
-            x = self._moved(x, mixed, t, max(t - stride, 0))
-        return x if rest else self._moved(x, seen[0], first, 0)
-
-    def _moved(self, xt: Tensor, noise: Tensor, t: int, before: int) -> Tensor:
-        """x at `before`, of x_t and the noise in it."""
-        a, a_before = self.alphas()[t].item(), self.alphas()[before].item()
-        x0 = (xt - math.sqrt(1 - a) * noise) / math.sqrt(a)
-        return math.sqrt(a_before) * x0 + math.sqrt(1 - a_before) * noise
 
     def step(
         self, output: Tensor, xt: Tensor, t: int, before: int, eta: float = 0.0,
