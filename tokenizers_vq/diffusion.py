@@ -17,9 +17,10 @@ from torch import Tensor
 
 Prediction = Literal["sample", "epsilon", "v_prediction", "v_prediction-epsilon_loss"]
 Spacing = Literal["trailing", "linspace", "leading"]
+STANDARD = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+"""Schedules of `diffusers`."""
 SHIFTED = "shifted_cosine:"
 _MAX_LOG_SNR = 15.0
-_MAX_BETA = 0.999
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,9 @@ class Diffusion:
     """Last noise variance of the schedules that have one."""
 
     def __post_init__(self) -> None:
-        if self.schedule not in _BETAS and not self.schedule.startswith(SHIFTED):
+        if self.schedule not in STANDARD and not self.schedule.startswith(SHIFTED):
             raise ValueError(
-                f"schedule={self.schedule!r}: choose one of {', '.join(_BETAS)}, {SHIFTED}<s>"
+                f"schedule={self.schedule!r}: choose one of {', '.join(STANDARD)}, {SHIFTED}<s>"
             )
         if self.prediction not in get_args(Prediction):
             raise ValueError(
@@ -56,8 +57,13 @@ class Diffusion:
         """a_t of all steps, float32 [T]."""
         if self.schedule.startswith(SHIFTED):
             return _shifted_cosine(self.steps, float(self.schedule.removeprefix(SHIFTED)))
-        alphas = (1 - _BETAS[self.schedule](self)).cumprod(0)
-        return _zero_terminal(alphas) if self.zero_terminal_snr else alphas
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler(
+            num_train_timesteps=self.steps, beta_schedule=self.schedule,
+            beta_start=self.beta_start, beta_end=self.beta_end,
+            rescale_betas_zero_snr=self.zero_terminal_snr,
+        ).alphas_cumprod
 
     def betas(self) -> Tensor:
         """Noise variance added by each step, float32 [T]."""
@@ -137,6 +143,8 @@ class Diffusion:
         x0, noise = self.split(output, xt, torch.full((len(xt),), t, device=xt.device))
         if self.clamp:
             x0 = x0.clamp(-1, 1)
+        # In double precision and bounded: in single precision, as the DDIM of diffusers has it, the
+        # noise of a step from pure noise can come out above all there is, and its rest as NaN.
         variance = (1 - a_before) / (1 - a) * (1 - a / a_before)
         sigma = eta * math.sqrt(max(variance, 0.0))
         out = math.sqrt(a_before) * x0 + math.sqrt(max(1 - a_before - sigma**2, 0.0)) * noise
@@ -165,32 +173,6 @@ def timesteps(total: int, steps: int, spacing: Spacing = "trailing") -> list[int
     raise ValueError(f"spacing={spacing!r}: choose one of {', '.join(get_args(Spacing))}")
 
 
-def _linear(d: Diffusion) -> Tensor:
-    return torch.linspace(d.beta_start, d.beta_end, d.steps)
-
-
-def _scaled_linear(d: Diffusion) -> Tensor:
-    return torch.linspace(d.beta_start**0.5, d.beta_end**0.5, d.steps).square()
-
-
-def _sigmoid(d: Diffusion) -> Tensor:
-    return torch.linspace(-6, 6, d.steps).sigmoid() * (d.beta_end - d.beta_start) + d.beta_start
-
-
-def _squared_cosine(d: Diffusion) -> Tensor:
-    at = torch.arange(d.steps + 1, dtype=torch.float64) / d.steps
-    alphas = ((at + 0.008) / 1.008 * math.pi / 2).cos().square()
-    return (1 - alphas[1:] / alphas[:-1]).clamp(max=_MAX_BETA).float()
-
-
-_BETAS: dict[str, Callable[[Diffusion], Tensor]] = {
-    "linear": _linear,
-    "scaled_linear": _scaled_linear,
-    "squaredcos_cap_v2": _squared_cosine,
-    "sigmoid": _sigmoid,
-}
-
-
 def _shifted_cosine(steps: int, shift: float) -> Tensor:
     """Cosine schedule with its log signal-to-noise ratio lowered by 2 log(shift)."""
     angle = torch.linspace(0, 1, steps, dtype=torch.float64) * math.pi / 2
@@ -199,9 +181,3 @@ def _shifted_cosine(steps: int, shift: float) -> Tensor:
     alphas = log_snr.clamp(max=_MAX_LOG_SNR).float().sigmoid()
     alphas[-1] = 0
     return alphas
-
-
-def _zero_terminal(alphas: Tensor) -> Tensor:
-    """Shifts and stretches sqrt(a) so that it ends at 0 and starts where it did."""
-    root = alphas.sqrt()
-    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()

@@ -54,6 +54,14 @@ def test_pure_noise_is_decoded_by_predictions_that_can():
         assert torch.allclose(noise, x, atol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [10, 25, 50])
+def test_sampling_with_noise_from_pure_noise_stays_finite(schedule, steps):
+    diffusion = Diffusion(schedule=schedule)
+    found = diffusion.sample(lambda x, t: x.sin(), torch.randn(1, 1, 4, 4), steps=steps, eta=1.0)
+    assert found.isfinite().all()
+
+
 def test_visited_steps():
     assert timesteps(1000, 4) == [999, 749, 499, 249]
     assert timesteps(1000, 3) == [999, 666, 333, 0]
