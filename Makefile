@@ -27,7 +27,7 @@ ready:
 	@test -f $(STAMP) || { test -x $(PY) && $(PY) -c 'import importlib.util as u; \
 	raise SystemExit(any(u.find_spec(m) is None for m in \
 	("torch", "transformers", "ray", "prefect", "s3fs", "typer", "torchmetrics", \
-	"segment_anything", "peft")))'; } \
+	"segment_anything", "diffusers", "peft")))'; } \
 	|| $(MAKE) setup
 
 demo: ready  ## Scenes in, a trained model out: the whole chain (28 minutes on 2 cores)

@@ -17,14 +17,10 @@ from torch import Tensor
 
 Prediction = Literal["sample", "epsilon", "v_prediction", "v_prediction-epsilon_loss"]
 Spacing = Literal["trailing", "linspace", "leading"]
+STANDARD = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+"""Schedules of `diffusers`."""
 SHIFTED = "shifted_cosine:"
 _MAX_LOG_SNR = 15.0
-_MAX_BETA = 0.999
-_ADAMS_BASHFORTH = {
-    2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}  # fmt: skip
-"""Shares of so many answers, the latest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +44,9 @@ class Diffusion:
     """Last noise variance of the schedules that have one."""
 
     def __post_init__(self) -> None:
-        if self.schedule not in _BETAS and not self.schedule.startswith(SHIFTED):
+        if self.schedule not in STANDARD and not self.schedule.startswith(SHIFTED):
             raise ValueError(
-                f"schedule={self.schedule!r}: choose one of {', '.join(_BETAS)}, {SHIFTED}<s>"
+                f"schedule={self.schedule!r}: choose one of {', '.join(STANDARD)}, {SHIFTED}<s>"
             )
         if self.prediction not in get_args(Prediction):
             raise ValueError(
@@ -61,8 +57,13 @@ class Diffusion:
         """a_t of all steps, float32 [T]."""
         if self.schedule.startswith(SHIFTED):
             return _shifted_cosine(self.steps, float(self.schedule.removeprefix(SHIFTED)))
-        alphas = (1 - _BETAS[self.schedule](self)).cumprod(0)
-        return _zero_terminal(alphas) if self.zero_terminal_snr else alphas
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler(
+            num_train_timesteps=self.steps, beta_schedule=self.schedule,
+            beta_start=self.beta_start, beta_end=self.beta_end,
+            rescale_betas_zero_snr=self.zero_terminal_snr,
+        ).alphas_cumprod
 
     def betas(self) -> Tensor:
         """Noise variance added by each step, float32 [T]."""
@@ -128,41 +129,6 @@ class Diffusion:
             _, x = self.step(denoise(x, at), x, t, t - self.steps // steps, eta, generator)
         return x
 
-    def sample_multistep(
-        self, denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor, *, steps: int = 50
-    ) -> Tensor:
-        """Walks from noise to values as Stable Diffusion does: by the linear multistep rule of PNDM
-        (Liu et al., arXiv 2202.09778), which extrapolates from the last four answers.
-
-        Args:
-            denoise: As of `sample`.
-            noise: x_T [B, ...].
-            steps: Steps visited; the second one is asked twice, to begin with.
-        """
-        first, *rest = [min(t + 1, self.steps - 1) for t in timesteps(self.steps, steps, "leading")]
-        stride, x = self.steps // steps, noise
-
-        def told(x: Tensor, t: int) -> Tensor:
-            at = torch.full((len(x),), t, device=x.device)
-            return self.split(denoise(x, at), x, at)[1]
-
-        seen = [told(x, first)]
-        if rest:
-            ahead = self._moved(x, seen[0], first, rest[0])
-            x = self._moved(x, (seen[0] + told(ahead, rest[0])) / 2, first, rest[0])
-        for t in rest:
-            seen = [told(x, t), *seen[:3]]
-            rule = _ADAMS_BASHFORTH[len(seen)]
-            mixed = sum((share * each for share, each in zip(rule, seen, strict=True)), 0 * x)
-            x = self._moved(x, mixed, t, max(t - stride, 0))
-        return x if rest else self._moved(x, seen[0], first, 0)
-
-    def _moved(self, xt: Tensor, noise: Tensor, t: int, before: int) -> Tensor:
-        """x at `before`, of x_t and the noise in it."""
-        a, a_before = self.alphas()[t].item(), self.alphas()[before].item()
-        x0 = (xt - math.sqrt(1 - a) * noise) / math.sqrt(a)
-        return math.sqrt(a_before) * x0 + math.sqrt(1 - a_before) * noise
-
     def step(
         self, output: Tensor, xt: Tensor, t: int, before: int, eta: float = 0.0,
         generator: torch.Generator | None = None,
@@ -177,6 +143,8 @@ class Diffusion:
         x0, noise = self.split(output, xt, torch.full((len(xt),), t, device=xt.device))
         if self.clamp:
             x0 = x0.clamp(-1, 1)
+        # In double precision and bounded: in single precision, as the DDIM of diffusers has it, the
+        # noise of a step from pure noise can come out above all there is, and its rest as NaN.
         variance = (1 - a_before) / (1 - a) * (1 - a / a_before)
         sigma = eta * math.sqrt(max(variance, 0.0))
         out = math.sqrt(a_before) * x0 + math.sqrt(max(1 - a_before - sigma**2, 0.0)) * noise
@@ -205,32 +173,6 @@ def timesteps(total: int, steps: int, spacing: Spacing = "trailing") -> list[int
     raise ValueError(f"spacing={spacing!r}: choose one of {', '.join(get_args(Spacing))}")
 
 
-def _linear(d: Diffusion) -> Tensor:
-    return torch.linspace(d.beta_start, d.beta_end, d.steps)
-
-
-def _scaled_linear(d: Diffusion) -> Tensor:
-    return torch.linspace(d.beta_start**0.5, d.beta_end**0.5, d.steps).square()
-
-
-def _sigmoid(d: Diffusion) -> Tensor:
-    return torch.linspace(-6, 6, d.steps).sigmoid() * (d.beta_end - d.beta_start) + d.beta_start
-
-
-def _squared_cosine(d: Diffusion) -> Tensor:
-    at = torch.arange(d.steps + 1, dtype=torch.float64) / d.steps
-    alphas = ((at + 0.008) / 1.008 * math.pi / 2).cos().square()
-    return (1 - alphas[1:] / alphas[:-1]).clamp(max=_MAX_BETA).float()
-
-
-_BETAS: dict[str, Callable[[Diffusion], Tensor]] = {
-    "linear": _linear,
-    "scaled_linear": _scaled_linear,
-    "squaredcos_cap_v2": _squared_cosine,
-    "sigmoid": _sigmoid,
-}
-
-
 def _shifted_cosine(steps: int, shift: float) -> Tensor:
     """Cosine schedule with its log signal-to-noise ratio lowered by 2 log(shift)."""
     angle = torch.linspace(0, 1, steps, dtype=torch.float64) * math.pi / 2
@@ -239,9 +181,3 @@ def _shifted_cosine(steps: int, shift: float) -> Tensor:
     alphas = log_snr.clamp(max=_MAX_LOG_SNR).float().sigmoid()
     alphas[-1] = 0
     return alphas
-
-
-def _zero_terminal(alphas: Tensor) -> Tensor:
-    """Shifts and stretches sqrt(a) so that it ends at 0 and starts where it did."""
-    root = alphas.sqrt()
-    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()

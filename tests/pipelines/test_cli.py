@@ -14,7 +14,7 @@ from pipelines.cli import app
 from pipelines.params import COMMANDS, TOOLS
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("torch", "ray", "prefect", "transformers", "pandas", "pyarrow")
+HEAVY = ("torch", "ray", "prefect", "transformers", "diffusers", "pandas", "pyarrow")
 
 
 def _run(*arguments: str) -> tuple[int, str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +24,15 @@ from tasks.tokenizer_health import HealthCheck
 from tasks.tokenizer_recipes import RELEASED, tokenizer_recipe
 from tasks.tokenizer_task import reconstruction_task
 from tasks.trainer import Trainer
-from tokenizers_vq.released.autoencoder import Autoencoder, AutoencoderSizes
 from tokenizers_vq.released.codebooks import MovingCodebook
-from tokenizers_vq.released.controlnet import VQControlNet, control_widths, parts_of
+from tokenizers_vq.released.controlnet import (
+    SteeredDenoiser,
+    VQControlNet,
+    control_widths,
+    sample_multistep,
+)
 from tokenizers_vq.released.network import ReleasedShape, Sampling
-from tokenizers_vq.released.stable_unet import ControlNet, LatentUNet, UNetSizes
+from tokenizers_vq.released.stable import AutoencoderSizes, UNetSizes
 from tokenizers_vq.released.vit import ViTEncoder
 from tokenizers_vq.tokenizer import Tokenizer, from_files
 
@@ -41,7 +47,7 @@ OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 def _net() -> VQControlNet:
     """Random weights throughout, so that a part that is not loaded shows; 2 x 2 tokens of 8 px."""
     torch.manual_seed(0)
-    decoder, vae = parts_of(UNET, VAE, LATENT, (LATENT, 8, 16))
+    decoder, vae = SteeredDenoiser(UNET.build(), LATENT, (LATENT, 8, 16)), VAE.build()
     encoder = ViTEncoder(channels=3, patch=8, width=16, depth=1, heads=2, hidden=32, grid=TOKENS,
                          post_hidden=32)
     shape = ReleasedShape(vocab_size=32, channels=3, patch=8, grid=2, codebooks=1, num_classes=0)
@@ -170,8 +176,8 @@ def _count(net: torch.nn.Module) -> tuple[int, int]:
 
 def test_the_defaults_are_the_networks_of_stable_diffusion_and_their_published_names():
     with torch.device("meta"):
-        unet, vae = LatentUNet(UNetSizes()), Autoencoder(AutoencoderSizes())
-        control = ControlNet(UNetSizes(), 32, control_widths(32))
+        unet, vae = UNetSizes().build(), AutoencoderSizes().build()
+        control = SteeredDenoiser(unet, 32, control_widths(32)).controlnet
     assert _count(unet) == (686, 859_520_964)
     assert _count(vae) == (248, 83_653_863)
     # The published ControlNet has 361,279,120, 1,086,480 of which read a picture of 8 times the
@@ -210,21 +216,22 @@ def _input(*shape: int) -> torch.Tensor:
     return torch.cos(torch.arange(math.prod(shape), dtype=torch.float64) * 0.37).view(shape).float()
 
 
-def test_denoiser_control_and_autoencoder_give_the_numbers_of_diffusers():
-    """Recorded with diffusers 0.42.1 at the same sizes and weights."""
-    unet = _waves(LatentUNet(UNET))
+def test_denoiser_control_and_autoencoder_give_the_recorded_numbers():
+    """Recorded with networks of diffusers 0.42.1 whose sizes were given by hand."""
+    unet, vae = _waves(UNET.build()), _waves(VAE.build())
+    control = _waves(SteeredDenoiser(UNET.build(), 8, (8, 8, 16)).controlnet)
     x, t, context = _input(2, 4, 8, 8), torch.tensor([3, 700]), _input(2, 5, 16)
     with torch.no_grad():
-        plain = unet(x, t, context)
-        skips = [0.1 * _input(*each.shape) for each in unet.halfway(
-            x, unet.time_embedding(t), context)[0]]
-        told = unet(x, t, context, (skips, 0.1 * _input(2, 64, 4, 4)))
-        vae = _waves(Autoencoder(VAE))
-        mean, deviation = vae.encode(_input(1, 3, 16, 16))
-        picture = vae.decode(_input(1, 4, 8, 8))
-        control = _waves(ControlNet(UNET, 8, (8, 8, 16)))
-        heard, middle = control(x, t, context, _input(2, 8, 8, 8))
-    found = {"plain": plain, "told": told, "mean": mean, "deviation": deviation,
+        heard, middle = control(x, t, context, _input(2, 8, 8, 8), return_dict=False)
+        plain = unet(x, t, context).sample
+        told = unet(
+            x, t, context, down_block_additional_residuals=[0.1 * _input(*each.shape)
+                                                            for each in heard],
+            mid_block_additional_residual=0.1 * _input(2, 64, 4, 4),
+        ).sample
+        spread = vae.encode(_input(1, 3, 16, 16)).latent_dist
+        picture = vae.decode(_input(1, 4, 8, 8)).sample
+    found = {"plain": plain, "told": told, "mean": spread.mean, "deviation": spread.std,
              "picture": picture, "first": heard[0], "last": heard[-1], "middle": middle}
     for name, (total, corner) in RECORDED.items():
         assert float(found[name].abs().mean()) == pytest.approx(total, rel=1e-4), name
@@ -246,7 +253,7 @@ RECORDED = {
 ])
 def test_the_denoiser_gives_the_numbers_of_the_released_code(how, expected):
     """Recorded with the released decoder around networks of diffusers, on the same weights."""
-    decoder = _waves(parts_of(UNET, VAE, LATENT, (LATENT, 32, 96))[0])
+    decoder = _waves(SteeredDenoiser(UNET.build(), LATENT, (LATENT, 32, 96)))
     x, t, codes = _input(2, 4, 16, 16), torch.tensor([3, 700]), _input(2, LATENT, *TOKENS)
     if "hidden" in how:
         how = {"hidden": torch.tensor([[[True, False], [False, False]]] * 2)}
@@ -254,6 +261,41 @@ def test_the_denoiser_gives_the_numbers_of_the_released_code(how, expected):
         found = decoder(x, t, codes, **how)
     assert float(found.abs().mean()) == pytest.approx(expected[0], rel=1e-4)
     assert float(found.flatten()[7]) == pytest.approx(expected[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [
+    (1, (0.998754, 0.528409, -0.404821)), (2, (3.381278, 1.646709, -1.856324)),
+    (5, (9.314144, 3.539504, -4.078569)), (50, (6.357931, 4.511766, -4.455603)),
+])
+def test_latents_are_sampled_by_the_multistep_rule_of_stable_diffusion(steps, expected):
+    """Recorded with the PNDM scheduler of diffusers 0.42.1."""
+    asked = []
+
+    def denoise(x, t):
+        asked.append(int(t[0]))
+        return torch.sin(3 * x + t.float().view(-1, 1, 1, 1) / 300)
+
+    noise = torch.cos(torch.arange(16).float()).view(1, 1, 4, 4)
+    found = sample_multistep(denoise, noise, steps=steps)
+    assert found.flatten()[:3].tolist() == pytest.approx(expected, rel=1e-4)
+    assert len(asked) == (steps + 1 if steps > 1 else 1)
+    if steps == 5:
+        assert asked == [801, 601, 601, 401, 201, 1]
+
+
+def test_all_steps_can_be_visited_and_no_more():
+    asked = []
+
+    def denoise(x, t):
+        asked.append(int(t[0]))
+        return x
+
+    found = sample_multistep(denoise, torch.ones(1, 1, 1, 1), steps=1000)
+    assert (max(asked), min(asked)) == (999, 0)
+    assert found.isfinite().all()
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match=rf"steps={steps} must lie in 1\.\.1000"):
+            sample_multistep(denoise, found, steps=steps)
 
 
 SMALL = {
@@ -310,6 +352,12 @@ def test_training_moves_the_controlnet_alone_and_what_is_stored_opens_like_a_rel
     metrics = check(behind.net)
     assert check.counts.sum() == 2 * 4
     assert metrics["psnr"] > 0
+
+
+def test_tokenizers_are_imported_without_diffusers():
+    code = ("import sys, tokenizers_vq.tokenizer, tokenizers_vq.released.checkpoint, "
+            "tokenizers_vq.released.design; assert 'diffusers' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_a_controlnet_without_codes_to_learn_from_is_refused(tmp_path):

@@ -54,6 +54,14 @@ def test_pure_noise_is_decoded_by_predictions_that_can():
         assert torch.allclose(noise, x, atol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [10, 25, 50])
+def test_sampling_with_noise_from_pure_noise_stays_finite(schedule, steps):
+    diffusion = Diffusion(schedule=schedule)
+    found = diffusion.sample(lambda x, t: x.sin(), torch.randn(1, 1, 4, 4), steps=steps, eta=1.0)
+    assert found.isfinite().all()
+
+
 def test_visited_steps():
     assert timesteps(1000, 4) == [999, 749, 499, 249]
     assert timesteps(1000, 3) == [999, 666, 333, 0]
@@ -68,25 +76,3 @@ def test_unknown_schedules_and_predictions_are_refused_with_the_choices():
         Diffusion(schedule="cosine")
     with pytest.raises(ValueError, match="choose one of sample"):
         Diffusion(prediction="x0")
-
-
-@pytest.mark.parametrize(("steps", "expected"), [
-    (1, (0.998754, 0.528409, -0.404821)), (2, (3.381278, 1.646709, -1.856324)),
-    (5, (9.314144, 3.539504, -4.078569)), (50, (6.357931, 4.511766, -4.455603)),
-])
-def test_the_multistep_rule_gives_the_numbers_of_diffusers(steps, expected):
-    """Recorded with the PNDM scheduler of diffusers 0.42.1, as Stable Diffusion configures it."""
-    stable = Diffusion(schedule="scaled_linear", prediction="epsilon", zero_terminal_snr=False,
-                       clamp=False, beta_start=0.00085, beta_end=0.012)
-    asked = []
-
-    def denoise(x, t):
-        asked.append(int(t[0]))
-        return torch.sin(3 * x + t.float().view(-1, 1, 1, 1) / 300)
-
-    noise = torch.cos(torch.arange(16).float()).view(1, 1, 4, 4)
-    found = stable.sample_multistep(denoise, noise, steps=steps)
-    assert found.flatten()[:3].tolist() == pytest.approx(expected, rel=1e-4)
-    assert len(asked) == (steps + 1 if steps > 1 else 1)
-    if steps == 5:
-        assert asked == [801, 601, 601, 401, 201, 1]

@@ -23,7 +23,7 @@ from torch import Tensor
 from tokenizers_vq.diffusion import Diffusion
 from tokenizers_vq.released import stable
 from tokenizers_vq.released.codebooks import Memcodes, MovingCodebook
-from tokenizers_vq.released.controlnet import PICTURE, VQControlNet, parts_of
+from tokenizers_vq.released.controlnet import PICTURE, SteeredDenoiser, VQControlNet
 from tokenizers_vq.released.network import ReleasedShape, ReleasedVQ
 from tokenizers_vq.released.shapes import Shapes, require_equal
 from tokenizers_vq.released.unet import PatchedUNet
@@ -167,14 +167,12 @@ def _controlled(
         raise ValueError("the ControlNet reads codes through an adapter: that is not supported")
     convolutions = range(1, reads.count("blocks"), 2)
     widths = (reads["conv_in.weight"][0], *(reads[f"blocks.{i}.weight"][0] for i in convolutions))
-    decoder, vae = parts_of(
-        stable.unet_sizes(shapes.below("decoder.unet")),
-        stable.autoencoder_sizes(shapes.below("vae")), latent, widths,
-    )
+    unet = stable.unet_sizes(shapes.below("decoder.unet")).build()
+    vae = stable.autoencoder_sizes(shapes.below("vae")).build()
     picture = config.get("image_size_sd") or config.get("input_size_sd") or PICTURE
     return VQControlNet(
-        shape, encoder=encoder, quantize=quantize, latent=latent, width=width, decoder=decoder,
-        vae=vae, picture=int(picture),
+        shape, encoder=encoder, quantize=quantize, latent=latent, width=width,
+        decoder=SteeredDenoiser(unet, latent, widths), vae=vae, picture=int(picture),
     )
 
 

@@ -8,7 +8,7 @@ D code width, h, w grid of codes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from tokenizers_vq.diffusion import Diffusion
 from tokenizers_vq.quantizers import Quantized
-from tokenizers_vq.released.autoencoder import Autoencoder, AutoencoderSizes
 from tokenizers_vq.released.codebooks import MovingCodebook
 from tokenizers_vq.released.network import ReleasedShape, ReleasedVQ
 from tokenizers_vq.released.shapes import Shapes, require_equal
@@ -24,20 +23,22 @@ from tokenizers_vq.released.stable import (
     EMPTY,
     UNET,
     VAE,
+    AutoencoderSizes,
+    UNetSizes,
     autoencoder_sizes,
     read_stable,
     unet_sizes,
 )
-from tokenizers_vq.released.stable_unet import ControlNet, LatentUNet, UNetSizes
 from tokenizers_vq.released.vit import ViTEncoder
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 
 STABLE = Diffusion(
     schedule="scaled_linear", prediction="epsilon", zero_terminal_snr=False, clamp=False,
     beta_start=0.00085, beta_end=0.012,
 )  # fmt: skip
 """Noise of Stable Diffusion 1."""
-SCALE = 0.18215
-"""Factor of Stable Diffusion's latents, which brings them to unit variance."""
 PICTURE = 512
 """Side in pixels that Stable Diffusion 1 was trained on."""
 TEXT_TOKENS = 77
@@ -53,16 +54,20 @@ class SteeredDenoiser(nn.Module):
     """What `decoder.` of a released file holds: the UNet, its ControlNet, and the empty prompt.
 
     Args:
-        sizes: Of the UNet.
+        unet: Stable Diffusion's; the ControlNet begins as a copy of its first half that says
+            nothing.
         condition: D.
         widths: Of the convolutions that read the codes.
     """
 
-    def __init__(self, sizes: UNetSizes, condition: int, widths: tuple[int, ...]) -> None:
+    def __init__(
+        self, unet: UNet2DConditionModel, condition: int, widths: tuple[int, ...]
+    ) -> None:
         super().__init__()
-        self.unet = LatentUNet(sizes)
-        self.controlnet = ControlNet(sizes, condition, widths)
-        self.empty_str_encoding = nn.Parameter(torch.zeros(1, TEXT_TOKENS, sizes.context))
+        self.unet = unet
+        self.controlnet = _control(unet, condition, widths)
+        context = unet.config.cross_attention_dim
+        self.empty_str_encoding = nn.Parameter(torch.zeros(1, TEXT_TOKENS, context))
 
     def forward(
         self, xt: Tensor, t: Tensor, codes: Tensor, hidden: Tensor | None = None,
@@ -82,10 +87,12 @@ class SteeredDenoiser(nn.Module):
             codes = codes.masked_fill(hidden[:, None], 0.0)
         condition = F.interpolate(codes, size=xt.shape[2:], mode="nearest").to(xt.dtype)
         context = self.empty_str_encoding.expand(len(xt), -1, -1)
-        skips, middle = self.controlnet(xt, t, context, condition)
+        skips, middle = self.controlnet(xt, t, context, condition, return_dict=False)
         factor = 0.0 if silent else strength
-        told = [factor * each for each in skips], strength * middle
-        return self.unet(xt, t, context, told)
+        return self.unet(
+            xt, t, context, down_block_additional_residuals=[factor * each for each in skips],
+            mid_block_additional_residual=strength * middle,
+        ).sample
 
 
 class VQControlNet(ReleasedVQ):
@@ -110,13 +117,14 @@ class VQControlNet(ReleasedVQ):
 
     def __init__(
         self, shape: ReleasedShape, *, encoder: ViTEncoder, quantize: MovingCodebook, latent: int,
-        width: int, decoder: SteeredDenoiser, vae: Autoencoder, picture: int = PICTURE,
+        width: int, decoder: SteeredDenoiser, vae: AutoencoderKL, picture: int = PICTURE,
     ) -> None:
         super().__init__(
             shape, encoder=encoder, quantize=quantize, latent=latent, features=(width, 0),
             decoder=decoder, diffusion=STABLE,
         )
-        step = vae.sizes.factor * 2 ** (len(decoder.unet.down_blocks) - 1)
+        self._factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        step = self._factor * 2 ** (len(decoder.unet.config.block_out_channels) - 1)
         if picture % step:
             raise ValueError(f"a side of {picture} px: Stable Diffusion takes multiples of {step}")
         self.vae, self.picture, self.strength = vae, picture, 1.0
@@ -138,8 +146,8 @@ class VQControlNet(ReleasedVQ):
     def clean(self, x: Tensor) -> Tensor:
         """Latents [B, C, picture / 8, picture / 8] of pictures [B, 3, H, W], drawn as the
         autoencoder tells their spread."""
-        mean, deviation = self.vae.encode(_sized(x, self.picture))
-        return SCALE * (mean + deviation * torch.randn_like(mean))
+        drawn = self.vae.encode(_sized(x, self.picture)).latent_dist.sample()
+        return self.vae.config.scaling_factor * drawn
 
     def unguided(self, xt: Tensor, t: Tensor, latents: Tensor) -> Tensor:
         """What guidance leads away from: the ControlNet is silent."""
@@ -153,33 +161,69 @@ class VQControlNet(ReleasedVQ):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens [B, h, w] to pictures float32 [B, 3, picture, picture] in [-1, 1]."""
-        parts = (super().decode(tokens) / SCALE).split(_BATCH)
-        return torch.cat([self.vae.decode(part).float().clamp(-1, 1) for part in parts])
+        parts = (super().decode(tokens) / self.vae.config.scaling_factor).split(_BATCH)
+        return torch.cat([self.vae.decode(part).sample.float().clamp(-1, 1) for part in parts])
 
     def walk(
         self, denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
         """From noise to latents, by the rule that Stable Diffusion is sampled with."""
-        return STABLE.sample_multistep(denoise, noise, steps=self.sampling.steps)
+        return sample_multistep(denoise, noise, steps=self.sampling.steps)
 
     def noise_shape(self, latents: Tensor) -> tuple[int, ...]:
         """That of one sample's latents."""
-        side = self.picture // self.vae.sizes.factor
-        return 1, self.vae.sizes.latent, side, side
+        side = self.picture // self._factor
+        return 1, self.vae.config.latent_channels, side, side
 
     @property
     def _denoiser(self) -> SteeredDenoiser:
         return cast("SteeredDenoiser", self.decoder)
 
 
-def parts_of(
-    unet: UNetSizes, vae: AutoencoderSizes, condition: int, widths: tuple[int, ...]
-) -> tuple[SteeredDenoiser, Autoencoder]:
-    """Denoiser and autoencoder with fresh weights, the ControlNet as the UNet's silent copy."""
-    decoder = SteeredDenoiser(unet, condition, widths)
-    decoder.controlnet.begin(decoder.unet)
-    return decoder, Autoencoder(vae)
+def sample_multistep(
+    denoise: Callable[[Tensor, Tensor], Tensor], noise: Tensor, *, steps: int = 50
+) -> Tensor:
+    """Walks from noise to latents as Stable Diffusion does: by the linear multistep rule of PNDM
+    (Liu et al., arXiv 2202.09778).
+
+    Args:
+        denoise: (x_t [B, ...], t int64 [B]) to the noise in x_t.
+        noise: x_T [B, ...].
+        steps: Steps visited; the second one is asked twice, to begin with.
+
+    Raises:
+        ValueError: more steps than there are, or none.
+    """
+    from diffusers import PNDMScheduler
+
+    if not 1 <= steps <= STABLE.steps:
+        raise ValueError(f"steps={steps} must lie in 1..{STABLE.steps}")
+    scheduler = PNDMScheduler(
+        num_train_timesteps=STABLE.steps, beta_schedule=STABLE.schedule,
+        beta_start=STABLE.beta_start, beta_end=STABLE.beta_end, skip_prk_steps=True,
+        steps_offset=int(steps < STABLE.steps),  # beyond the last step there is none
+    )
+    scheduler.set_timesteps(steps)
+    x = noise
+    for t in scheduler.timesteps.tolist():
+        at = torch.full((len(x),), t, device=x.device)
+        x = scheduler.step(denoise(x, at), t, x).prev_sample
+    return x
+
+
+def _control(
+    unet: UNet2DConditionModel, condition: int, widths: tuple[int, ...]
+) -> ControlNetModel:
+    from diffusers import ControlNetModel
+
+    control = ControlNetModel.from_unet(
+        unet, conditioning_channels=condition, conditioning_embedding_out_channels=widths
+    )
+    # Pictures would be shrunk to the side of the latents; codes have it already.
+    for layer in control.controlnet_cond_embedding.blocks:
+        layer.stride = (1, 1)
+    return control
 
 
 def begun(
@@ -201,16 +245,16 @@ def begun(
         shapes = Shapes(tensors)
         unet = unet_sizes(shapes.below("decoder.unet"))
         vae = autoencoder_sizes(shapes.below("vae"))
-    decoder, autoencoder = parts_of(unet, vae, latent, control_widths(latent))
+    decoder = SteeredDenoiser(unet.build(), latent, control_widths(latent))
     net = VQControlNet(
-        shape, encoder=encoder, latent=latent, decoder=decoder, vae=autoencoder, **parts
+        shape, encoder=encoder, latent=latent, decoder=decoder, vae=vae.build(), **parts
     )
     if tensors:
         own = {name: value for name, value in net.state_dict().items()
                if name.startswith((UNET, VAE, EMPTY))}
         require_equal(own, tensors)
         net.load_state_dict(tensors, strict=False)
-        decoder.controlnet.begin(decoder.unet)
+        decoder.controlnet.load_state_dict(decoder.unet.state_dict(), strict=False)
     return net
 
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion's weights for ControlNet decoders: out of a folder, or of the hub.
+"""Stable Diffusion for ControlNet decoders: its networks, and its weights from a folder or the hub.
 
     folder/unet/diffusion_pytorch_model.safetensors      the denoiser
     folder/vae/diffusion_pytorch_model.safetensors       the autoencoder
@@ -11,15 +11,17 @@ that has its weights as `.bin` alone is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tokenizers_vq.released.autoencoder import AutoencoderSizes
 from tokenizers_vq.released.shapes import Shapes
-from tokenizers_vq.released.stable_unet import UNetSizes
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
 SOURCE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 """Hub id of Stable Diffusion 1.5; the released configuration names a repository that is gone."""
@@ -30,6 +32,57 @@ _RENAMED = {
     ".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0.",
 }  # fmt: skip
 """Former names in the autoencoder's attention, as files of the hub still have them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetSizes:
+    """Sizes of the UNet; the defaults are those of Stable Diffusion 1."""
+
+    latent: int = 4
+    """Channels of the latents."""
+    widths: tuple[int, ...] = (320, 640, 1280, 1280)
+    """Channels of each level, the finest first."""
+    blocks: int = 2
+    """Residual blocks of a level on the way down; on the way up one more."""
+    attends: tuple[bool, ...] = (True, True, True, False)
+    """Levels with attention."""
+    context: int = 768
+    """Width of the text encoder's tokens."""
+
+    def build(self) -> UNet2DConditionModel:
+        """The network with fresh weights."""
+        from diffusers import UNet2DConditionModel
+
+        kinds = [f"{'CrossAttn' if attends else ''}{{}}Block2D" for attends in self.attends]
+        return UNet2DConditionModel(
+            in_channels=self.latent, out_channels=self.latent, block_out_channels=self.widths,
+            layers_per_block=self.blocks, cross_attention_dim=self.context,
+            down_block_types=tuple(kind.format("Down") for kind in kinds),
+            up_block_types=tuple(kind.format("Up") for kind in reversed(kinds)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSizes:
+    """Sizes of the autoencoder; the defaults are those of Stable Diffusion 1."""
+
+    latent: int = 4
+    """Channels of the latents."""
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    """Channels of each level, the finest first."""
+    blocks: int = 2
+    """Residual blocks of a level of the encoder; the decoder has one more."""
+
+    def build(self) -> AutoencoderKL:
+        """The network with fresh weights."""
+        from diffusers import AutoencoderKL
+
+        levels = len(self.widths)
+        return AutoencoderKL(
+            latent_channels=self.latent, block_out_channels=self.widths,
+            layers_per_block=self.blocks, down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+        )
 
 
 def completed(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
