@@ -145,8 +145,9 @@ class Downloader:
         found = await self._attempt(0, str(url), rules=True)
         if found.reason == "ok":
             return found.body
-        if found.reason in RETRYABLE or found.reason == "too_large":
-            return Refusal(found.reason, f"{url}: {found.detail}")
+        passing = found.reason in RETRYABLE
+        if passing or found.reason == "too_large":
+            return Refusal(found.reason, f"{url}: {found.detail}", passing)
         return None
 
     async def _attempt(self, index: int, url: str, rules: bool = False) -> Download:

@@ -1,7 +1,7 @@
 """What a host's ``robots.txt`` lets us fetch, by the rules of RFC 9309.
 
 Each origin is asked once and remembered. A host that cannot say what it allows is not asked for
-pictures either: its rows end as its ``robots.txt`` did, to be tried again where that may help.
+pictures either: the rows that wait for it end as its ``robots.txt`` did, and later ones ask again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class Refusal:
 
     reason: str
     detail: str
+    passing: bool = False
+    """Whether the host may answer when it is asked again."""
 
 
 Answer = bytes | Refusal | None
@@ -57,6 +59,8 @@ class Robots:
         # Others wait for the same answer: whoever stops waiting must not stop the asking.
         rules = await asyncio.shield(asking)
         if isinstance(rules, Refusal):
+            if rules.passing and self._rules.get(origin) is asking:
+                del self._rules[origin]
             return rules
         if rules is None or rules.can_fetch(str(url), PRODUCT):
             return None

@@ -226,8 +226,8 @@ class Trainer:
             is_hidden=self.task.is_hidden,
         )
         self.held = held_rows(self.model)
-        alone = self.world == 1 and self.device.type == "cpu"
-        self.gradients = Gradients(self.model, by_rows=alone)
+        by_rows = self.world == 1 and self.device.type == "cpu"
+        self.gradients = Gradients(self.model, by_rows=by_rows)
         self.sharded = any(is_sharded(value) for value in self.model.parameters())
         self.mean = WeightMean(unique_tensors(self.model), config.ema_decay) \
             if config.ema_decay else None
@@ -307,8 +307,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate
         if not self.sharded and all(isinstance(o, torch.optim.AdamW) for o in self.optimizers):
-            # Its fused kernel clips, and looks at this flag on the device, so that the host need
-            # not wait for it.
+            # Its fused kernel clips, and looks at this flag on the device: the host need not wait.
             for optimizer in self.optimizers:
                 optimizer.grad_scale = excess  # type: ignore[attr-defined]
                 optimizer.found_inf = bad.float()  # type: ignore[attr-defined]

@@ -27,8 +27,10 @@ Allow: /private/but-this
 class Site:
     """A host that answers every path with a byte, and whose rules are as given."""
 
-    def __init__(self, rules: bytes | int, headers: dict[str, str] | None = None) -> None:
-        self._rules, self._headers = rules, headers
+    def __init__(
+        self, rules: bytes | int, headers: dict[str, str] | None = None, broken: int = 0
+    ) -> None:
+        self._rules, self._headers, self._broken = rules, headers, broken
         self.asked: Counter[str] = Counter()
 
     async def __aenter__(self) -> "Site":
@@ -51,6 +53,8 @@ class Site:
             return web.Response(body=b"x")
         if isinstance(self._rules, int):
             return web.Response(status=self._rules)
+        if self.asked[request.path] <= self._broken:
+            return web.Response(status=503)
         return web.Response(body=self._rules, headers=self._headers)
 
 
@@ -100,6 +104,16 @@ def test_no_rules_allow_everything_and_a_host_that_cannot_say_is_left_to_a_later
             return found, site.asked["/a.jpg"]
 
     assert asyncio.run(scenario()) == ([fate], int(fate == "ok"))
+
+
+def test_a_host_that_could_not_say_for_a_moment_is_asked_again():
+    async def scenario():
+        async with Site(RULES, broken=1) as site:
+            paths = ["/a.jpg", "/private/a.jpg"]
+            found = await fates([site.base + path for path in paths], honour_robots=True)
+            return found, site.asked["/robots.txt"]
+
+    assert asyncio.run(scenario()) == (["ok", "robots"], 2)
 
 
 def test_a_host_that_is_not_there_ends_as_it_does_without_rules():
@@ -155,12 +169,19 @@ def test_what_is_remembered_of_rules_is_bounded(monkeypatch):
     assert asyncio.run(scenario()) <= 1
 
 
-def test_a_refusal_holds_for_all_that_wait(monkeypatch):
+@pytest.mark.parametrize(("passing", "asked"), [(True, 2), (False, 1)])
+def test_a_refusal_holds_for_all_that_wait_and_for_later_ones_if_it_lasts(passing, asked):
+    refusal, times = Refusal("dns", "gone", passing), []
+
     async def ask(url: URL) -> Answer:
-        return Refusal("dns", "gone")
+        times.append(url)
+        return refusal
 
     async def scenario():
         rules = Robots(ask)
-        return await asyncio.gather(*(rules.refusal(URL(f"http://a.org/{i}")) for i in range(5)))
+        urls = [URL(f"http://a.org/{i}") for i in range(5)]
+        found = await asyncio.gather(*(rules.refusal(url) for url in urls))
+        return [*found, await rules.refusal(urls[0])]
 
-    assert asyncio.run(scenario()) == [Refusal("dns", "gone")] * 5
+    assert asyncio.run(scenario()) == [refusal] * 6
+    assert len(times) == asked
