@@ -31,6 +31,7 @@ from infra.ledger import Ledger, Stage
 from infra.overlap import pipelined, prefetch
 from infra.ray_session import Embedded, RayTarget, ray_session
 from infra.store import Store
+from infra.turns import keeper
 from infra.units import (
     StageJob,
     SystemicFailure,
@@ -288,11 +289,13 @@ def _run_on_ray(
         workers = min(len(units), resources.workers)
         if isinstance(target, Embedded):
             workers = _that_fit(workers, resources, ray.cluster_resources())
-        rows = _dataset(units, arguments, resources, workers)
-        for batch in rows.iter_batches(batch_size=None, prefetch_batches=0):
-            columns = {name: column.tolist() for name, column in batch.items()}
-            for values in zip(*columns.values(), strict=True):
-                yield UnitStatus(**dict(zip(columns, values, strict=True)))
+        with keeper(max(job.turns for job in arguments["jobs"]), workers) as turns:
+            variables = worker_variables(resources.threads, _run_id(), turns)
+            rows = _dataset(units, arguments, resources, workers, variables)
+            for batch in rows.iter_batches(batch_size=None, prefetch_batches=0):
+                columns = {name: column.tolist() for name, column in batch.items()}
+                for values in zip(*columns.values(), strict=True):
+                    yield UnitStatus(**dict(zip(columns, values, strict=True)))
 
 
 def _dataset(
@@ -300,6 +303,7 @@ def _dataset(
     arguments: dict[str, Any],
     resources: Resources,
     workers: int,
+    variables: dict[str, str],
 ) -> Dataset:
     import ray.data
 
@@ -329,7 +333,7 @@ def _dataset(
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus or None,
         **({"accelerator_type": resources.accelerator} if resources.accelerator else {}),
-        runtime_env={"env_vars": worker_variables(resources.threads, _run_id())},
+        runtime_env={"env_vars": variables},
     )
 
 

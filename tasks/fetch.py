@@ -27,6 +27,7 @@ from infra.ledger import OK, ShardData, Stage
 from infra.runner import StageJob, SystemicFailure
 from infra.shards import sample_key, shard_name, write_tar
 from infra.store import Store
+from infra.turns import turns_of_run
 from models import modalities
 from tasks.arrivals import UNREADABLE, from_files, from_tar
 from tasks.pictures import BadPicture, Picture, PicturePolicy, cleaned
@@ -82,6 +83,7 @@ def fetch_job(plan: dict, config: FetchConfig) -> StageJob:
         config={"pictures": asdict(config.pictures), "downloads": downloads},
         shards=tuple(range(plan["num_shards"])),
         at_once=UNITS_AT_ONCE,
+        turns=0 if plan.get("format") in ("folder", "webdataset") else config.downloads.per_host,
     )
 
 
@@ -163,7 +165,8 @@ class FetchWork:
         self._threads.shutdown(cancel_futures=True)
 
     async def _open(self) -> Downloader:
-        return Downloader(self._downloads)
+        limits = self._downloads
+        return Downloader(limits, turns_of_run(limits.per_host, longest=limits.timeout))
 
     async def _shut(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
