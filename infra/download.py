@@ -11,6 +11,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -19,6 +20,7 @@ import aiohttp
 from yarl import URL
 
 from infra.addresses import AddressPolicy, BlockedAddress, PublicResolver
+from infra.overlap import Depths
 from infra.robots import PRODUCT, Answer, Refusal, Robots
 from infra.turns import OwnTurns, Turns
 
@@ -92,6 +94,8 @@ class Downloader:
         self._policy = policy
         self._turns = turns or OwnTurns(policy.per_host)
         self._pauses: dict[str, _Pause] = {}
+        self.depths = Depths()
+        """Rows "at_hosts", waiting for their turn, and "requests" that were sent."""
         self._slots = asyncio.Semaphore(policy.concurrency)
         self._beginning = asyncio.Lock()
         self._robots = Robots(self._ask_rules) if policy.honour_robots else None
@@ -212,14 +216,16 @@ class Downloader:
             if pause and wait > self._policy.timeout:
                 detail = f"{host} asked for a pause, of which {wait:.0f} s are left"
                 return Download(index, pause.reason, detail, retry_after=wait), 0.0
-            if wait > 0:
-                await asyncio.sleep(wait)
-            async with self._turns.at(host) as last:
+            async with AsyncExitStack() as turn:
+                with self.depths.at("at_hosts"):
+                    await asyncio.sleep(max(wait, 0.0))
+                    last = await turn.enter_async_context(self._turns.at(host))
                 if self._pauses.get(host) is not pause:
                     continue  # somebody else was asked to wait meanwhile
                 began = time.monotonic()
-                async with asyncio.timeout(limit):
-                    found = await self._get(index, url, rules, last)
+                with self.depths.at("requests"):
+                    async with asyncio.timeout(limit):
+                        found = await self._get(index, url, rules, last)
                 if isinstance(found, Download):
                     self._heed(host, found)
                 return found, time.monotonic() - began

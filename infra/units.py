@@ -82,6 +82,10 @@ class UnitStatus:
     drops: str = "{}"
     """JSON: reason class to number."""
     reason: str = ""
+    seconds: float = 0.0
+    """Time of the work."""
+    waited: str = "{}"
+    """JSON: what the work waited for to seconds."""
 
 
 class UnitRunner:
@@ -246,8 +250,9 @@ class UnitRunner:
 
 def _committed(job: int, commit: Commit) -> UnitStatus:
     return UnitStatus(
-        job, commit.shard, "committed", commit.samples, drops=json.dumps(commit.drops)
-    )
+        job, commit.shard, "committed", commit.samples, drops=json.dumps(commit.drops),
+        seconds=commit.seconds, waited=json.dumps(commit.waited),
+    )  # fmt: skip
 
 
 def _limit_torch(threads: int) -> None:

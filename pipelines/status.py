@@ -9,10 +9,10 @@ from infra.store import Store
 from tasks.run_store import read_curve
 
 _COLUMNS = (
-    "done", "left", "failed", "samples", "dropped", "samples/s", "workers", "spent", "time left",
-    "slowest",
+    "done", "left", "begun", "failed", "samples", "dropped", "samples/s", "workers", "waited for",
+    "at work", "spent", "time left", "slowest",
 )  # fmt: skip
-_TEXTS = ("failed", "dropped")
+_TEXTS = ("failed", "dropped", "waited for", "at work")
 
 
 def table(store: Store) -> Table:

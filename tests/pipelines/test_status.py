@@ -15,18 +15,19 @@ def test_a_stage_shows_done_left_failed_pace_workers_and_slowest(tmp_path, monke
     monkeypatch.setattr(units, "RETRY_SECONDS", 0.0)
     store = Store(str(tmp_path))
     Ledger(store).write_plan({"num_shards": 9})
-    job = toy_job(4, fail=[3])
+    job = toy_job(4, fail=[3], waited={"input": 0.02})
     run(store, job)
     store.write("runs/first/curve.jsonl", b'{"step": 7, "loss": 1.5, "samples_per_second": 2.0}\n'
                                           b'{"step": 7, "val/rgb->depth": 2.5}\n')
-    console = Console(width=200, file=io.StringIO())
+    console = Console(width=240, file=io.StringIO())
     console.print(table(store))
     text = console.file.getvalue()
     (head,) = [line for line in text.splitlines() if "slowest" in line]
-    for name in ("stage", "done", "left", "failed", "samples/s", "workers", "time left"):
+    for name in ("stage", "done", "left", "begun", "failed", "samples/s", "workers", "waited for",
+                 "at work", "time left"):
         assert name in head
     (line,) = [line for line in text.splitlines() if job.stage.id in line]
-    for value in ("3/9", " 5 ", "ValueError 1", "http_404 3", "0: 0:00"):
+    for value in ("3/9", " 5 ", "ValueError 1", "http_404 3", "input 20 %", "0: 0:00"):
         assert value in line
     (curve,) = [line for line in text.splitlines() if "runs/first" in line]
     assert "step 7" in curve
