@@ -258,9 +258,9 @@ class LentTurns:
             return
         self._heard, self._until = time.monotonic(), sent + LEASE
         for host in lent:
-            if place := self._places.get(host):
-                place.left = IN_A_ROW
-                place.lent.set()
+            if host in self._places:
+                self._places[host].left = IN_A_ROW
+                self._places[host].lent.set()
 
     def _miss(self, error: Exception) -> None:
         silence = time.monotonic() - self._heard
@@ -288,10 +288,8 @@ def keeper(turns: int, workers: int) -> Iterator[dict[str, str]]:
     name = f"turns-{uuid.uuid4().hex}"
     # Of this process: it ends with it, and unlike a worker's outlives the workers.
     actor = ray.remote(Keeper).options(name=name, num_cpus=0, max_restarts=-1).remote(turns)
-    try:
-        yield variables | {KEEPER: name}
-    finally:
-        ray.kill(actor)
+    yield variables | {KEEPER: name}
+    del actor  # nobody else holds on to it: Ray ends it
 
 
 def turns_of_run(turns: int, longest: float) -> Turns:
