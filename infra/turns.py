@@ -183,6 +183,7 @@ class LentTurns:
         self._news = asyncio.Event()
         self._heard = time.monotonic()
         self._until = 0.0
+        self._complained = 0.0
         self._broken = ""
         self._talking: asyncio.Task[None] | None = None
 
@@ -250,13 +251,14 @@ class LentTurns:
         using = [host for host, place in self._places.items() if place.left or place.busy]
         wanting = list(self._places.keys() - using)
         try:
-            lent = await self._ask(self._name, LEASE + self._longest, using, wanting)
+            async with asyncio.timeout(LEASE):
+                lent = await self._ask(self._name, LEASE + self._longest, using, wanting)
         except Exception as error:  # noqa: BLE001 - whatever keeps it from answering
             self._miss(error)
             await asyncio.sleep(POLL)
             self._news.set()  # it has to be said all the same
             return
-        self._heard, self._until = time.monotonic(), sent + LEASE
+        self._heard, self._until, self._complained = time.monotonic(), sent + LEASE, 0.0
         for host in lent:
             if host in self._places:
                 self._places[host].left = IN_A_ROW
@@ -264,11 +266,14 @@ class LentTurns:
 
     def _miss(self, error: Exception) -> None:
         silence = time.monotonic() - self._heard
-        log.warning("turns at hosts: no answer of their keeper for %.0f s: %s", silence, error)
+        what = f"no turn at a host is to be had for {silence:.0f} s: {error!r}"
         if silence > PATIENCE:
-            self._broken = f"no turn at a host is to be had: {error}"
+            self._broken = what
             for place in self._places.values():
                 place.lent.set()
+        if silence > self._complained + LEASE:
+            self._complained = silence
+            log.warning("%s", what)
 
 
 @contextmanager
