@@ -174,7 +174,7 @@ def test_a_shard_tells_whether_it_waited_for_arrivals_or_for_cleaning(tmp_path, 
         return Download(index, "ok", body=jpeg(index))
 
     def cleaned(*words):
-        time.sleep(0.4 if slow == "cleaning" else 0)
+        time.sleep(0.8 if slow == "cleaning" else 0)
         return clean(*words)
 
     monkeypatch.setattr(Downloader, "_persist", persist)

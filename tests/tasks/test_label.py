@@ -94,7 +94,7 @@ def test_labels_have_the_pictures_keys_and_order_and_failures_are_holes(tmp_path
 @pytest.mark.parametrize(("slow", "what"), [("_decode", "input"), ("_encode", "output")])
 def test_a_commit_tells_what_its_network_waited_for(tmp_path, monkeypatch, slow, what):
     step = getattr(LabelWork, slow)
-    monkeypatch.setattr(LabelWork, slow, lambda *words: time.sleep(0.4) or step(*words))
+    monkeypatch.setattr(LabelWork, slow, lambda *words: time.sleep(0.8) or step(*words))
     store = Store(str(tmp_path))
     commit_pictures(store, [("00000000000.jpg", jpeg(9))])
     data = run(store)
