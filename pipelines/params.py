@@ -93,9 +93,6 @@ class IngestOptions(Form):
         "keep_ratio", description="keep_ratio: shorter side to the image size, never enlarged."
     )
     image_size: int = Field(256, ge=16, le=8192, description="Side of stored pictures, pixels.")
-    filter: Literal["box", "hamming", "bicubic", "lanczos"] = Field(
-        "hamming", description="How pictures are shrunk: box is fastest, lanczos sharpest."
-    )
     min_side: int = Field(32, ge=1, description="Shortest side that is kept, pixels.")
     max_pixels: int = Field(
         64_000_000, ge=1, le=178_000_000, description="Largest area that is decoded, pixels."

@@ -32,7 +32,7 @@ _NEEDED = {
     "tokenizers": "{url} has no tokenizers; run `fourm train-tokenizers` first",
     "tokenize": "nothing says how {url} is tokenized; run `fourm tokenize` first",
 }
-_FILTERS = ("filter", "min_side", "max_pixels", "max_aspect")  # choices that older datasets lack
+_FILTERS = ("min_side", "max_pixels", "max_aspect")  # choices that older datasets lack
 
 
 def remember(store: Store, section: str, choices: dict[str, Any]) -> None:

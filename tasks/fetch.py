@@ -1,6 +1,6 @@
 """Ingestion: planned rows become ``rgb`` and ``caption`` shards, and a fate for every row.
 
-One unit gets its rows' pictures concurrently, cleans them in threads while others are under way,
+One unit gets its rows' pictures concurrently, cleans them in a thread while others are under way,
 and writes two tars with the same keys in plan order. The status table keeps, for every row, its
 fate, URL and further columns, and of what arrived the hashes and the original size. Units of a
 worker overlap: while one waits for its last, slow servers, the next is under way.
@@ -9,6 +9,7 @@ worker overlap: while one waits for its last, slow servers, the next is under wa
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import logging
 import sys
@@ -71,7 +72,7 @@ def fetch_stage(plan: dict, config: FetchConfig) -> Stage:
     }
     if config.downloads.honour_robots:
         params["honour_robots"] = True  # absent otherwise: sets of before keep their stage
-    return Stage(name="fetch", version=2, params=params, outputs=("rgb", "caption"))
+    return Stage(name="fetch", version=3, params=params, outputs=("rgb", "caption"))
 
 
 def fetch_job(plan: dict, config: FetchConfig) -> StageJob:
@@ -90,6 +91,11 @@ def fetch_job(plan: dict, config: FetchConfig) -> StageJob:
 
 def build_work(store_url: str, stage: Stage, config: dict) -> FetchWork:
     """The worker's side of :func:`fetch_job`."""
+    import torch  # noqa: F401 - or the first pictures of each thread would wait for it
+
+    # What is loaded by now stays: the collector, which many small objects of downloads keep busy,
+    # need not walk through it each time.
+    gc.freeze()
     downloads = dict(config["downloads"])
     downloads["addresses"] = AddressPolicy(frozenset(downloads["addresses"]))
     return FetchWork(
@@ -150,7 +156,8 @@ class FetchWork:
         self._plan = Plan(store)
         self._pictures = pictures
         self._downloads = downloads
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="clean")
+        # A worker has one core; a second thread would only make the two wait for the interpreter.
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="clean")
         # Bodies that wait for a thread occupy memory: when they are many, no more are taken.
         self._room = _Room(WAITING)
         self._loop = asyncio.new_event_loop()

@@ -6,8 +6,10 @@ import zlib
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageCms
 
+from tasks import pictures
 from tasks.pictures import BadPicture, PicturePolicy, clean
 
 POLICY = PicturePolicy(size=64, min_side=8)
@@ -84,6 +86,61 @@ def test_a_clean_jpeg_of_the_right_size_keeps_its_bytes():
 def test_a_clean_jpeg_of_a_multiple_of_the_size_is_shrunk_too(resize, factor):
     data = encoded(NOISE.resize((64 * factor, 64 * factor)), "JPEG", quality=90)
     assert opened(clean(data, PicturePolicy(size=64, resize=resize))).size == (64, 64)
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """Noise whose grains are some pixels wide."""
+    return NOISE.resize((12, 9)).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 4}],
+    ids=["plain", "progressive", "full colour", "restarts"],
+)
+@pytest.mark.parametrize("turned", [1, 6], ids=["upright", "turned"])
+@pytest.mark.parametrize("size", [(120, 90), (300, 200), (601, 403)])
+def test_the_fast_decoder_and_pillow_make_the_same_of_a_jpeg(monkeypatch, options, turned, size):
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    data = encoded(smooth(*size), "JPEG", exif=exif, **options)
+    fast = np.asarray(opened(clean(data, POLICY)), np.int16)
+    monkeypatch.setattr(pictures, "_jpeg_pixels", lambda *_: None)
+    slow = np.asarray(opened(clean(data, POLICY)), np.int16)
+    assert fast.shape == slow.shape
+    assert np.abs(fast - slow).max() <= 4
+
+
+def test_a_jpeg_with_a_flaw_that_pillow_bears_is_kept():
+    data = encoded(smooth(120, 90), "JPEG")
+    scan = data.index(b"\xff\xda")
+    flawed = data[:scan] + bytes(7) + data[scan:]  # between two segments
+    with pytest.raises(ValueError, match="extraneous"):
+        simplejpeg.decode_jpeg(flawed, "RGB")
+    assert opened(clean(flawed, POLICY)).size == (85, 64)
+
+
+def test_a_jpeg_of_which_readers_see_different_sizes_is_left_to_the_one_that_was_checked(
+    monkeypatch,
+):
+    data = encoded(smooth(120, 90), "JPEG")
+    monkeypatch.setattr(simplejpeg, "decode_jpeg_header", lambda _: (9000, 9000, "YCbCr", "420"))
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("was decoded"))
+    assert opened(clean(data, POLICY)).size == (85, 64)
+
+
+def test_shrinking_averages_what_is_too_fine_to_show():
+    fine = (np.indices((192, 256)).sum(0) % 2 * 255).astype(np.uint8)
+    grey = np.asarray(opened(clean(encoded(Image.fromarray(fine), "PNG"), POLICY)), np.int16)
+    assert grey.shape[:2] == (64, 85)
+    assert np.abs(grey[4:-4, 4:-4] - 128).max() < 24
+
+
+def test_shrunk_pictures_are_as_pillows_bicubic_ones_are():
+    image = smooth(300, 211)
+    found = np.asarray(opened(clean(encoded(image, "PNG"), POLICY)), np.float32)
+    wanted = np.asarray(image.resize((91, 64), Image.Resampling.BICUBIC), np.float32)
+    assert np.abs(found - wanted).mean() < 1.5
 
 
 @pytest.mark.parametrize("fmt", ["GIF", "WEBP", "PNG"])
