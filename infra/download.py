@@ -11,16 +11,18 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from weakref import WeakValueDictionary
 
 import aiohttp
 from yarl import URL
 
 from infra.addresses import AddressPolicy, BlockedAddress, PublicResolver
+from infra.overlap import Depths
 from infra.robots import PRODUCT, Answer, Refusal, Robots
+from infra.turns import OwnTurns, Turns
 
 USER_AGENT = f"{PRODUCT} (image dataset builder; honours X-Robots-Tag)"
 OPT_OUT = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
@@ -44,9 +46,9 @@ class DownloadPolicy:
     backoff: float = 0.5
     """Seconds before the second attempt; doubles with each further one, with jitter."""
     concurrency: int = 256
-    """Downloads under way at once: most of them wait."""
+    """Downloads of a worker under way at once: most of them wait."""
     per_host: int = 8
-    """Connections to one host at once."""
+    """Connections to one host at once, of all workers of a run together."""
     honour_opt_out: bool = True
     """Drop pictures whose X-Robots-Tag forbids indexing or training."""
     honour_robots: bool = False
@@ -65,18 +67,35 @@ class Download:
     retry_after: float | None = None
 
 
+@dataclass(frozen=True)
+class _Pause:
+    """Which a host asked for."""
+
+    until: float
+    """On the monotonic clock."""
+    reason: str
+
+
 class Downloader:
     """Downloads under one policy, for as many lists at once as there are.
 
     Connections, turns at a host and the number of downloads under way are shared. Lists are begun
     in the order they came: while the last rows of one wait for slow servers, the next begins.
+    A host that asks for a pause gets it from all rows.
 
     Lives in one event loop; `close` it there.
+
+    Args:
+        policy: limits and manners.
+        turns: this worker's part of the turns at a host; all of them if it is the only worker.
     """
 
-    def __init__(self, policy: DownloadPolicy) -> None:
+    def __init__(self, policy: DownloadPolicy, turns: Turns | None = None) -> None:
         self._policy = policy
-        self._hosts = WeakValueDictionary[str, asyncio.Semaphore]()
+        self._turns = turns or OwnTurns(policy.per_host)
+        self._pauses: dict[str, _Pause] = {}
+        self.depths = Depths()
+        """Rows "at_hosts", waiting for their turn, and "requests" that were sent."""
         self._slots = asyncio.Semaphore(policy.concurrency)
         self._beginning = asyncio.Lock()
         self._robots = Robots(self._ask_rules) if policy.honour_robots else None
@@ -99,6 +118,7 @@ class Downloader:
     async def close(self) -> None:
         """Closes all connections."""
         await self._session.close()
+        await self._turns.close()
 
     async def each(self, urls: Sequence[str]) -> AsyncIterator[Download]:
         """Downloads in completion order; ``index`` tells which URL."""
@@ -178,27 +198,55 @@ class Downloader:
             self._policy.addresses.check(url)
             if self._robots and not rules and (refused := await self._robots.refusal(url)):
                 return Download(index, refused.reason, refused.detail)
-            async with self._turn(url.host or ""):  # waiting for it does not count as slowness
-                began = time.monotonic()
-                async with asyncio.timeout(left):
-                    found = await self._get(index, url, rules)
-                left -= time.monotonic() - began
+            found, took = await self._ask(index, url, rules, left)
+            left -= took
             if isinstance(found, Download):
                 return found
             url = found
         return Download(index, "too_many_redirects", f"more than {self._policy.max_redirects}")
 
-    def _turn(self, host: str) -> asyncio.Semaphore:
-        """The turnstile of a host; it lasts as long as somebody waits there or has passed."""
-        turn = self._hosts.get(host)
-        if turn is None:
-            turn = self._hosts[host] = asyncio.Semaphore(self._policy.per_host)
-        return turn
+    async def _ask(
+        self, index: int, url: URL, rules: bool, limit: float
+    ) -> tuple[Download | URL, float]:
+        """What a host says, and the seconds it took to; waiting for a turn is no slowness of it."""
+        host = url.host or ""
+        while True:
+            pause = self._pauses.get(host)
+            wait = pause.until - time.monotonic() if pause else 0.0
+            if pause and wait > self._policy.timeout:
+                detail = f"{host} asked for a pause, of which {wait:.0f} s are left"
+                return Download(index, pause.reason, detail, retry_after=wait), 0.0
+            async with AsyncExitStack() as turn:
+                with self.depths.at("at_hosts"):
+                    await asyncio.sleep(max(wait, 0.0))
+                    last = await turn.enter_async_context(self._turns.at(host))
+                if self._pauses.get(host) is not pause:
+                    continue  # somebody else was asked to wait meanwhile
+                began = time.monotonic()
+                with self.depths.at("requests"):
+                    async with asyncio.timeout(limit):
+                        found = await self._get(index, url, rules, last)
+                if isinstance(found, Download):
+                    self._heed(host, found)
+                return found, time.monotonic() - began
 
-    async def _get(self, index: int, url: URL, rules: bool) -> Download | URL:
-        """What a URL holds, or where it leads."""
+    def _heed(self, host: str, found: Download) -> None:
+        """Remember the pause that a host asks for, be it only by saying that it is too much."""
+        seconds = found.retry_after or 0.0
+        if found.reason == "rate_limited":
+            seconds = max(seconds, self._policy.backoff)
+        if not seconds or found.reason not in RETRYABLE:
+            return
+        now = time.monotonic()
+        self._pauses = {name: each for name, each in self._pauses.items() if each.until > now}
+        if host not in self._pauses or self._pauses[host].until < now + seconds:
+            self._pauses[host] = _Pause(now + seconds, found.reason)
+
+    async def _get(self, index: int, url: URL, rules: bool, last: bool) -> Download | URL:
+        """What a URL holds, or where it leads; the connection is closed after the last request."""
         policy = self._policy
-        async with self._session.get(url, allow_redirects=False) as answer:
+        headers = {"Connection": "close"} if last else None
+        async with self._session.get(url, allow_redirects=False, headers=headers) as answer:
             if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
                 return url.join(URL(answer.headers["Location"]))
             if answer.status != 200:

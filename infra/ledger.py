@@ -169,6 +169,8 @@ class Ledger:
             },
             created=_now(),
             info=data.info,
+            waited=data.waited,
+            queues=data.queues,
         )
         if self.store.create_json(commit_path(stage.id, shard), asdict(commit)):
             return commit
@@ -196,6 +198,11 @@ class Ledger:
         while self.store.exists(f"attempts/{stage.id}/{shard_name(shard)}.{number + 1}"):
             number += 1
         return number
+
+    def begun(self, stage: Stage | str) -> Counter[int]:
+        """Shard -> how often work on it has begun, from one listing."""
+        paths = self.store.list(f"attempts/{_id(stage)}/")
+        return Counter(int(path.rpartition("-")[2].partition(".")[0]) for path in paths)
 
     def quarantine(self, stage: Stage, shard: int, reason: str) -> None:
         """Sets a shard aside with the reason; `todo` leaves it out until `release`."""

@@ -1,16 +1,105 @@
-"""Overlap inside a worker: decode, network and encode run at the same time in threads."""
+"""Overlap inside a worker: decode, network and encode run at the same time in threads.
+
+`Waits` and `Depths` tell where such work is held up, for the commit of the shard.
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+INPUT, OUTPUT = "input", "output"
+"""What a network waits for: the next batch, and that an earlier one is encoded."""
+
+
+class Waits:
+    """Seconds that a loop waited, by what it waited for."""
+
+    def __init__(self) -> None:
+        self.seconds = defaultdict[str, float](float)
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """Count the seconds of the block."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.monotonic() - began
+
+    def each(self, source: Iterable[T], what: str) -> Generator[T, None, None]:
+        """Pass items on, and count the seconds that each takes to come."""
+        items = iter(source)
+        while True:
+            with self.on(what):
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
+
+    def record(self, parts: int = 1) -> dict[str, float]:
+        """Seconds by what was waited for, of each where several shared the wait."""
+        return {what: round(seconds / parts, 3) for what, seconds in self.seconds.items()}
+
+
+def percentages(shares: Mapping[str, float]) -> str:
+    """Shares for people, the largest first.
+
+    >>> percentages({"output": 0.004, "input": 0.25})
+    'input 25 %, output 0 %'
+    """
+    found = sorted(shares.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{what} {share:.0%}".replace("%", " %") for what, share in found)
+
+
+class Depths:
+    """How much is at each of several places, now and on average over time. For one thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began = self._last = clock()
+        self._now, self._areas = defaultdict[str, float](float), defaultdict[str, float](float)
+
+    @contextmanager
+    def at(self, place: str, amount: float = 1) -> Iterator[None]:
+        """So much is at a place for as long as the block lasts."""
+        self._advance()
+        self._now[place] += amount
+        try:
+            yield
+        finally:
+            self._advance()
+            self._now[place] -= amount
+
+    def mark(self) -> tuple[float, dict[str, float]]:
+        """A moment for `since`."""
+        self._advance()
+        return self._last, dict(self._areas)
+
+    def since(self, mark: tuple[float, dict[str, float]]) -> dict[str, float]:
+        """Mean amount at each place since a moment."""
+        now, areas = self.mark()
+        passed = max(now - mark[0], 1e-9)
+        return {
+            place: round((area - mark[1].get(place, 0.0)) / passed, 4)
+            for place, area in areas.items()
+        }
+
+    def _advance(self) -> None:
+        now = self._clock()
+        for place, amount in self._now.items():
+            self._areas[place] += amount * (now - self._last)
+        self._last = now
 
 
 def prefetch(
@@ -61,21 +150,27 @@ def prefetch(
 
 
 def trailing(
-    call: Callable[[T], R], source: Iterable[T], depth: int = 2
+    call: Callable[[T], R], source: Iterable[T], depth: int = 2, *, waits: Waits | None = None
 ) -> Generator[R, None, None]:
     """Apply a call to items in a background thread, while this one makes the next items.
 
     Results come in order, an exception of the call in the place of its result; at most `depth`
-    items wait.
+    items wait. `waits` counts the seconds that this thread waits for results.
     """
+    waits = waits or Waits()
     waiting: deque[Future[R]] = deque()
+
+    def oldest() -> R:
+        with waits.on(OUTPUT):
+            return waiting.popleft().result()
+
     with ThreadPoolExecutor(1, thread_name_prefix="trailing") as pool:
         for item in source:
             waiting.append(pool.submit(call, item))
             if len(waiting) > depth:
-                yield waiting.popleft().result()
+                yield oldest()
         while waiting:
-            yield waiting.popleft().result()
+            yield oldest()
 
 
 def pipelined(
@@ -84,6 +179,8 @@ def pipelined(
     work: Callable[[Any], Any],
     after: Callable[[Any], Any],
     depth: int = 2,
+    *,
+    waits: Waits | None = None,
 ) -> Generator[Any, None, None]:
     """Apply three stages to each item in order, all three at the same time.
 
@@ -91,6 +188,9 @@ def pipelined(
 
     `work` runs in the calling thread, the others in threads of their own: what a network
     allocates is then reused by the next unit, where the memory of a thread that ends is given
-    back, to be cleared page by page when the next one asks for it.
+    back, to be cleared page by page when the next one asks for it. `waits` counts the seconds
+    that it waits, for the stage before it as `INPUT` and for the one after it as `OUTPUT`.
     """
-    return trailing(after, map(work, prefetch(map(before, source), depth)), depth)
+    waits = waits or Waits()
+    ready = waits.each(prefetch(map(before, source), depth), INPUT)
+    return trailing(after, map(work, ready), depth, waits=waits)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 import time
 import uuid
@@ -28,9 +27,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from infra.ledger import Ledger, Stage
-from infra.overlap import pipelined, prefetch
+from infra.overlap import percentages, pipelined, prefetch
 from infra.ray_session import Embedded, RayTarget, ray_session
 from infra.store import Store
+from infra.turns import keeper
 from infra.units import (
     StageJob,
     SystemicFailure,
@@ -100,10 +100,19 @@ class StageReport:
     """Samples dropped, by reason class."""
     seconds: float = 0.0
     """Wall-clock from the end of the stage before (or the start of the run) to the last shard."""
+    spent: float = 0.0
+    """Time of the work, summed over shards."""
+    waited: dict[str, float] = field(default_factory=dict)
+    """Seconds of it in which the work was held up, by what it waited for."""
 
     @property
     def samples_per_second(self) -> float:
         return self.samples / self.seconds if self.seconds else 0.0
+
+    @property
+    def waits(self) -> dict[str, float]:
+        """Shares of the work in which it was held up, by what it waited for."""
+        return {what: seconds / max(self.spent, 1e-9) for what, seconds in self.waited.items()}
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,8 @@ class RunProgress:
     drops: int
     quarantined: int
     seconds: float
+    waits: dict[str, float] = field(default_factory=dict)
+    """Of the stage's `StageReport`."""
 
     @property
     def samples_per_second(self) -> float:
@@ -137,6 +148,8 @@ class RunProgress:
             parts.append(f"{self.drops} dropped")
         if self.quarantined:
             parts.append(f"{self.quarantined} quarantined")
+        if self.waits:
+            parts.append(f"waited for {percentages(self.waits)}")
         if self.done < self.total:
             parts.append(f"{self.eta:.0f} s to go")
         return ", ".join(parts)
@@ -167,8 +180,9 @@ def run_stages(
     todo: list[dict[int, int]] = []
     for job in jobs:
         left = ledger.todo(job.stage, job.shards)
-        before = _attempts(store, job.stage) if left else {}
-        todo.append({shard: before.get(shard, 0) for shard in left})
+        # Attempts of earlier runs count no more.
+        before = ledger.begun(job.stage) if left else Counter[int]()
+        todo.append({shard: before[shard] for shard in left})
         bad = ledger.quarantined(job.stage)
         bad = {shard: bad[shard] for shard in job.shards if shard in bad}
         skipped = len(job.shards) - len(left) - len(bad)
@@ -200,12 +214,6 @@ def _units(jobs: list[StageJob], todo: list[dict[int, int]]) -> Iterator[dict[st
             yield {"shard": shard, "parts": json.dumps(parts)}
 
 
-def _attempts(store: Store, stage: Stage) -> Counter[int]:
-    """Attempts recorded by earlier runs, a number for each shard: they count no more."""
-    paths = store.list(f"attempts/{stage.id}/")
-    return Counter(int(m[1]) for m in (re.search(r"shard-(\d+)\.", p) for p in paths) if m)
-
-
 def _collect(
     rows: Iterable[UnitStatus],
     jobs: list[StageJob],
@@ -225,6 +233,9 @@ def _collect(
         report.seconds = last - start
         report.samples += row.samples
         report.drops.update(json.loads(row.drops))
+        report.spent += row.seconds
+        for what, seconds in json.loads(row.waited).items():
+            report.waited[what] = report.waited.get(what, 0.0) + seconds
         if row.state == "committed":
             report.done += 1
         else:
@@ -232,21 +243,22 @@ def _collect(
             report.quarantined[row.shard] = row.reason
             log.warning("%s shard %d quarantined: %s", stage.name, row.shard, row.reason)
         if on_progress:
-            on_progress(_snapshot(stage.name, done, total, reports.values(), last - began))
+            on_progress(_snapshot(stage, done, total, reports, last - began))
 
 
 def _snapshot(
-    stage: str, done: int, total: int, reports: Iterable[StageReport], seconds: float
+    stage: Stage, done: int, total: int, every: dict[str, StageReport], seconds: float
 ) -> RunProgress:
-    reports = list(reports)
+    reports = every.values()
     return RunProgress(
-        stage=stage,
+        stage=stage.name,
         done=done,
         total=total,
         samples=sum(r.samples for r in reports),
         drops=sum(r.drops.total() for r in reports),
         quarantined=sum(len(r.quarantined) for r in reports),
         seconds=seconds,
+        waits=every[stage.id].waits,
     )
 
 
@@ -288,11 +300,13 @@ def _run_on_ray(
         workers = min(len(units), resources.workers)
         if isinstance(target, Embedded):
             workers = _that_fit(workers, resources, ray.cluster_resources())
-        rows = _dataset(units, arguments, resources, workers)
-        for batch in rows.iter_batches(batch_size=None, prefetch_batches=0):
-            columns = {name: column.tolist() for name, column in batch.items()}
-            for values in zip(*columns.values(), strict=True):
-                yield UnitStatus(**dict(zip(columns, values, strict=True)))
+        with keeper(max(job.turns for job in arguments["jobs"]), workers) as turns:
+            variables = worker_variables(resources.threads, _run_id(), turns)
+            rows = _dataset(units, arguments, resources, workers, variables)
+            for batch in rows.iter_batches(batch_size=None, prefetch_batches=0):
+                columns = {name: column.tolist() for name, column in batch.items()}
+                for values in zip(*columns.values(), strict=True):
+                    yield UnitStatus(**dict(zip(columns, values, strict=True)))
 
 
 def _dataset(
@@ -300,6 +314,7 @@ def _dataset(
     arguments: dict[str, Any],
     resources: Resources,
     workers: int,
+    variables: dict[str, str],
 ) -> Dataset:
     import ray.data
 
@@ -329,7 +344,7 @@ def _dataset(
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus or None,
         **({"accelerator_type": resources.accelerator} if resources.accelerator else {}),
-        runtime_env={"env_vars": worker_variables(resources.threads, _run_id())},
+        runtime_env={"env_vars": variables},
     )
 
 

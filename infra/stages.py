@@ -92,6 +92,8 @@ class ShardData:
         seconds: wall-clock time of the work.
         info: anything else worth recording; JSON values.
         columns: further columns of the status table, a value for each status.
+        waited: of these seconds those in which the work was held up, by what it waited for.
+        queues: how much was at each place of the worker, on average over the seconds.
     """
 
     keys: list[str]
@@ -100,6 +102,8 @@ class ShardData:
     seconds: float
     info: dict[str, Any] = field(default_factory=dict)
     columns: dict[str, pa.Array] = field(default_factory=dict)
+    waited: dict[str, float] = field(default_factory=dict)
+    queues: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,8 @@ class Commit:
 
     `outputs` maps a modality to {path, sha256, bytes} and `status` is the same for the Parquet of
     sample statuses; `drops` counts the statuses other than "ok" by reason; `upstream` maps
-    "stage/shard" to {modality: sha256} of what was read.
+    "stage/shard" to {modality: sha256} of what was read; `waited` and `queues` are as in
+    `ShardData`, and empty in commits of before there were any.
     """
 
     stage: str
@@ -128,6 +133,8 @@ class Commit:
     upstream: dict[str, dict[str, str]]
     created: str
     info: dict[str, Any] = field(default_factory=dict)
+    waited: dict[str, float] = field(default_factory=dict)
+    queues: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Commit:

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from infra.ledger import Commit, Ledger
+from infra.overlap import percentages
 from infra.store import Store
 
 PAUSE_SECONDS = 300.0
@@ -42,6 +43,12 @@ class StageStatus:
     """Workers that were busy on average."""
     slowest: tuple[int, float] | None = None
     """Shard that took longest, and its seconds."""
+    begun: int = 0
+    """Shards that were begun and have not ended: under way, or broken off with their run."""
+    waited: dict[str, float] = field(default_factory=dict)
+    """Shares of the worker time in which work was held up, by what it waited for."""
+    queues: dict[str, float] = field(default_factory=dict)
+    """How much was at each place of a worker, on average."""
 
     @property
     def left(self) -> int:
@@ -67,7 +74,7 @@ def status(store: Store, stages: Collection[str] | None = None) -> list[StageSta
         for commit in ledger.each_commit(stage):
             fold.add(commit)
     order = sorted(stages, key=lambda stage: (folds[stage].first, stage))
-    return [folds[stage].line(stage, total, ledger.quarantined(stage)) for stage in order]
+    return [folds[stage].line(stage, total, ledger) for stage in order]
 
 
 class _Fold:
@@ -79,6 +86,8 @@ class _Fold:
         self.seconds = 0.0
         self.drops: Counter[str] = Counter()
         self.slowest: tuple[int, float] | None = None
+        self.waited, self.queues = _Means(), _Means()
+        self.shards: set[int] = set()
         self.spans: list[tuple[float, float]] = []
 
     def add(self, commit: Commit) -> None:
@@ -89,13 +98,18 @@ class _Fold:
         self.seconds += commit.seconds
         self.drops.update(commit.drops)
         self.spans.append((end - commit.seconds, end))
+        self.shards.add(commit.shard)
+        self.waited.add(commit.waited, commit.seconds)
+        self.queues.add({at: n * commit.seconds for at, n in commit.queues.items()}, commit.seconds)
         if self.slowest is None or commit.seconds > self.slowest[1]:
             self.slowest = (commit.shard, commit.seconds)
 
-    def line(self, stage: str, total: int, quarantined: dict[int, str]) -> StageStatus:
+    def line(self, stage: str, total: int, ledger: Ledger) -> StageStatus:
         """The status of the stage."""
+        quarantined = ledger.quarantined(stage)
         elapsed, done = self._elapsed(), len(self.spans)
         left = max(total - done - len(quarantined), 0)
+        begun = ledger.begun(stage).keys() - self.shards - quarantined.keys() if left else ()
         return StageStatus(
             stage=stage,
             done=done,
@@ -109,6 +123,9 @@ class _Fold:
             failed=dict(Counter(map(failure_class, quarantined.values()))),
             workers=self.seconds / elapsed if elapsed else 0.0,
             slowest=self.slowest,
+            begun=len(begun),
+            waited=self.waited.values(),
+            queues=self.queues.values(),
         )
 
     def _elapsed(self) -> float:
@@ -123,6 +140,24 @@ class _Fold:
                 elapsed += end - until
                 until = end
         return elapsed
+
+
+class _Means:
+    """Means over the time of those commits that tell; older ones do not."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._seconds = 0.0
+
+    def add(self, sums: dict[str, float], seconds: float) -> None:
+        """Take up the sums over so many seconds."""
+        self._seconds += seconds if sums else 0.0
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def values(self) -> dict[str, float]:
+        """The means by name."""
+        return {name: value / max(self._seconds, 1e-9) for name, value in self._sums.items()}
 
 
 def failure_class(reason: str) -> str:
@@ -144,6 +179,7 @@ def as_rows(lines: Collection[StageStatus]) -> list[dict[str, Any]]:
             "stage": line.stage,
             "done": f"{line.done}/{line.total}",
             "left": line.left,
+            "begun": line.begun,
             "failed": _counts(line.failed),
             "samples": line.samples,
             "dropped": _counts(line.drops),
@@ -151,10 +187,16 @@ def as_rows(lines: Collection[StageStatus]) -> list[dict[str, Any]]:
             "workers": round(line.workers, 1),
             "spent": duration(line.seconds),
             "time left": duration(line.eta) if line.left else "",
+            "waited for": percentages(line.waited),
+            "at work": _amounts(line.queues),
             "slowest": f"{line.slowest[0]}: {duration(line.slowest[1])}" if line.slowest else "",
         }
         for line in lines
     ]
+
+
+def _amounts(means: dict[str, float]) -> str:
+    return ", ".join(f"{at.replace('_', ' ')} {amount:.3g}" for at, amount in means.items())
 
 
 def duration(seconds: float | None) -> str:

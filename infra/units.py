@@ -9,10 +9,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeVar
 
 from infra.ledger import MAX_ATTEMPTS, Commit, Ledger, ShardData, Stage
@@ -62,6 +63,9 @@ class StageJob:
     share: str = ""
     """Jobs of one name here do each shard in one pass, as far as it is to do for several of them;
     their works are held at once. Empty: alone."""
+    turns: int = 0
+    """Turns at a host that all workers of a run have together, see `infra.turns`; 0: it asks no
+    hosts."""
 
 
 State = Literal["committed", "quarantined", "aborted"]
@@ -78,6 +82,10 @@ class UnitStatus:
     drops: str = "{}"
     """JSON: reason class to number."""
     reason: str = ""
+    seconds: float = 0.0
+    """Time of the work."""
+    waited: str = "{}"
+    """JSON: what the work waited for to seconds."""
 
 
 class UnitRunner:
@@ -242,8 +250,9 @@ class UnitRunner:
 
 def _committed(job: int, commit: Commit) -> UnitStatus:
     return UnitStatus(
-        job, commit.shard, "committed", commit.samples, drops=json.dumps(commit.drops)
-    )
+        job, commit.shard, "committed", commit.samples, drops=json.dumps(commit.drops),
+        seconds=commit.seconds, waited=json.dumps(commit.waited),
+    )  # fmt: skip
 
 
 def _limit_torch(threads: int) -> None:
@@ -252,9 +261,13 @@ def _limit_torch(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def worker_variables(threads: int, run_id: str) -> dict[str, str]:
-    """Environment of a worker: OpenMP reads its threads when it loads, commits name the run."""
+def worker_variables(
+    threads: int, run_id: str, turns: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, str]:
+    """Environment of a worker: OpenMP reads its threads when it loads, commits name the run, and
+    turns at hosts are those of `infra.turns.keeper`."""
     return {
+        **turns,
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "FOURM_RUN_ID": run_id,

@@ -195,13 +195,13 @@ def ui(root: Root = "data/demo") -> None:
 
 @app.command(epilog="Example:  fourm status --root data/demo")
 def status(root: Root = "data/demo") -> None:
-    """Show done, failed, left, pace and estimated time of every stage, from the commits."""
-    from pipelines.status import table
+    """Show done, left, pace and time left of every stage, what it lost and what it waited for."""
+    from pipelines.status import tables
 
     with _sentences():
         from rich.console import Console
 
-        Console(width=max(Console().width, 110)).print(table(_open(root)))
+        Console(width=max(Console().width, 110)).print(tables(_open(root)))
 
 
 @app.command(epilog="Example:  fourm verify --root data/demo --deep")

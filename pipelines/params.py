@@ -107,7 +107,7 @@ class IngestOptions(Form):
     timeout: float = Field(15.0, gt=0, description="Seconds for one attempt.")
     attempts: int = Field(3, ge=1, description="Attempts for failures that are worth a retry.")
     concurrency: int = Field(256, ge=1, description="Downloads under way at once, each worker.")
-    per_host: int = Field(8, ge=1, description="Connections to one host at once, each worker.")
+    per_host: int = Field(8, ge=1, description="Connections to one host at once, all workers.")
     honour_opt_out: bool = Field(
         True, description="Drop pictures whose server forbids indexing or training."
     )

@@ -19,6 +19,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from infra import ui
+from infra.overlap import percentages
 from infra.runner import RunProgress, StageJob, StageReport, run_stages
 from infra.status import as_rows, failure_class, status
 from infra.store import Store
@@ -169,6 +170,7 @@ def _row(name: str, report: StageReport) -> dict[str, Any]:
         "dropped": ", ".join(f"{reason} {n}" for reason, n in report.drops.most_common()) or "none",
         "samples per second": round(report.samples_per_second, 1),
         "seconds": round(report.seconds, 1),
+        "waited for": percentages(report.waits),
     }
 
 

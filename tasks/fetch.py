@@ -25,9 +25,11 @@ import pyarrow as pa
 from infra.addresses import AddressPolicy
 from infra.download import NETWORK, Download, Downloader, DownloadPolicy
 from infra.ledger import OK, ShardData, Stage
+from infra.overlap import Waits
 from infra.runner import StageJob, SystemicFailure
 from infra.shards import sample_key, shard_name, write_tar
 from infra.store import Store
+from infra.turns import turns_of_run
 from models import modalities
 from tasks.arrivals import UNREADABLE, from_files, from_tar
 from tasks.pictures import BadPicture, Picture, PicturePolicy, cleaned
@@ -83,6 +85,7 @@ def fetch_job(plan: dict, config: FetchConfig) -> StageJob:
         config={"pictures": asdict(config.pictures), "downloads": downloads},
         shards=tuple(range(plan["num_shards"])),
         at_once=UNITS_AT_ONCE,
+        turns=0 if plan.get("format") in ("folder", "webdataset") else config.downloads.per_host,
     )
 
 
@@ -133,6 +136,10 @@ class _Shard:
     hashes: dict[int, str] = field(default_factory=dict)
     """Row to the sha256 of what arrived, also where it was no good."""
     pictures: dict[int, Picture] = field(default_factory=dict)
+    waited: dict[str, float] = field(default_factory=dict)
+    """Seconds, for "arrivals" and for "cleaning"."""
+    queues: dict[str, float] = field(default_factory=dict)
+    """Of the worker on average meanwhile, its other shards included."""
 
     def key(self, row: int) -> str:
         return sample_key(self.number, row)
@@ -170,7 +177,8 @@ class FetchWork:
         self._threads.shutdown(cancel_futures=True)
 
     async def _open(self) -> Downloader:
-        return Downloader(self._downloads)
+        limits = self._downloads
+        return Downloader(limits, turns_of_run(limits.per_host, longest=limits.timeout))
 
     async def _shut(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -201,17 +209,23 @@ class FetchWork:
         return _shard_data(state, time.monotonic() - started)
 
     async def _fetch(self, state: _Shard) -> None:
+        began, depths, waits = time.monotonic(), self._downloader.depths, Waits()
+        mark = depths.mark()
         arrivals = self._arrivals(state)
         wanted = [row for row in range(len(state.rows)) if row not in state.fates]
         settling = []
         async for download in arrivals:
             row = wanted[download.index]
             if download.reason == OK:
-                await self._room.enter(len(download.body))
+                with waits.on("cleaning"):
+                    await self._room.enter(len(download.body))
                 settling.append(asyncio.create_task(self._settle(state, row, download.body)))
             else:
                 state.fates[row] = (download.reason, download.detail)
-        await asyncio.gather(*settling)
+        with waits.on("cleaning"):
+            await asyncio.gather(*settling)
+        waits.seconds["arrivals"] = time.monotonic() - began - waits.seconds["cleaning"]
+        state.waited, state.queues = waits.record(), depths.since(mark)
         await self._stop_if_systemic(state, wanted)
 
     def _arrivals(self, state: _Shard) -> AsyncIterator[Download]:
@@ -233,9 +247,10 @@ class FetchWork:
     async def _settle(self, state: _Shard, row: int, body: bytes) -> None:
         try:
             state.hashes[row] = hashlib.sha256(body).hexdigest()
-            state.pictures[row] = await self._loop.run_in_executor(
-                self._threads, cleaned, body, self._pictures
-            )
+            with self._downloader.depths.at("mb_to_clean", len(body) / 1e6):
+                state.pictures[row] = await self._loop.run_in_executor(
+                    self._threads, cleaned, body, self._pictures
+                )
         except BadPicture as error:
             state.fates[row] = (error.reason, str(error))
         finally:
@@ -291,6 +306,8 @@ def _shard_data(state: _Shard, seconds: float) -> ShardData:
         statuses=[(state.key(row), *state.fates.get(row, (OK, ""))) for row in every],
         seconds=seconds,
         columns=_columns(state),
+        waited=state.waited,
+        queues=state.queues,
     )
 
 

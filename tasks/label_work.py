@@ -17,7 +17,7 @@ from typing import Any
 
 from infra.buckets import Buckets
 from infra.ledger import Ledger, ShardData, Stage
-from infra.overlap import pipelined
+from infra.overlap import Waits, pipelined
 from infra.shards import MISSING_EXT, TarIndex, hole, read_tar, split_name, write_tar
 from infra.store import Store
 from infra.units import SystemicFailure
@@ -103,13 +103,16 @@ class LabelWork:
         Raises:
             As `run`, for the first labeler that cannot.
         """
-        started = time.monotonic()
+        started, waits = time.monotonic(), Waits()
         works = (self, *others)
         samples: list[list[Sample]] = [[] for _ in works]
-        for number, group in _one_pass(works, shard):
+        for number, group in _one_pass(works, shard, waits):
             samples[number] += group
-        seconds = (time.monotonic() - started) / len(works)
-        return [work._data(shard, each, seconds) for work, each in zip(works, samples, strict=True)]
+        seconds, waited = (time.monotonic() - started) / len(works), waits.record(len(works))
+        return [
+            work._data(shard, each, seconds, waited)
+            for work, each in zip(works, samples, strict=True)
+        ]
 
     def samples(self, shard: int) -> Iterator[list[Sample]]:
         """The labelled pictures of a shard in order, a few batches at a time.
@@ -124,7 +127,9 @@ class LabelWork:
             yield group
         _refuse_if_hopeless(self._stage, shard, reasons, detail)
 
-    def _data(self, shard: int, samples: list[Sample], seconds: float) -> ShardData:
+    def _data(
+        self, shard: int, samples: list[Sample], seconds: float, waited: dict[str, float]
+    ) -> ShardData:
         detail = next((sample.detail for sample in samples if sample.detail), "")
         reasons = Counter(sample.reason for sample in samples)
         _refuse_if_hopeless(self._stage, shard, reasons, detail)
@@ -133,6 +138,7 @@ class LabelWork:
             outputs={output: _tar(samples, output) for output in self._stage.outputs},
             statuses=[(sample.key, sample.reason, sample.detail) for sample in samples],
             seconds=seconds,
+            waited=waited,
         )
 
     def _rows(self, works: Sequence[LabelWork], shard: int) -> Iterator[list[Sample]]:
@@ -222,9 +228,11 @@ class LabelWork:
         return samples
 
 
-def _one_pass(works: Sequence[LabelWork], shard: int) -> Iterator[tuple[int, list[Sample]]]:
+def _one_pass(
+    works: Sequence[LabelWork], shard: int, waits: Waits | None = None
+) -> Iterator[tuple[int, list[Sample]]]:
     """Groups of labelled pictures of a shard, each with its labeler's number, in order for each;
-    the pictures are read and decoded once for all."""
+    the pictures are read and decoded once for all. `waits` counts how long the networks waited."""
     rows = _batched(works[0]._rows(works, shard), min(work._group for work in works))
     buckets = [work._buckets() for work in works]
     lines: list[deque[Sample]] = [deque() for _ in works]
@@ -233,6 +241,7 @@ def _one_pass(works: Sequence[LabelWork], shard: int) -> Iterator[tuple[int, lis
         lambda rows: rows and [_decoded(works, row) for row in rows],
         lambda rows: _labelled(works, buckets, lines, rows),
         lambda batches: [work._encode(batch) for work, batch in batches],
+        waits=waits,
     ):
         for sample in chain.from_iterable(batches):
             sample.done = True

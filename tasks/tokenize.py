@@ -21,7 +21,7 @@ import numpy as np
 
 from infra.blocks import BlockWriter, Column
 from infra.ledger import OK, Ledger, ShardData, Stage
-from infra.overlap import prefetch
+from infra.overlap import INPUT, Waits, prefetch
 from infra.runner import StageJob
 from infra.shards import MISSING_EXT, TarIndex
 from infra.store import Store
@@ -188,7 +188,8 @@ class TokenizeWork:
         column = Column("uint16", self._encoder.length)
         writer = BlockWriter(dict.fromkeys(self._columns, column), metadata)
         statuses: list[tuple[str, str, str]] = []
-        groups = prefetch(self._groups(shard), depth=2)
+        waits = Waits()
+        groups = waits.each(prefetch(self._groups(shard), depth=2), INPUT)
         for key, row, reason in self._encoder.encode(groups, self._columns):
             writer.add(key, row)
             statuses.append((key, reason, ""))
@@ -200,6 +201,7 @@ class TokenizeWork:
             statuses=statuses,
             seconds=time.monotonic() - began,
             info={"holes": len(keys) - reasons[OK], "crops": self._policy.num_crops},
+            waited=waits.record(),
         )
 
     def _groups(self, shard: int) -> Iterator[list[tuple[str, list[Any] | None, str]]]:

@@ -44,7 +44,8 @@ class ToyWork:
         members = [(f"{key}.txt", content.format(key).encode()) for key in keys]
         statuses = [(key, "ok", "") for key in keys] + [(sample_key(shard, ROWS), "http_404", "")]
         outputs = {name: write_tar(members) for name in self.stage.outputs}
-        return ShardData(keys=keys, outputs=outputs, statuses=statuses, seconds=0.1)
+        told = {name: config.get(name, {}) for name in ("waited", "queues")}
+        return ShardData(keys, outputs, statuses, seconds=0.1, **told)
 
     def run_with(self, others: list[ToyWork], shard: int) -> list[ShardData]:
         self.note(f"with {len(others)} others {shard}")

@@ -2,9 +2,14 @@
 
 import threading
 import time
+from collections import Counter
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
+from infra import overlap
+from infra.overlap import INPUT, OUTPUT, Depths, Waits, percentages
 from infra.runner import pipelined, prefetch
 
 
@@ -88,3 +93,53 @@ def test_stages_overlap():
     meeting = threading.Barrier(3, timeout=60)
     stages = [lambda x, at=at: meeting.wait() * 0 + x if x == at else x for at in (2, 1, 0)]
     assert list(pipelined(range(3), *stages)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("slow", [INPUT, OUTPUT])
+def test_a_slow_decoder_shows_as_waiting_for_input_and_a_slow_encoder_for_output(
+    monkeypatch, slow
+):
+    clock, entered = [0.0], Counter()
+    monkeypatch.setattr(overlap, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    class Watched(Waits):
+        @contextmanager
+        def on(self, what):
+            with super().on(what):
+                entered[what] += 1
+                yield
+
+    def second(item):
+        """Takes a second, which passes when the network waits for this very item."""
+        deadline = time.monotonic() + 60
+        while entered[slow] <= item and time.monotonic() < deadline:
+            time.sleep(0.001)
+        clock[0] += 1
+        return item
+
+    steps = {INPUT: (second, abs, abs), OUTPUT: (abs, abs, second)}[slow]
+    waits = Watched()
+    assert list(pipelined(range(9), *steps, waits=waits)) == list(range(9))
+    other = {INPUT: OUTPUT, OUTPUT: INPUT}[slow]
+    assert waits.record() == {slow: 9.0, other: 0.0}
+    assert waits.record(parts=2)[slow] == 4.5
+
+
+def test_depths_are_means_over_the_time_since_a_mark():
+    clock = [0.0]
+    depths = Depths(clock=lambda: clock[0])
+    with depths.at("a"), depths.at("b", 5):
+        clock[0] = 2.0
+        mark = depths.mark()
+        with depths.at("a"):
+            clock[0] = 3.0
+    clock[0] = 4.0
+    assert depths.since(mark) == {"a": 1.0, "b": 2.5}
+    clock[0] = 6.0
+    assert depths.since(mark) == {"a": 0.5, "b": 1.25}
+    assert depths.since(depths.mark()) == {"a": 0.0, "b": 0.0}
+
+
+def test_shares_read_as_percentages_the_largest_first():
+    assert percentages({"output": 0.004, "input": 0.25}) == "input 25 %, output 0 %"
+    assert percentages({}) == ""

@@ -55,6 +55,17 @@ def test_all_shards_are_committed_and_counted(store):
     assert "4/4 shards" in seen[-1].text
 
 
+def test_what_the_work_waits_for_is_told_while_it_runs_and_stays_in_the_commits(store):
+    job, seen = toy_job(4, waited={"input": 0.025, "output": 0.0}), []
+    report = run(store, job, on_progress=seen.append)[job.stage.id]
+    assert report.waits == pytest.approx({"input": 0.25, "output": 0.0})
+    assert "waited for input 25 %, output 0 %" in seen[1].text
+    assert Ledger(store).read_commit(job.stage, 3).waited == {"input": 0.025, "output": 0.0}
+    plain = toy_job(4, "label:plain")
+    run(store, plain, on_progress=seen.append)
+    assert "waited" not in seen[-1].text
+
+
 def test_resume_runs_only_what_is_missing(store, tmp_path):
     run(store, toy_job(2))
     job = toy_job(4, log=True, folder=str(tmp_path))

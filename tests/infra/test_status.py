@@ -73,6 +73,44 @@ def test_pace_counts_neither_pauses_nor_parallel_work_twice(tmp_path):
     assert line.slowest == (3, 103.0)
 
 
+def test_waits_and_queues_are_means_over_the_commits_that_tell_of_them(tmp_path):
+    store = Store(str(tmp_path))
+    Ledger(store).write_plan({"num_shards": 4})
+    job = toy_job(4)
+    run(store, job)
+    rewritten(store, job.stage, 0, seconds=30.0, waited={"input": 3.0}, queues={"requests": 8.0})
+    rewritten(store, job.stage, 1, seconds=10.0, waited={"input": 7.0, "output": 1.0},
+              queues={"requests": 4.0, "mb_to_clean": 0.4})  # fmt: skip
+    old = store.read_json(commit_path(job.stage.id, 2))
+    store.write_json(commit_path(job.stage.id, 2), {
+        name: value for name, value in old.items() if name not in ("waited", "queues")
+    })
+    assert Ledger(store).read_commit(job.stage, 2).waited == {}
+    (line,) = status(store)
+    assert line.done == 4
+    assert line.waited == pytest.approx({"input": 0.25, "output": 0.025})
+    assert line.queues == pytest.approx({"requests": 7.0, "mb_to_clean": 0.1})
+    (row,) = as_rows([line])
+    assert row["waited for"] == "input 25 %, output 2 %"
+    assert row["at work"] == "requests 7, mb to clean 0.1"
+
+
+def test_what_was_begun_and_has_not_ended_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "RETRY_SECONDS", 0.0)
+    store = Store(str(tmp_path))
+    ledger = Ledger(store)
+    ledger.write_plan({"num_shards": 9})
+    job = toy_job(4, fail=[3])
+    run(store, job)
+    for shard in (6, 6, 7):  # as workers leave it that are at them, one for the second time
+        ledger.attempt(job.stage, shard)
+    begun = ledger.begun(job.stage)
+    assert (begun[0], begun[6], begun[7], begun[8]) == (1, 2, 1, 0)
+    (line,) = status(store)
+    assert (line.done, line.quarantined, line.left, line.begun) == (3, 1, 5, 2)
+    assert as_rows([line])[0]["begun"] == 2
+
+
 def test_only_the_stages_that_are_asked_for_are_read(tmp_path):
     store = Store(str(tmp_path))
     Ledger(store).write_plan({"num_shards": 2})

@@ -7,7 +7,7 @@ from rich.console import Console
 from infra import units
 from infra.ledger import Ledger
 from infra.store import Store
-from pipelines.status import table
+from pipelines.status import tables
 from tests.infra.test_runner import run, toy_job
 
 
@@ -15,19 +15,22 @@ def test_a_stage_shows_done_left_failed_pace_workers_and_slowest(tmp_path, monke
     monkeypatch.setattr(units, "RETRY_SECONDS", 0.0)
     store = Store(str(tmp_path))
     Ledger(store).write_plan({"num_shards": 9})
-    job = toy_job(4, fail=[3])
+    job = toy_job(4, fail=[3], waited={"input": 0.02}, queues={"requests": 7.0})
     run(store, job)
     store.write("runs/first/curve.jsonl", b'{"step": 7, "loss": 1.5, "samples_per_second": 2.0}\n'
                                           b'{"step": 7, "val/rgb->depth": 2.5}\n')
-    console = Console(width=200, file=io.StringIO())
-    console.print(table(store))
+    console = Console(width=130, file=io.StringIO())
+    console.print(tables(store))
     text = console.file.getvalue()
-    (head,) = [line for line in text.splitlines() if "slowest" in line]
-    for name in ("stage", "done", "left", "failed", "samples/s", "workers", "time left"):
-        assert name in head
-    (line,) = [line for line in text.splitlines() if job.stage.id in line]
-    for value in ("3/9", " 5 ", "ValueError 1", "http_404 3", "0: 0:00"):
-        assert value in line
+    heads = "".join(line for line in text.splitlines() if "stage" in line)
+    for name in ("done", "left", "begun", "samples/s", "workers", "time left", "slowest", "failed",
+                 "dropped", "waited for", "at work"):
+        assert name in heads
+    pace, lost = (line for line in text.splitlines() if job.stage.id in line)
+    for value in ("3/9", " 5 ", "0: 0:00"):
+        assert value in pace
+    for value in ("ValueError 1", "http_404 3", "input 20 %", "requests 7"):
+        assert value in lost
     (curve,) = [line for line in text.splitlines() if "runs/first" in line]
     assert "step 7" in curve
     assert "loss 1.500" in curve

@@ -178,6 +178,17 @@ def test_a_host_is_asked_for_no_more_at_once_than_is_polite(hostile, tmp_path):
     assert 1 <= hostile.most <= 2
 
 
+def test_a_shard_tells_how_many_requests_were_under_way_and_how_many_rows_waited_at_hosts(
+    hostile, tmp_path
+):
+    base, settings = f"http://127.0.0.1:{hostile.port}", config(hostile.port)
+    settings = replace(settings, downloads=replace(settings.downloads, per_host=1))
+    _, _, data = ingest(tmp_path, [f"{base}/crowd/{i}\tc" for i in range(4)], settings)
+    assert data.queues.keys() == {"at_hosts", "requests", "mb_to_clean"}
+    assert 0 < data.queues["requests"] <= 1
+    assert data.queues["at_hosts"] > 0
+
+
 @pytest.mark.parametrize(
     ("asked_for", "least"), [(None, [1, 2, 4]), (3.0, [3, 3, 4]), (30.0, []), (1e9, [])]
 )

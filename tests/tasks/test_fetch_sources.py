@@ -23,6 +23,7 @@ from infra.runner import SystemicFailure
 from infra.shards import TornShard, read_tar, sample_key, write_tar
 from infra.sources import Source
 from infra.store import Store
+from tasks import fetch
 from tasks.fetch import FetchConfig, FetchWork, _Room, fetch_stage, make_plan
 from tasks.pictures import PicturePolicy
 from tasks.plans import Plan, plan_retry
@@ -162,6 +163,29 @@ def test_shards_of_a_worker_overlap_while_one_waits_for_a_slow_server(tmp_path, 
         assert [list(fates(d.result(60)).values()) for d in (first, second)] == [["ok"] * 3] * 2
     worker.close()
     assert asked == [0, 1, 2, 3, 4, 5]  # in the order of the shards
+
+
+@pytest.mark.parametrize("slow", ["arrivals", "cleaning"])
+def test_a_shard_tells_whether_it_waited_for_arrivals_or_for_cleaning(tmp_path, monkeypatch, slow):
+    clean = fetch.cleaned
+
+    async def persist(self, index, url):
+        await asyncio.sleep(0.4 if slow == "arrivals" else 0)
+        return Download(index, "ok", body=jpeg(index))
+
+    def cleaned(*words):
+        time.sleep(0.8 if slow == "cleaning" else 0)
+        return clean(*words)
+
+    monkeypatch.setattr(Downloader, "_persist", persist)
+    monkeypatch.setattr(fetch, "cleaned", cleaned)
+    store, _ = planned(tmp_path, rows=2, shard_rows=2)
+    worker = work(store)
+    data = worker.run(0)
+    worker.close()
+    assert data.waited.keys() == {"arrivals", "cleaning"}
+    assert 0.1 < data.waited[slow] <= sum(data.waited.values()) <= data.seconds + 0.002
+    assert slow == "arrivals" or data.queues["mb_to_clean"] > 0
 
 
 def test_a_retry_takes_up_passing_failures_only_and_touches_nothing_that_is_done(

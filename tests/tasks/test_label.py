@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,6 +89,18 @@ def test_labels_have_the_pictures_keys_and_order_and_failures_are_holes(tmp_path
     assert decode(members["00000000007.png"]).mean() == pytest.approx(100 / 255, abs=0.01)
     assert decode(members["00000000005.png"]).shape == (24, 24)
     assert b"unlabelled" in members["00000000003.missing"]
+
+
+@pytest.mark.parametrize(("slow", "what"), [("_decode", "input"), ("_encode", "output")])
+def test_a_commit_tells_what_its_network_waited_for(tmp_path, monkeypatch, slow, what):
+    step = getattr(LabelWork, slow)
+    monkeypatch.setattr(LabelWork, slow, lambda *words: time.sleep(0.8) or step(*words))
+    store = Store(str(tmp_path))
+    commit_pictures(store, [("00000000000.jpg", jpeg(9))])
+    data = run(store)
+    assert data.waited.keys() == {"input", "output"}
+    assert 0.1 < data.waited[what] <= sum(data.waited.values()) <= data.seconds + 0.002
+    assert Ledger(store).read_commit(label_stage(SPEC, FETCH), 0).waited == data.waited
 
 
 def test_a_picture_that_its_network_cannot_see_is_a_hole_with_a_reason(tmp_path):
@@ -335,6 +348,9 @@ def test_labelers_in_one_pass_decode_once_and_write_the_bytes_of_separate_ones(
     monkeypatch.setattr(modalities, "get", lambda name: counted if name == "rgb" else known(name))
     jobs = label_jobs(SHARED, FETCH, [0], share=[("color_palette", "canny_edge")])
     assert label_all(together, jobs) == expected
+    waited = [Ledger(together).read_commit(job.stage, 0).waited for job in jobs]
+    assert waited[0].keys() == {"input", "output"}
+    assert waited[0] == waited[1]  # each has its part of the wait, as of the seconds
     assert len(decoded) == 13 + 2  # what is broken is tried for each
     reasons = [set(Ledger(together).statuses(job.stage)["reason"].to_pylist()) for job in jobs]
     assert reasons == [{"ok", "no_picture", "undecodable"}] * 2
