@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -91,6 +92,25 @@ def pipelined(
 
     `work` runs in the calling thread, the others in threads of their own: what a network
     allocates is then reused by the next unit, where the memory of a thread that ends is given
-    back, to be cleared page by page when the next one asks for it.
+    back, to be cleared page by page when the next one asks for it. Torch has its threads in `work`
+    alone, and one in each of the others, which take no more than a core each.
     """
+    before, after = _on_a_core(before), _on_a_core(after)
     return trailing(after, map(work, prefetch(map(before, source), depth)), depth)
+
+
+def _on_a_core(call: Callable[[T], R]) -> Callable[[T], R]:
+    """A call for another thread, in which torch has one thread."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return call
+    threads = torch.get_num_threads()
+
+    def run(item: T) -> R:
+        torch.set_num_threads(1)  # of this thread, and of those that begin meanwhile
+        try:
+            return call(item)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
