@@ -92,8 +92,7 @@ class LabelWork:
         self._stage = stage
         self._fetch = next(each for each in stage.upstream if "rgb" in each.outputs)
         self._labeler = labeler
-        on_cpu = labeler.device.type == "cpu"
-        self._parts = labeler if isinstance(labeler, InParts) and on_cpu else None
+        self._parts = labeler if isinstance(labeler, InParts) and labeler.apart else None
         # A labeler's caption goes before the list's, as the later stage upstream.
         self._sources = {
             name: each

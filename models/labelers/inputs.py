@@ -36,12 +36,12 @@ class Inputs:
             self._images
         )
         self._place = self._device if on_device else "cpu"
-        self._squeeze: Callable[[Any], Any] | None = None
+        self.squeeze: Callable[[Any], Any] | None = None
         if on_device and self._device.type == "cpu":
             _keep_packed(self._images)
             if processor is self._images:
                 self._fixed["disable_grouping"] = False
-                self._squeeze = _squeeze(processor, self._fixed)
+                self.squeeze = _squeeze(processor, self._fixed)
         self.shape: Callable[[int, int], tuple[int, ...]] = lru_cache(_SIZES)(self._shape)
 
     def __call__(self, images: Sequence[Image], **more: Any) -> Any:
@@ -51,8 +51,8 @@ class Inputs:
             images: Of any sizes whose `shape` is one.
             more: Arguments of the processor.
         """
-        if self._squeeze is not None and not more:
-            return {"pixel_values": self._squeezed(images, self._squeeze)}
+        if self.squeeze is not None and not more:
+            return {"pixel_values": self._squeezed(images, self.squeeze)}
         pixels = rows(images, self._place)
         made = self.processor(images=pixels, return_tensors="pt", **self._fixed, **more)
         made = made.to(self._device)
@@ -89,6 +89,13 @@ class InParts(Labeler):
     """
 
     inputs: Inputs
+
+    @property
+    def apart(self) -> bool:
+        """Whether the parts may be called one by one: the network is on the CPU, and no subclass
+        has put something else in the place of all three."""
+        own, whole = type(self), (InParts.predict, Labeler.label_samples)
+        return self.device.type == "cpu" and (own.predict, own.label_samples) == whole
 
     def seen(self, height: int, width: int) -> Hashable:
         return self.inputs.shape(height, width)

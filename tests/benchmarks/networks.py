@@ -5,11 +5,11 @@ the network with what goes before and after it, encoding, hashing, writing and c
 side is the network alone, on the very tensors that the engine hands to it, in the same batches and
 on as many cores as torch has threads. Three sides run in turn, and one record holds them all:
 
-    ours, ratio                  the engine has one core more than torch has threads: what keeps the
-                                 network waiting although there is a core for all else
-    ours_shared, ratio_shared    it has the network's cores alone: whatever it does is paid with time
-                                 of the network, as on a machine whose cores all run networks
-    bare                         the network
+    ours, ratio                 the engine has one core more than torch has threads: what keeps the
+                                network waiting although there is a core for all else
+    ours_shared, ratio_shared   it has the network's cores alone: all that it does is paid with time
+                                of the network, as on a machine whose cores all run networks
+    bare                        the network
 
 A worker with a GPU, or one whose `num_cpus` are above its threads, is of the first kind. `cpu_ms`,
 `cpu_ms_shared` and `cpu_ms_bare` are what each side takes of all cores for a picture or crop.
@@ -71,11 +71,11 @@ class Case:
 
 LABEL = (
     Case("label.20", "clip", 64, 256, {"hidden_size": 512, "num_attention_heads": 8}),
-    Case("label.200.features", "clip", 512, 128,
+    Case("label.200.features", "clip", 768, 128,
          {"hidden_size": 256, "num_attention_heads": 4, "image_size": 128}),
-    Case("label.200.det", "det", 512, 128, {"size": 192}),
-    Case("label.200.semseg", "semseg", 512, 128, {"size": 224}),
-    Case("label.200.normal", "normal", 512, 128, {"size": 144}),
+    Case("label.200.det", "det", 768, 128, {"size": 192}),
+    Case("label.200.semseg", "semseg", 768, 128, {"size": 224}),
+    Case("label.200.normal", "normal", 768, 128, {"size": 144}),
 )
 """A ViT with random weights between S/16 and B/16 on pictures of the size that photographs are
 stored in. At about 200 scenes/s a smaller one, and the shipped networks for boxes, class maps and

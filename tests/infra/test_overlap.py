@@ -1,10 +1,14 @@
 """Prefetching keeps order, passes errors on, and ends its thread."""
 
+import os
+import sys
 import threading
 import time
 
 import pytest
+import torch
 
+from infra.overlap import GIVE_WAY
 from infra.runner import pipelined, prefetch
 
 
@@ -88,3 +92,28 @@ def test_stages_overlap():
     meeting = threading.Barrier(3, timeout=60)
     stages = [lambda x, at=at: meeting.wait() * 0 + x if x == at else x for at in (2, 1, 0)]
     assert list(pipelined(range(3), *stages)) == [0, 1, 2]
+
+
+def test_torch_has_one_thread_beside_the_caller_and_keeps_the_caller_s():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        found = list(pipelined([[]] * 4, *[lambda x: [*x, torch.get_num_threads()]] * 3))
+        assert found == [[1, 3, 1]] * 4
+        assert torch.get_num_threads() == 3
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join(60)
+        assert later == [3], "a thread that begins afterwards has what the caller set"
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
+def test_threads_beside_the_caller_give_way_to_it():
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    found = list(pipelined([[]] * 2, *[lambda x: [*x, os.getpriority(os.PRIO_PROCESS, 0)]] * 3))
+    beside = min(own + GIVE_WAY, 19)
+    assert found == [[beside, own, beside]] * 2
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
