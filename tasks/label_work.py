@@ -327,7 +327,7 @@ def _ahead(
     """
     for row in rows or ():
         _decode(works, row)
-    ready = []
+    ready: list[Batch] = []
     for number, (work, each) in enumerate(zip(works, buckets, strict=True)):
         due = [each.rest()] if rows is None else [work._put(each, row[number]) for row in rows]
         for samples in chain.from_iterable(due):
