@@ -83,7 +83,7 @@ normals, which are shown the scenes larger to be as slow: what differs is how mu
 
 TOKENIZE = (
     Case("tokenize.20", "rgb", 16, 256, {"size": 224, "width": 640, "encoder_depth": 12}),
-    Case("tokenize.200", "rgb", 128, 128, {"width": 512, "encoder_depth": 6}),
+    Case("tokenize.200", "rgb", 192, 128, {"width": 512, "encoder_depth": 6}),
     Case("tokenize.demo", "rgb", 256, 128),
 )
 """An encoder nearly of the released tokenizers' size, a smaller one, and the demo's; weights are
