@@ -194,8 +194,10 @@ class TokenizeWork:
         statuses: list[tuple[str, str, str]] = []
         prepare = partial(self._prepared, Aspects(self._ledger, self._stage.upstream[0], shard))
         encode = partial(self._encoder.encode, columns=self._columns)
-        steps = (prepare, encode) if self._encoder.ahead else (list, lambda x: encode(prepare(x)))
-        for written in pipelined(self._members(shard), *steps, partial(_write, writer)):
+        before, work = prepare, encode
+        if not self._encoder.ahead:
+            before, work = list, lambda group: encode(prepare(group))
+        for written in pipelined(self._members(shard), before, work, partial(_write, writer)):
             statuses += written
         keys = [key for key, _, _ in statuses]
         reasons = Counter(reason for _, reason, _ in statuses)
