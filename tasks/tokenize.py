@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -194,7 +194,8 @@ class TokenizeWork:
         statuses: list[tuple[str, str, str]] = []
         prepare = partial(self._prepared, Aspects(self._ledger, self._stage.upstream[0], shard))
         encode = partial(self._encoder.encode, columns=self._columns)
-        before, work = prepare, encode
+        before: Callable[..., Any] = prepare
+        work: Callable[..., Any] = encode
         if not self._encoder.ahead:
             before, work = list, lambda group: encode(prepare(group))
         for written in pipelined(self._members(shard), before, work, partial(_write, writer)):
