@@ -17,7 +17,7 @@ from typing import Any
 BF16_GAIN = 1.5
 """bf16 matrix products must beat fp32 by this factor before they are worth their rounding."""
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
 def describe() -> dict[str, Any]:
@@ -90,14 +90,21 @@ def _matmul_seconds(dtype: Any, size: int = 512, repeats: int = 4) -> float:
     return best
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(*, one_pool: bool = False) -> None:
     """Tells glibc to keep what is freed: by default it gives every large block back to the kernel,
     which fills it with zeros when the next batch asks for it again. That is a sixth of a training
-    step of 4M-Tiny on two cores. Does nothing where there is no glibc."""
+    step of 4M-Tiny on two cores. Does nothing where there is no glibc.
+
+    Args:
+        one_pool: Threads that begin from now on share the memory of the main one. Those of their
+            own do give blocks back; but many threads would wait for each other.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
+        if one_pool:
+            mallopt(_M_ARENA_MAX, 1)
 
 
 def peak_rss() -> int:

@@ -103,7 +103,7 @@ class UnitRunner:
         self._works: dict[int, Work] = {}
         self._halt = ""
         self._building = threading.Lock()
-        keep_freed_memory()
+        keep_freed_memory(one_pool=all(job.at_once == 1 for job in jobs))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Ray Data's side: a batch of one unit in, its status rows out."""

@@ -2,6 +2,10 @@
 
 A label shard holds the keys of its `rgb` shard in the same order. A picture that cannot be
 labelled becomes an explicit hole with a reason in the status table, never a shift.
+
+While a network works on a batch, another thread reads, decodes and prepares the next ones and a
+third finishes and encodes the ones before: of a labeler on a CPU that is `InParts` the network's
+thread has nothing but the network to run.
 """
 
 from __future__ import annotations
@@ -23,12 +27,11 @@ from infra.store import Store
 from infra.units import SystemicFailure
 from models import modalities
 from models.labelers import Labeler, LabelerSpec, load_labeler
+from models.labelers.inputs import InParts
 from tasks.tokenizer_data import read_label
 
 logger = logging.getLogger("fourm.label")
 
-BATCHES_AT_ONCE = 2
-"""Batches that are read together."""
 MOST_PIXELS = 2**25
 """Pixels of pictures that wait for others of their shape: 100 MB, or 380 pictures of 256 x 341."""
 
@@ -49,6 +52,19 @@ class Sample:
 
     def fail(self, reason: str, error: Exception | str) -> None:
         self.reason, self.detail = reason, str(error)[:500]
+
+
+@dataclass
+class Batch:
+    """Samples that meet in the network of a labeler."""
+
+    work: LabelWork
+    samples: list[Sample]
+    images: list[Any] = field(default_factory=list)
+    inputs: Any = None
+    """Of the network, where they were prepared ahead of it."""
+    outputs: Any = None
+    """Of the network, where they are to be finished behind it."""
 
 
 def build_work(store_url: str, stage: Stage, config: dict[str, Any]) -> LabelWork:
@@ -76,7 +92,7 @@ class LabelWork:
         self._stage = stage
         self._fetch = next(each for each in stage.upstream if "rgb" in each.outputs)
         self._labeler = labeler
-        self._group = labeler.spec.batch_size * BATCHES_AT_ONCE
+        self._parts = labeler if isinstance(labeler, InParts) and labeler.apart else None
         # A labeler's caption goes before the list's, as the later stage upstream.
         self._sources = {
             name: each
@@ -194,20 +210,57 @@ class LabelWork:
         pixels = sample.inputs["rgb"].size // 3 if "rgb" in sample.inputs else 0
         return buckets.add(sample, kind=self._labeler.alike(sample.inputs), cost=pixels)
 
-    def _label(self, samples: list[Sample]) -> None:
+    def _prepared(self, samples: list[Sample]) -> Iterator[Batch]:
+        """Batches of alike samples as the network takes them, as far as it takes them prepared."""
+        if self._parts is None:
+            yield Batch(self, samples)
+            return
+        size = self._parts.fitting
+        for start in range(0, len(samples), size):
+            batch = Batch(self, samples[start : start + size])
+            batch.images = self._parts.filled([each.inputs["rgb"] for each in batch.samples])
+            batch.inputs = self._tried(self._parts.prepare, batch.images)
+            yield batch
+
+    def _label(self, batch: Batch) -> None:
+        if self._parts is not None and batch.inputs is not None:
+            batch.outputs = self._tried(self._parts.forward, batch.inputs)
+            batch.inputs = None
+        if batch.outputs is None:
+            self._label_whole(batch.samples)
+
+    def _finish(self, batch: Batch) -> None:
+        if self._parts is not None and batch.outputs is not None:
+            labels = self._tried(self._parts.finish, batch.outputs, batch.images)
+            batch.outputs = None
+            if labels is None:
+                self._label_whole(batch.samples)
+            else:
+                _spread(labels, batch.samples)
+        batch.images = []
+        for sample in batch.samples:
+            sample.inputs = {}
+        self._encode(batch.samples)
+
+    def _tried(self, part: Callable[..., Any], *given: Any) -> Any:
+        """What a part of the labeler makes; None where it fails: the batch is then labelled whole,
+        which deals with what goes wrong, and tells of it."""
+        try:
+            with self._labeler.inference():
+                return part(*given)
+        except (RuntimeError, ValueError, MemoryError):
+            return None
+
+    def _label_whole(self, samples: list[Sample]) -> None:
         try:
             self._label_together(samples)
         except (RuntimeError, ValueError) as error:
             logger.warning("%s: a batch failed, one at a time: %s", self._stage.id, error)
             for sample in samples:
                 self._label_alone(sample)
-        for sample in samples:
-            sample.inputs = {}
 
     def _label_together(self, samples: list[Sample]) -> None:
-        labels = self._labeler.label_samples([sample.inputs for sample in samples])
-        for number, sample in enumerate(samples):
-            sample.values = {name: values[number] for name, values in labels.items()}
+        _spread(self._labeler.label_samples([sample.inputs for sample in samples]), samples)
 
     def _label_alone(self, sample: Sample) -> None:
         try:
@@ -215,7 +268,7 @@ class LabelWork:
         except (RuntimeError, ValueError) as error:
             sample.fail("unlabelled", error)
 
-    def _encode(self, samples: list[Sample]) -> list[Sample]:
+    def _encode(self, samples: list[Sample]) -> None:
         for sample in samples:
             try:
                 sample.members = {
@@ -225,7 +278,12 @@ class LabelWork:
             except ValueError as error:  # such as a number that is not finite
                 sample.fail("unlabelled", error)
             sample.values = {}
-        return samples
+            sample.done = True
+
+
+def _spread(labels: dict[str, list[Any]], samples: list[Sample]) -> None:
+    for number, sample in enumerate(samples):
+        sample.values = {name: values[number] for name, values in labels.items()}
 
 
 def _one_pass(
@@ -233,19 +291,19 @@ def _one_pass(
 ) -> Iterator[tuple[int, list[Sample]]]:
     """Groups of labelled pictures of a shard, each with its labeler's number, in order for each;
     the pictures are read and decoded once for all. `waits` counts how long the networks waited."""
-    rows = _batched(works[0]._rows(works, shard), min(work._group for work in works))
+    size = min(work._labeler.spec.batch_size for work in works)
+    groups = _batched(works[0]._rows(works, shard), size)
     buckets = [work._buckets() for work in works]
     lines: list[deque[Sample]] = [deque() for _ in works]
-    for batches in pipelined(
-        chain(rows, [None]),
-        lambda rows: rows and [_decoded(works, row) for row in rows],
-        lambda rows: _labelled(works, buckets, lines, rows),
-        lambda batches: [work._encode(batch) for work, batch in batches],
+    for rows in pipelined(
+        chain(groups, [None]),
+        lambda rows: (rows or [], _ahead(works, buckets, rows)),
+        _labelled,
+        _finished,
         waits=waits,
     ):
-        for sample in chain.from_iterable(batches):
-            sample.done = True
         for number, line in enumerate(lines):
+            line.extend(row[number] for row in rows)
             if group := list(_first_done(line)):
                 yield number, group
 
@@ -260,33 +318,43 @@ def _batched(rows: Iterator[list[Sample]], size: int) -> Iterator[list[list[Samp
         yield batch
 
 
-def _decoded(works: Sequence[LabelWork], row: list[Sample]) -> list[Sample]:
+def _decode(works: Sequence[LabelWork], row: list[Sample]) -> None:
     picture = lru_cache(1)(modalities.get("rgb").decode)
     for work, sample in zip(works, row, strict=True):
         work._decode(sample, picture)
-    return row
 
 
-def _labelled(
-    works: Sequence[LabelWork], buckets: Sequence[Buckets[Sample]],
-    lines: Sequence[deque[Sample]], rows: list[list[Sample]] | None,
-) -> list[tuple[LabelWork, list[Sample]]]:  # fmt: skip
-    """Batches that became due with these rows, labelled, each with its labeler.
+def _ahead(
+    works: Sequence[LabelWork], buckets: Sequence[Buckets[Sample]], rows: list[list[Sample]] | None
+) -> list[Batch]:
+    """Batches that become due with more rows, decoded and prepared.
 
     Args:
         works: Of the labelers.
         buckets: Of each labeler, with the samples that wait for others.
-        lines: Of each labeler, the samples in the order of the pictures.
-        rows: More samples of all; None when there are no more.
+        rows: For each picture a sample of every labeler; None when there are no more.
     """
-    ready = []
-    for number, (work, each, line) in enumerate(zip(works, buckets, lines, strict=True)):
-        line.extend(row[number] for row in rows or ())
+    for row in rows or ():
+        _decode(works, row)
+    ready: list[Batch] = []
+    for number, (work, each) in enumerate(zip(works, buckets, strict=True)):
         due = [each.rest()] if rows is None else [work._put(each, row[number]) for row in rows]
-        for batch in chain.from_iterable(due):
-            work._label(batch)
-            ready.append((work, batch))
+        for samples in chain.from_iterable(due):
+            ready += work._prepared(samples)
     return ready
+
+
+def _labelled(step: tuple[list[Any], list[Batch]]) -> tuple[list[Any], list[Batch]]:
+    for batch in step[1]:
+        batch.work._label(batch)
+    return step
+
+
+def _finished(step: tuple[list[Any], list[Batch]]) -> list[Any]:
+    rows, batches = step
+    for batch in batches:
+        batch.work._finish(batch)
+    return rows
 
 
 def _refuse_if_hopeless(stage: Stage, shard: int, reasons: Counter[str], detail: str) -> None:

@@ -1,9 +1,10 @@
 """Tokenizing: every modality of every sample becomes rows of token blocks, several crops each.
 
-One unit reads one label shard. A thread decodes and crops ahead while the network encodes; the
-windows are a pure function of (key, crop index), so modalities agree without a crop file. A
-missing label stays a hole: a null in every column, under the same key. Labels that are not worth
-storing, such as feature maps, can be made and tokenized in one pass (`token_jobs`, `labelers`).
+One unit reads one label shard. A thread decodes and crops ahead while the network encodes, another
+writes behind it; the windows are a pure function of (key, crop index), so modalities agree without
+a crop file. A missing label stays a hole: a null in every column, under the same key. Labels that
+are not worth storing, such as feature maps, can be made and tokenized in one pass (`token_jobs`,
+`labelers`).
 Windows do not depend on the side of the crops, so sets of several sides show the same regions.
 """
 
@@ -12,8 +13,9 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ import numpy as np
 
 from infra.blocks import BlockWriter, Column
 from infra.ledger import OK, Ledger, ShardData, Stage
-from infra.overlap import INPUT, Waits, prefetch
+from infra.overlap import Waits, pipelined
 from infra.runner import StageJob
 from infra.shards import MISSING_EXT, TarIndex
 from infra.store import Store
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 _GROUP = 32  # samples decoded ahead as one group
+_Prepared = tuple[str, list[Any] | None, str]
+"""Key, one prepared value per crop or None for a hole, status."""
 _Tokens = dict[str, np.ndarray | list[int] | None]
 _Row = tuple[str, _Tokens, str]
 
@@ -189,10 +193,15 @@ class TokenizeWork:
         writer = BlockWriter(dict.fromkeys(self._columns, column), metadata)
         statuses: list[tuple[str, str, str]] = []
         waits = Waits()
-        groups = waits.each(prefetch(self._groups(shard), depth=2), INPUT)
-        for key, row, reason in self._encoder.encode(groups, self._columns):
-            writer.add(key, row)
-            statuses.append((key, reason, ""))
+        prepare = partial(self._prepared, Aspects(self._ledger, self._stage.upstream[0], shard))
+        encode = partial(self._encoder.encode, columns=self._columns)
+        before: Callable[..., Any] = prepare
+        work: Callable[..., Any] = encode
+        if not self._encoder.ahead:
+            before, work = list, lambda group: encode(prepare(group))
+        write = partial(_write, writer)
+        for written in pipelined(self._members(shard), before, work, write, waits=waits):
+            statuses += written
         keys = [key for key, _, _ in statuses]
         reasons = Counter(reason for _, reason, _ in statuses)
         return ShardData(
@@ -204,11 +213,10 @@ class TokenizeWork:
             waited=waits.record(),
         )
 
-    def _groups(self, shard: int) -> Iterator[list[tuple[str, list[Any] | None, str]]]:
-        """Groups of (key, one prepared value per crop or None for a hole, status)."""
-        aspects = Aspects(self._ledger, self._stage.upstream[0], shard)
-        for group in self._members(shard):
-            yield [self._sample(key, data, aspects) for key, data in group]
+    def _prepared(
+        self, aspects: Aspects, group: list[tuple[str, bytes | None]]
+    ) -> list[_Prepared]:
+        return [self._sample(key, data, aspects) for key, data in group]
 
     def _members(self, shard: int) -> Iterator[list[tuple[str, bytes | None]]]:
         """Groups of (key, label file or None for a hole): stored ones, or made for this."""
@@ -225,9 +233,7 @@ class TokenizeWork:
                 (key, None if index.ext(key) == MISSING_EXT else index.read(key)) for key in group
             ]
 
-    def _sample(
-        self, key: str, data: bytes | None, aspects: Aspects
-    ) -> tuple[str, list[Any] | None, str]:
+    def _sample(self, key: str, data: bytes | None, aspects: Aspects) -> _Prepared:
         if data is None:
             return key, None, "missing_label"
         modality, count = modalities.get(self._modality), self._policy.num_crops
@@ -240,8 +246,18 @@ class TokenizeWork:
         return key, [self._encoder.prepare(crop, key, i) for i, crop in enumerate(crops)], OK
 
 
+def _write(writer: BlockWriter, rows: list[_Row]) -> list[tuple[str, str, str]]:
+    """Status rows of what is now written."""
+    for key, row, _ in rows:
+        writer.add(key, row)
+    return [(key, reason, "") for key, _, reason in rows]
+
+
 class _Learned:
     """Encodes maps in batches of all crops of a group."""
+
+    ahead = True
+    """Whether values are prepared ahead, beside the calling thread, whose the networks are."""
 
     def __init__(self, store: Store, stage: Stage, config: dict[str, Any]) -> None:
         self._tokenizer = _learned(store, stage.model, stage.revision, stage, config)
@@ -251,22 +267,18 @@ class _Learned:
         self.length: int | None = stage.params.get("tokens", whole)
 
     def prepare(self, value: np.ndarray, key: str, crop: int) -> np.ndarray:
-        """Packs a crop, in the reading thread."""
+        """Packs a crop."""
         return self._tokenizer.codec.pack(value)
 
-    def encode(
-        self, groups: Iterable[list[tuple[str, list[Any] | None, str]]], columns: list[str]
-    ) -> Iterator[_Row]:
+    def encode(self, group: list[_Prepared], columns: list[str]) -> list[_Row]:
         """(key, tokens by column, status) of every sample in order."""
-        for group in groups:
-            packed = [crop for _, crops, _ in group for crop in crops or ()]
-            encoded = self._tokenizer.encode_packed(np.stack(packed)) if packed else ()
-            tokens = iter(row[: self.length] for row in encoded)
-            for key, crops, reason in group:
-                row: _Tokens = {
-                    name: None if crops is None else next(tokens) for name in columns
-                }
-                yield key, row, reason
+        packed = [crop for _, crops, _ in group for crop in crops or ()]
+        encoded = self._tokenizer.encode_packed(np.stack(packed)) if packed else ()
+        tokens = iter(row[: self.length] for row in encoded)
+        return [
+            (key, {name: None if crops is None else next(tokens) for name in columns}, reason)
+            for key, crops, reason in group
+        ]
 
 
 class _Text:
@@ -286,6 +298,7 @@ class _Text:
         codes, params = None, stage.params
         if form.parts is not None:
             codes = _learned(store, params["codes"], params["codes_fingerprint"], stage, config)
+        self.ahead = codes is None
         self._page = Page(
             bins=self._tokenizer.bins, size=params["crops"]["size"], codes=codes,
             min_score=params.get("min_score"),
@@ -294,20 +307,19 @@ class _Text:
         self.length: int | None = None
 
     def prepare(self, value: Any, key: str, crop: int) -> str:
-        """Writes what a crop shows as text, in the reading thread."""
+        """Writes what a crop shows as text."""
         return self._form.write(value, replace(self._page, seed=seed_of(self._modality, key, crop)))
 
-    def encode(
-        self, groups: Iterable[list[tuple[str, list[str] | None, str]]], columns: list[str]
-    ) -> Iterator[_Row]:
+    def encode(self, group: list[_Prepared], columns: list[str]) -> list[_Row]:
         """(key, ids by column, status) of every sample in order."""
-        for group in groups:
-            # Crops share captions, so each text is encoded once.
-            texts = list(dict.fromkeys(text for _, crops, _ in group for text in crops or ()))
-            ids = dict(zip(texts, self._tokenizer.encode_batch(texts), strict=True))
-            for key, crops, reason in group:
-                values = [None] * len(columns) if crops is None else [ids[text] for text in crops]
-                yield key, dict(zip(columns, values, strict=True)), reason
+        # Crops share captions, so each text is encoded once.
+        texts = list(dict.fromkeys(text for _, crops, _ in group for text in crops or ()))
+        ids = dict(zip(texts, self._tokenizer.encode_batch(texts), strict=True))
+        rows: list[_Row] = []
+        for key, crops, reason in group:
+            values = [None] * len(columns) if crops is None else [ids[text] for text in crops]
+            rows.append((key, dict(zip(columns, values, strict=True)), reason))
+        return rows
 
 
 def _learned(

@@ -202,6 +202,11 @@ class Labeler(ABC):
         """What samples of one batch have in common; see `label_samples`."""
         return self.seen(*sample["rgb"].shape[:2]) if "rgb" in sample else None
 
+    @property
+    def fitting(self) -> int:
+        """Images of a forward pass that have found memory so far."""
+        return self._batches.size
+
     def label(self, images: Sequence[Image]) -> dict[str, list[Any]]:
         """Label images of any sizes.
 

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from models.labelers.base import Image, Labeler, LabelerSpec, options_of
-from models.labelers.inputs import Inputs
+from models.labelers.base import Image, LabelerSpec, options_of
+from models.labelers.inputs import InParts, Inputs
 
 
-class CaptionLabeler(Labeler):
+class CaptionLabeler(InParts):
     """Writes "caption": a text. What is compiled is the part that looks at the picture; a text
     grows word by word.
 
@@ -43,14 +43,15 @@ class CaptionLabeler(Labeler):
         if spec.compile:
             self.compiled(self._vision_part())
 
-    def seen(self, height: int, width: int) -> Hashable:
-        return self.inputs.shape(height, width)
-
-    def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
+    def prepare(self, images: Sequence[Image]) -> Any:
         text = {"text": [self.prompt] * len(images)} if self.prompt else {}
-        inputs = self.inputs(images, **text)
-        tokens = self.model.generate(**inputs, do_sample=False, **self.search)
-        texts = self.inputs.processor.batch_decode(tokens, skip_special_tokens=True)
+        return self.inputs(images, **text)
+
+    def forward(self, inputs: Any) -> Any:
+        return self.model.generate(**inputs, do_sample=False, **self.search)
+
+    def finish(self, outputs: Any, images: Sequence[Image]) -> dict[str, list[Any]]:
+        texts = self.inputs.processor.batch_decode(outputs, skip_special_tokens=True)
         return {"caption": [text.strip() for text in texts]}
 
     def _vision_part(self) -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from models.labelers.base import Image, Labeler, LabelerSpec, options_of
-from models.labelers.inputs import Inputs, at_sizes
+from models.labelers.base import Image, LabelerSpec, options_of
+from models.labelers.inputs import InParts, Inputs, at_sizes
 
 
-class DepthLabeler(Labeler):
+class DepthLabeler(InParts):
     """Writes "depth": float32 [H, W] in 0..1, far is large.
 
     Options:
@@ -35,12 +35,11 @@ class DepthLabeler(Labeler):
             AutoModelForDepthEstimation.from_pretrained(**self.pretrained(), dtype=torch.float32)
         ))  # fmt: skip
 
-    def seen(self, height: int, width: int) -> Hashable:
-        return self.inputs.shape(height, width)
+    def forward(self, inputs: Any) -> Any:
+        return self.model(**inputs).predicted_depth
 
-    def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
-        depth = self.model(**self.inputs(images)).predicted_depth[:, None].float()
-        return {"depth": at_sizes(depth, images, self._values)}
+    def finish(self, outputs: Any, images: Sequence[Image]) -> dict[str, list[Any]]:
+        return {"depth": at_sizes(outputs[:, None].float(), images, self._values)}
 
     def _values(self, depth: Any) -> Any:
         depth = depth[:, 0]

@@ -6,14 +6,14 @@ ones that the checkpoint was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from models.labelers.base import Image, Labeler, LabelerSpec, options_of
-from models.labelers.inputs import Inputs
+from models.labelers.base import Image, LabelerSpec, options_of
+from models.labelers.inputs import InParts, Inputs
 
 
-class DetectionLabeler(Labeler):
+class DetectionLabeler(InParts):
     """Writes "det": {"instances": [{"box": [xmin, ymin, xmax, ymax], "class_name", "score"}]}.
 
     Boxes are in 0..1 of the image, best first.
@@ -49,13 +49,12 @@ class DetectionLabeler(Labeler):
         ))  # fmt: skip
         self.names = self.model.config.id2label
 
-    def seen(self, height: int, width: int) -> Hashable:
-        return self.inputs.shape(height, width)
+    def forward(self, inputs: Any) -> Any:
+        return self.model(**inputs)
 
-    def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
+    def finish(self, outputs: Any, images: Sequence[Image]) -> dict[str, list[Any]]:
         import torch
 
-        outputs = self.model(**self.inputs(images))
         # The boxes of an image of 1 x 1 pixels are relative ones.
         found = self.inputs.processor.post_process_object_detection(
             outputs, threshold=self.threshold, target_sizes=torch.ones(len(images), 2)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 from models.labelers.base import Image, Labeler, LabelerSpec, options_of
-from models.labelers.inputs import Inputs
+from models.labelers.inputs import InParts, Inputs
 
 GLOBAL = "_global"
 """What the name of a whole-image vector adds to the one of its map."""
@@ -25,12 +25,20 @@ class Tower(Protocol):
     patch_size: int
     model: Any
 
-    def features(self, images: Sequence[Image], size: int) -> tuple[Any, Any]:
-        """Images, squeezed into a square, to patches [B, N, C] and vectors [B, C]."""
+    def see(self, size: int) -> None:
+        """Say how large the square is that images are squeezed into."""
+        ...
+
+    def prepare(self, images: Sequence[Image]) -> Any:
+        """Images as pixels [B, 3, size, size]."""
+        ...
+
+    def features(self, pixels: Any) -> tuple[Any, Any]:
+        """Those to patches [B, N, C] and vectors [B, C]."""
         ...
 
 
-class FeatureLabeler(Labeler):
+class FeatureLabeler(InParts):
     """Writes the modality of its kind, float16 [h, w, C], and where it is asked for its `_global`
     vector, float16 [C], in one pass.
 
@@ -69,12 +77,19 @@ class FeatureLabeler(Labeler):
                 f"image_size={self.size} is no multiple of {self.tower.patch_size} (patches)"
             )
         self.side = self.size // self.tower.patch_size
+        self.tower.see(self.size)
 
     def seen(self, height: int, width: int) -> Hashable:
         return self.size
 
-    def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
-        patches, vectors = self.tower.features(images, self.size)
+    def prepare(self, images: Sequence[Image]) -> Any:
+        return self.tower.prepare(images)
+
+    def forward(self, inputs: Any) -> Any:
+        return self.tower.features(inputs)
+
+    def finish(self, outputs: Any, images: Sequence[Image]) -> dict[str, list[Any]]:
+        patches, vectors = outputs
         maps = patches.reshape(len(images), self.side, self.side, -1)
         found = {}
         for name in self.spec.outputs:
@@ -103,8 +118,7 @@ class _HubTower:
         from transformers import AutoImageProcessor, AutoModel
 
         source = labeler.pretrained()
-        processor = AutoImageProcessor.from_pretrained(**source)
-        self.inputs = Inputs(labeler, processor, do_center_crop=False)
+        self.labeler, self.processor = labeler, AutoImageProcessor.from_pretrained(**source)
         model = AutoModel.from_pretrained(**source, dtype=torch.float32)
         self.model = labeler.compiled(labeler.place(getattr(model, "vision_model", model)))
         self.image_size, self.patch_size = (
@@ -113,11 +127,18 @@ class _HubTower:
         # DINOv2 always fits its positions to the image; others have to be told.
         self.told = not self.model.config.model_type.startswith("dinov2")
 
-    def features(self, images: Sequence[Image], size: int) -> tuple[Any, Any]:
-        inputs = self.inputs(images, size={"height": size, "width": size})
+    def see(self, size: int) -> None:
+        square = {"height": size, "width": size}
+        self.inputs = Inputs(self.labeler, self.processor, do_center_crop=False, size=square)
+
+    def prepare(self, images: Sequence[Image]) -> Any:
+        return self.inputs(images)["pixel_values"]
+
+    def features(self, pixels: Any) -> tuple[Any, Any]:
+        size = pixels.shape[-1]
         told = self.told and size != self.image_size
         extra = {"interpolate_pos_encoding": True} if told else {}
-        out = self.model(pixel_values=inputs["pixel_values"], **extra)
+        out = self.model(pixel_values=pixels, **extra)
         # The class token, where there is one, and registers come before the patches.
         patches = (size // self.patch_size) ** 2
         hidden = out.last_hidden_state

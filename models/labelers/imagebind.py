@@ -136,13 +136,19 @@ class ImageBindTower:
         self.image_size = int((self.model.positions.shape[1] - 1) ** 0.5) * self.patch_size
         self.device = labeler.device
 
-    def features(self, images: Sequence[Image], size: int) -> tuple[Tensor, Tensor]:
+    def see(self, size: int) -> None:
+        self.square = (size, size)
+
+    def prepare(self, images: Sequence[Image]) -> Tensor:
         def squeezed(pixels: Tensor) -> Tensor:
-            square = F.interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True)
+            square = F.interpolate(pixels.float(), self.square, mode="bicubic", antialias=True)
             return square.round().clamp(0, 255) / 255
 
         pixels = torch.stack(rows(images, self.device, squeezed))
         mean, std = (
             torch.tensor(each, device=self.device).view(1, 3, 1, 1) for each in (_MEAN, _STD)
         )
-        return self.model((pixels - mean) / std)
+        return (pixels - mean) / std
+
+    def features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model(pixels)

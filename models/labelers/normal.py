@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from models.labelers.base import Image, Labeler, LabelerSpec, options_of
-from models.labelers.inputs import Inputs, at_sizes
+from models.labelers.base import Image, LabelerSpec, options_of
+from models.labelers.inputs import InParts, Inputs, at_sizes
 
 
-class NormalLabeler(Labeler):
+class NormalLabeler(InParts):
     """Writes "normal": unit float32 [H, W, 3] in camera space (x right, y up, z to the viewer).
 
     Options:
@@ -32,12 +32,11 @@ class NormalLabeler(Labeler):
             AutoModelForNormalEstimation.from_pretrained(**self.pretrained(), dtype=torch.float32)
         ))  # fmt: skip
 
-    def seen(self, height: int, width: int) -> Hashable:
-        return self.inputs.shape(height, width)
+    def forward(self, inputs: Any) -> Any:
+        return self.model(**inputs).normals
 
-    def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
-        normals = _unit(self.model(**self.inputs(images)).normals.float())
-        return {"normal": at_sizes(normals, images, self._values)}
+    def finish(self, outputs: Any, images: Sequence[Image]) -> dict[str, list[Any]]:
+        return {"normal": at_sizes(_unit(outputs.float()), images, self._values)}
 
     def _values(self, normals: Any) -> Any:
         return (_unit(normals) * self.signs).permute(0, 2, 3, 1).contiguous()

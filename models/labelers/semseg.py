@@ -7,17 +7,17 @@ semantic maps (Mask2Former, EoMT, ...). The checkpoint's type decides.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from models.labelers.base import Image, Labeler, LabelerSpec, options_of
-from models.labelers.inputs import Inputs, at_sizes
+from models.labelers.base import Image, LabelerSpec, options_of
+from models.labelers.inputs import InParts, Inputs, at_sizes
 
 MAX_CLASSES = 255
 """Class ids are bytes, and 255 stands for "unlabelled"."""
 
 
-class SemsegLabeler(Labeler):
+class SemsegLabeler(InParts):
     """Writes "semseg": uint8 [H, W] class ids of the checkpoint; it has no options.
 
     Raises:
@@ -55,19 +55,20 @@ class SemsegLabeler(Labeler):
                 f"{spec.model_id} knows {len(self.names)} classes; semseg holds {MAX_CLASSES}"
             )
 
-    def seen(self, height: int, width: int) -> Hashable:
-        return self.inputs.shape(height, width)
-
-    def predict(self, images: Sequence[Image]) -> dict[str, list[Any]]:
-        inputs = self.inputs(images)
-        if self.universal:
-            return {"semseg": self._universal(inputs, images)}
-        return {"semseg": at_sizes(self.model(**inputs).logits.float(), images, _classes)}
-
-    def _universal(self, inputs: Any, images: Sequence[Image]) -> list[Any]:
+    def forward(self, inputs: Any) -> Any:
+        if not self.universal:
+            return self.model(**inputs).logits
         outputs = self.model(pixel_values=inputs["pixel_values"])
         if "patch_offsets" in inputs:  # EoMT cuts an image into windows and joins them again
             outputs.patch_offsets = inputs["patch_offsets"]
+        return outputs
+
+    def finish(self, outputs: Any, images: Sequence[Image]) -> dict[str, list[Any]]:
+        if self.universal:
+            return {"semseg": self._universal(outputs, images)}
+        return {"semseg": at_sizes(outputs.float(), images, _classes)}
+
+    def _universal(self, outputs: Any, images: Sequence[Image]) -> list[Any]:
         maps = self.inputs.processor.post_process_semantic_segmentation(
             outputs, target_sizes=[image.shape[:2] for image in images]
         )

@@ -59,8 +59,8 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="OUT", help="file for the list of records")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="default: the faster one here")
     parser.add_argument("--threads", type=int,
-                        help=f"of torch; label and tokenize run on as many cores with all that "
-                             f"they do (1 there, else {cores()})")
+                        help=f"of torch; label and tokenize need one core more (1 there, else "
+                             f"{cores()})")
     parser.add_argument("--seconds", type=float, default=5.0,
                         help="least time measured for each figure (%(default)s)")
     parser.add_argument("--peer", default="", metavar="WHAT",

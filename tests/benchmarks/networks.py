@@ -2,9 +2,17 @@
 
 The engine's side is one unit as a worker runs it: reading and checking the tar, decoding, cropping,
 the network with what goes before and after it, encoding, hashing, writing and committing. The bare
-side is the network alone, on the very tensors that the engine hands to it, in the same batches.
-Both run in turn on as many cores as torch has threads, so that whatever the engine does is paid
-with time of the network, as on a machine whose cores all run networks.
+side is the network alone, on the very tensors that the engine hands to it, in the same batches and
+on as many cores as torch has threads. Three sides run in turn, and one record holds them all:
+
+    ours, ratio                 the engine has one core more than torch has threads: what keeps the
+                                network waiting although there is a core for all else
+    ours_shared, ratio_shared   it has the network's cores alone: all that it does is paid with time
+                                of the network, as on a machine whose cores all run networks
+    bare                        the network
+
+A worker with a GPU, or one whose `num_cpus` are above its threads, is of the first kind. `cpu_ms`,
+`cpu_ms_shared` and `cpu_ms_bare` are what each side takes of all cores for a picture or crop.
 """
 
 from __future__ import annotations
@@ -15,7 +23,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +34,7 @@ import numpy as np
 import torch
 
 from infra.ledger import Ledger, commit_path
+from infra.machine import cores
 from infra.store import Store
 from infra.units import StageJob, UnitRunner
 from models.crops import CropPolicy
@@ -40,8 +49,10 @@ from tokenizers_vq.tokenizer import Tokenizer, fingerprint
 from tokenizers_vq.vqvae import VQVAE
 
 FOLDER = "tokenizers/bench"
-MORE = 5
+MORE = 10
 """Times as long as asked for: the machine's own speed moves by a tenth from second to second."""
+TASKS = Path("/proc/self/task")
+"""The threads of this process, where the system tells; each may be given cores of its own."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +70,12 @@ class Case:
 
 
 LABEL = (
-    Case("label.20", "clip", 64, 256, {"hidden_size": 512, "num_attention_heads": 8}),
-    Case("label.200.features", "clip", 512, 128,
+    Case("label.20", "clip", 96, 256, {"hidden_size": 512, "num_attention_heads": 8}),
+    Case("label.200.features", "clip", 768, 128,
          {"hidden_size": 256, "num_attention_heads": 4, "image_size": 128}),
-    Case("label.200.det", "det", 512, 128, {"size": 192}),
-    Case("label.200.semseg", "semseg", 512, 128, {"size": 224}),
-    Case("label.200.normal", "normal", 512, 128, {"size": 144}),
+    Case("label.200.det", "det", 768, 128, {"size": 192}),
+    Case("label.200.semseg", "semseg", 768, 128, {"size": 224}),
+    Case("label.200.normal", "normal", 768, 128, {"size": 144}),
 )
 """A ViT with random weights between S/16 and B/16 on pictures of the size that photographs are
 stored in. At about 200 scenes/s a smaller one, and the shipped networks for boxes, class maps and
@@ -72,7 +83,7 @@ normals, which are shown the scenes larger to be as slow: what differs is how mu
 
 TOKENIZE = (
     Case("tokenize.20", "rgb", 16, 256, {"size": 224, "width": 640, "encoder_depth": 12}),
-    Case("tokenize.200", "rgb", 128, 128, {"width": 512, "encoder_depth": 6}),
+    Case("tokenize.200", "rgb", 192, 128, {"width": 512, "encoder_depth": 6}),
     Case("tokenize.demo", "rgb", 256, 128),
 )
 """An encoder nearly of the released tokenizers' size, a smaller one, and the demo's; weights are
@@ -80,17 +91,35 @@ random."""
 
 
 def label(options: Options) -> list[Record]:
-    """Pictures/s of the labelling stage over those of its network alone."""
+    """Pictures/s of the labelling stage over those of its network alone.
+
+    Raises:
+        SystemExit: No core is left for the engine.
+    """
+    _check_cores(options.threads)
     return cases({case.name: partial(_label, case, options) for case in LABEL}, options.only)
 
 
 def tokenize(options: Options) -> list[Record]:
-    """Crops/s of the tokenizing stage over those of its encoder alone."""
+    """Crops/s of the tokenizing stage over those of its encoder alone.
+
+    Raises:
+        SystemExit: No core is left for the engine.
+    """
+    _check_cores(options.threads)
     return cases({case.name: partial(_tokenize, case, options) for case in TOKENIZE}, options.only)
 
 
+def _check_cores(threads: int) -> None:
+    if cores() <= threads:
+        raise SystemExit(
+            f"label and tokenize give the engine a core beside the {threads} of the network "
+            f"(--threads), and this process may run on {cores()} in all"
+        )
+
+
 def _label(case: Case, options: Options) -> Record:
-    with empty_store() as store, TemporaryDirectory() as folder, _on_cores(options.threads):
+    with empty_store() as store, TemporaryDirectory() as folder:
         spec = _spec(case, Path(folder), options.dtype)
         images = scenes_shard(store, case.pictures, case.size)
         (job,) = label_jobs([spec], FETCH, [0])
@@ -140,7 +169,7 @@ def _network(labeler: Any) -> torch.nn.Module:
 
 
 def _tokenize(case: Case, options: Options) -> Record:
-    with empty_store() as store, _on_cores(options.threads):
+    with empty_store() as store:
         images = scenes_shard(store, case.pictures, case.size)
         recipe = tokenizer_recipe(case.subject, **case.changes)
         packed = np.stack([image[: recipe.size, : recipe.size] for image in images] * CROPS)
@@ -187,20 +216,26 @@ def _unit(store: Store, job: StageJob) -> Callable[[], None]:
 def _compare(
     ours: Callable[[], None], bare: Callable[[], None], units: int, options: Options
 ) -> tuple[float, float, dict[str, float]]:
-    """Units/s of both, and the CPU time that each takes for a unit, in ms."""
-    spent: dict[str, list[float]] = {"cpu_ms": [], "cpu_ms_bare": []}
+    """Units/s of the engine beside the network and of the network, and the figures of `also`."""
+    threads, spent = options.threads, dict[str, list[float]]()
 
-    def timed(call: Callable[[], None], name: str) -> Callable[[], None]:
+    def timed(call: Callable[[], None], name: str, number: int) -> Callable[[], None]:
         def run() -> None:
-            began = time.process_time()
-            call()
-            spent[name].append((time.process_time() - began) / units * 1e3)
+            with _on_cores(number):
+                began = time.process_time()
+                call()
+                taken = (time.process_time() - began) / units * 1e3
+            spent.setdefault(name, []).append(taken)
 
         return run
 
-    calls = [timed(ours, "cpu_ms"), timed(bare, "cpu_ms_bare")]
-    fast, alone = rates(calls, units, MORE * options.seconds)
+    calls = [timed(ours, "cpu_ms", threads + 1), timed(bare, "cpu_ms_bare", threads)]
+    if TASKS.is_dir():
+        calls.append(timed(ours, "cpu_ms_shared", threads))
+    fast, alone, *shared = rates(calls, units, MORE * options.seconds)
     also = {name: round(statistics.median(each[1:]), 3) for name, each in spent.items()}
+    for rate in shared:
+        also |= {"ours_shared": rate, "ratio_shared": round(rate / alone, 3)}
     return fast, alone, also
 
 
@@ -225,13 +260,16 @@ def _replayed(
 
 @contextmanager
 def _on_cores(number: int) -> Iterator[None]:
-    """This thread, and those it starts, on the first few cores only; where the system can."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(allowed)[:number])
+    """All threads, and those that they start, on the first few cores only; where the system can."""
+    allowed = os.sched_getaffinity(0) if TASKS.is_dir() else set[int]()
+    _place(sorted(allowed)[:number])
     try:
         yield
     finally:
-        os.sched_setaffinity(0, allowed)
+        _place(sorted(allowed))
+
+
+def _place(chosen: list[int]) -> None:
+    for task in TASKS.iterdir() if chosen else ():
+        with suppress(ProcessLookupError):  # a thread that has ended since
+            os.sched_setaffinity(int(task.name), chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from dataclasses import fields
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from models.fourm.batch import from_released
+from tests.benchmarks import networks
 from tests.benchmarks.__main__ import BENCHMARKS, main
-from tests.benchmarks.measure import Record, cases, rounds
+from tests.benchmarks.measure import Options, Record, cases, rounds
 from tests.benchmarks.seven import random_batches, released_batch, seven
 
 REQUIRED = {
@@ -71,6 +73,54 @@ def test_only_the_cases_asked_for_are_measured_and_each_tells_when_it_begins_and
 
 def test_a_call_that_runs_elsewhere_counts_by_its_own_clock():
     assert rounds([lambda: 3.5], 0) == [[3.5, 3.5]]
+
+
+def small(monkeypatch, cores: int) -> None:
+    """Cases of a moment, on a machine of so many cores as far as benchmarks know."""
+    monkeypatch.setattr(networks, "cores", lambda: cores)
+    tiny = {"hidden_size": 32, "num_attention_heads": 2, "image_size": 32}
+    monkeypatch.setattr(networks, "LABEL", (networks.Case("label.20", "clip", 4, 48, tiny),))
+    changes = {"width": 32, "encoder_depth": 1}
+    tokens = networks.Case("tokenize.20", "rgb", 4, 128, changes)
+    monkeypatch.setattr(networks, "TOKENIZE", (tokens,))
+
+
+@pytest.mark.parametrize("name", ["label", "tokenize"])
+def test_an_engine_has_a_ratio_with_a_core_of_its_own_and_one_on_those_of_its_network(
+    tmp_path, monkeypatch, name
+):
+    small(monkeypatch, cores=2)
+    out = tmp_path / "records.json"
+    main([name, "--json", str(out), "--dtype", "fp32", "--seconds", "0"])
+    (record,) = json.loads(out.read_text())
+    assert record.keys() >= REQUIRED
+    assert record["threads"] == 1
+    assert record["ratio"] == pytest.approx(record["ours"] / record["bare"], abs=1e-3)
+    also = record["also"]
+    assert also.keys() >= {"cpu_ms", "cpu_ms_bare"}
+    if networks.TASKS.is_dir():
+        shared = also["ours_shared"] / record["bare"]
+        assert also["ratio_shared"] == pytest.approx(shared, abs=1e-3)
+        assert also["cpu_ms_shared"] > 0
+
+
+@pytest.mark.skipif(not networks.TASKS.is_dir(), reason="the system lets nobody choose cores")
+def test_sides_of_a_comparison_run_on_the_cores_that_their_names_say():
+    found: dict[str, list[int]] = {"ours": [], "bare": []}
+    calls = [lambda side=side: found[side].append(len(os.sched_getaffinity(0))) for side in found]
+    allowed = os.sched_getaffinity(0)
+    networks._compare(*calls, 1, Options(dtype="fp32", seconds=0))
+    assert found["ours"][:2] == [min(2, len(allowed)), 1]
+    assert set(found["bare"]) == {1}
+    assert os.sched_getaffinity(0) == allowed
+
+
+@pytest.mark.parametrize("name", ["label", "tokenize"])
+def test_without_a_core_for_the_engine_nothing_is_measured(monkeypatch, name):
+    small(monkeypatch, cores=2)
+    message = r"a core beside the 2 of the network \(--threads\), and this process may run on 2"
+    with pytest.raises(SystemExit, match=message):
+        main([name, "--dtype", "fp32", "--threads", "2"])
 
 
 def test_what_the_released_code_gets_is_the_same_batch():

@@ -1,5 +1,7 @@
 """Prefetching keeps order, passes errors on, and ends its thread."""
 
+import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -7,9 +9,10 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from infra import overlap
-from infra.overlap import INPUT, OUTPUT, Depths, Waits, percentages
+from infra.overlap import GIVE_WAY, INPUT, OUTPUT, Depths, Waits, percentages
 from infra.runner import pipelined, prefetch
 
 
@@ -143,3 +146,28 @@ def test_depths_are_means_over_the_time_since_a_mark():
 def test_shares_read_as_percentages_the_largest_first():
     assert percentages({"output": 0.004, "input": 0.25}) == "input 25 %, output 0 %"
     assert percentages({}) == ""
+
+
+def test_torch_has_one_thread_beside_the_caller_and_keeps_the_caller_s():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        found = list(pipelined([[]] * 4, *[lambda x: [*x, torch.get_num_threads()]] * 3))
+        assert found == [[1, 3, 1]] * 4
+        assert torch.get_num_threads() == 3
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join(60)
+        assert later == [3], "a thread that begins afterwards has what the caller set"
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
+def test_threads_beside_the_caller_give_way_to_it():
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    found = list(pipelined([[]] * 2, *[lambda x: [*x, os.getpriority(os.PRIO_PROCESS, 0)]] * 3))
+    beside = min(own + GIVE_WAY, 19)
+    assert found == [[beside, own, beside]] * 2
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own

@@ -300,3 +300,13 @@ def test_works_that_share_are_built_once_and_closed_before_others(store, tmp_pat
         "label:a build", "label:b build", "label:a close", "label:b close", "label:c build",
         "label:c close",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("at_once", "one_pool"), [((1, 1), True), ((1, 4), False)])
+def test_threads_share_their_memory_where_a_worker_has_one_unit_at_a_time(
+    store, monkeypatch, at_once, one_pool
+):
+    asked: list[bool] = []
+    monkeypatch.setattr(units, "keep_freed_memory", lambda *, one_pool: asked.append(one_pool))
+    UnitRunner(store, [replace(toy_job(1), at_once=number) for number in at_once], threads=1)
+    assert asked == [one_pool]

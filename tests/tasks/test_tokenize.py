@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -249,6 +250,28 @@ def test_tokens_made_twice_are_the_same_bytes(dataset):
     stage = token_stage("rgb", infos["rgb"], POLICY, stages["rgb"])
     work = build_work(store.url, stage, {"precision": "fp32"})
     assert work.run(1).outputs == work.run(1).outputs
+
+
+@pytest.mark.parametrize("name", ["depth", "det"])
+def test_values_are_prepared_beside_the_network_unless_a_network_prepares_them(
+    dataset, monkeypatch, name
+):
+    store, stages, _, infos = dataset
+    stage = token_stage(name, infos[TEXT if name == "det" else name], POLICY, stages[name])
+    (job,) = token_jobs([stage], [0], precision="fp32")
+    work, outputs = build_work(store.url, job.stage, job.config), []
+    encoder, prepare = work._encoder, work._encoder.prepare
+    assert encoder.ahead  # of boxes no part is told in codes of a network
+    for ahead in (True, False):
+        threads = set[int]()
+        monkeypatch.setattr(encoder, "ahead", ahead)
+        monkeypatch.setattr(
+            encoder, "prepare",
+            lambda *given, seen=threads: seen.add(threading.get_ident()) or prepare(*given),
+        )  # fmt: skip
+        outputs.append(work.run(0).outputs)
+        assert (threads == {threading.get_ident()}) == (not ahead)
+    assert outputs[0] == outputs[1]
 
 
 def test_an_exchanged_tokenizer_is_noticed(dataset):
