@@ -270,9 +270,10 @@ class _Run:
         """Guided logits [R, M, V] out of the decoder's slots [branches * R, M]."""
         modality = torch.full_like(position, self.model.config.index(self.spec.name))
         y = self.model.decode(context.encoded, fed, modality, position, None, context.caches)
-        logits = self.model.logits(y, self.spec).float()
-        guided = combined(logits, weights)
+        # Logits are linear in what they are made of, so guidance needs those of one row only.
+        guided = self.model.logits(combined(y.float(), weights).to(y.dtype), self.spec).float()
         if self.observe:
+            logits = self.model.logits(y, self.spec).float()
             self.observe(Step(places, guided, logits.chunk(len(weights) + 1)))
         return guided
 
