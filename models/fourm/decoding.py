@@ -296,8 +296,8 @@ class _Run:
         inputs, weights = guidance.inputs(self.model.config, shown, spec.name)
         context = Context.read(self.model, inputs, len(weights) + 1)
         if copies > 1:
-            slots = torch.arange((len(weights) + 1) * len(seeds), device=device)
-            context.pick(slots.repeat_interleave(copies))
+            rows = torch.arange(len(seeds), device=device)
+            context.pick(rows.repeat_interleave(copies))
         closing = (FIRST + holes).repeat_interleave(copies)
         drawn = self._write(context, weights, closing, _copied(seeds, copies))
         if given is None:
@@ -344,7 +344,7 @@ class _Run:
                 kept = (~ended).nonzero().squeeze(1)
                 if not len(kept):
                     break
-                context.pick(torch.cat([kept + i * len(active) for i in range(branches)]))
+                context.pick(kept)
                 active, fed, state = active[kept], fed[kept], state and state.rows(kept)
         return Drawn(ids, sure, lengths)
 
