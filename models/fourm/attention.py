@@ -35,7 +35,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """`attention` to keys of several inputs: the rows of q that attend each lie below one another,
-    [inputs * B,H,Q,D]."""
+    [inputs * B,H,Q,D], or are the same for all, [B,H,Q,D]."""
+    rows = len(k) * len(mask) if isinstance(mask, tuple) else len(k)
+    if len(q) != rows:
+        q = q.repeat(rows // len(q), 1, 1, 1)
     if isinstance(mask, tuple):
         return _by_input(q.chunk(len(mask)), k, v, mask, 0)
     return attention(q, k, v, mask)

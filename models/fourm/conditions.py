@@ -140,21 +140,21 @@ class Context:
     def pick(self, index: Tensor) -> None:
         """Keeps (or repeats) the rows of `index` in every branch."""
         below = torch.cat([index + i * self.rows for i in range(self.branches)])
-        encoded, beside, mask = self.encoded, below, self.encoded.mask
+        encoded, mask = self.encoded, self.encoded.mask
         if isinstance(mask, tuple):
-            beside = index
             mask = tuple((size, own if own is None else own[index]) for size, own in mask)
         elif mask is not None:
             mask = mask[below]
 
-        def chosen(
-            pair: tuple[Tensor, Tensor] | None, rows: Tensor
-        ) -> tuple[Tensor, Tensor] | None:
-            return pair and (pair[0][rows], pair[1][rows])
+        def chosen(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+            if pair is None:
+                return None
+            # What does not depend on the branch has one row for all.
+            rows = index if len(pair[0]) == self.rows else below
+            return pair[0][rows], pair[1][rows]
 
+        self.caches = [LayerCache(chosen(c.self_kv), chosen(c.cross_kv)) for c in self.caches]
         self.encoded, self.rows = Encoded(encoded.context, mask), len(index)
-        self.caches = [LayerCache(chosen(c.self_kv, below), chosen(c.cross_kv, beside))
-                       for c in self.caches]
 
 
 def fill_holes(given: Shown, runs: Shown, sure: Tensor, limit: int) -> tuple[Shown, Tensor]:

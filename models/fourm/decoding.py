@@ -260,14 +260,13 @@ class _Run:
         """Guided logits [R, M, V] of the grid positions `places` [R, M]."""
         inputs, weights = guidance.inputs(self.model.config, shown, self.spec.name)
         context = Context.read(self.model, inputs, len(weights) + 1)
-        position = places.repeat(len(weights) + 1, 1)
-        return self._logits(context, torch.zeros_like(position), position, weights, places)
+        return self._logits(context, torch.zeros_like(places), places, weights, places)
 
     def _logits(
         self, context: Context, fed: Tensor, position: Tensor, weights: tuple[float, ...],
         places: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Guided logits [R, M, V] out of the decoder's slots [branches * R, M]."""
+        """Guided logits [R, M, V] out of the decoder's slots [R, M], `places` for an observer."""
         modality = torch.full_like(position, self.model.config.index(self.spec.name))
         y = self.model.decode(context.encoded, fed, modality, position, None, context.caches)
         # Logits are linear in what they are made of, so guidance needs those of one row only.
@@ -315,7 +314,6 @@ class _Run:
     ) -> Drawn:
         """The loop of a sequence, row by row until its `closing` id [R * K]."""
         spec, decoding, device, total = self.spec, self.decoding, closing.device, len(seeds)
-        branches = len(weights) + 1
         ids = torch.zeros(total, spec.max_tokens, dtype=torch.long, device=device)
         sure = torch.zeros(total, spec.max_tokens, device=device)
         lengths = torch.full((total,), spec.max_tokens, dtype=torch.long, device=device)
@@ -323,7 +321,7 @@ class _Run:
         active, fed = torch.arange(total, device=device), torch.full_like(closing, FIRST)
         state = self.grammar.start(total, device) if self.grammar else None
         for step in range(spec.max_tokens):
-            entry = fed.repeat(branches).unsqueeze(1)
+            entry = fed.unsqueeze(1)
             place = torch.full_like(entry, step if step < spec.position_limit else 0)
             guided = self._logits(context, entry, place, weights,
                                   torch.full_like(fed, step).unsqueeze(1))[:, 0]  # fmt: skip

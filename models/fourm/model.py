@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
 class CrossAttention(nn.Module):
     """Attention of targets to the encoder's context; [k; v] packed by heads. Where a row of the
-    context holds several inputs, the targets of each lie below one another."""
+    context holds several inputs, the targets of each lie below one another in the result."""
 
     def __init__(self, config: FourMConfig) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, keys: tuple[Tensor, Tensor], mask: Mask) -> Tensor:
         b, n, d = x.shape
         q = self.q_norm(self.q(x).view(b, n, self.heads, -1).transpose(1, 2))
-        return self.proj(cross_attention(q, *keys, mask).transpose(1, 2).reshape(b, n, d))
+        return self.proj(cross_attention(q, *keys, mask).transpose(1, 2).reshape(-1, n, d))
 
     def keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B,H,N,Dh] of the normalised context."""
@@ -153,7 +153,10 @@ class DecoderBlock(nn.Module):
             keys = self.cross_attn.keys(self.context_norm(encoded.context))
         if cache is not None:
             cache.cross_kv = keys
-        y = y + self.cross_attn(self.query_norm(y), keys, encoded.mask)
+        crossed = self.cross_attn(self.query_norm(y), keys, encoded.mask)
+        if len(y) != len(crossed):
+            y = y.repeat(len(crossed) // len(y), 1, 1)
+        y = y + crossed
         return y + self.mlp(self.norm2(y))
 
 
@@ -278,7 +281,8 @@ class FourM(nn.Module):
         self, encoded: Encoded, ids: Tensor, modality: Tensor, position: Tensor,
         until: Tensor | None, caches: list[LayerCache] | None = None,
     ) -> Tensor:
-        """Normalised decoder output [B,M,D].
+        """Normalised decoder output [B,M,D]. Targets that are the same for several inputs of a row
+        may be given once: until they read these, they need no rows of their own.
 
         `until` None lets every target slot attend all others. With `caches` (one per layer, empty
         at first) the slots given continue the cached ones, which they all attend.

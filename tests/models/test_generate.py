@@ -293,10 +293,10 @@ def test_branches_share_a_row_and_are_decoded_as_if_alone(
     with torch.inference_mode():
         both = Context.read(model, shown, 2)
         kept = torch.tensor([1, 0, 1])
-        found = decoded(both, 4)
+        found = decoded(both, 2)
         both.caches = Context.read(model, shown, 2).caches
         both.pick(kept)
-        picked = decoded(both, 6)
+        picked = decoded(both, 3)
         for row in range(4):
             one = {name: part.rows(torch.tensor([row])) for name, part in shown.items()}
             alone = decoded(Context.read(model, one), 1)[0]
