@@ -49,7 +49,7 @@ def _by_input(
 ) -> Tensor:
     """What `q` of every input attend of its keys, together along `dim` of [B,H,Q,D]."""
     slots = [count for count, _ in mask]
-    found = [attention(*each, own) for *each, (_, own) in
+    found = [attention(asking, keys, values, own) for asking, keys, values, (_, own) in
              zip(q, k.split(slots, 2), v.split(slots, 2), mask, strict=True)]
     # In memory heads lie inside slots, as projections take them.
     return torch.cat([each.transpose(1, 2) for each in found], min(dim, 1)).transpose(1, 2)

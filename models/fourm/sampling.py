@@ -73,7 +73,7 @@ def _from(least: Tensor, logits: Tensor) -> Tensor:
     by value, as `where` does, takes a CPU ten times as long, which cannot foresee the choices."""
     kind = torch.finfo(logits.dtype)
     below = (logits - least.clamp(min=kind.min)).clamp_(max=0)
-    return logits + F.threshold_(below, -kind.tiny, -torch.inf)
+    return logits + F.threshold(below, -kind.tiny, -torch.inf, inplace=True)
 
 
 def _descending(values: Tensor) -> Tensor:
