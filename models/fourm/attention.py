@@ -7,6 +7,8 @@ B 64, H 4, N 128, D 64 on one AMX core, where plain matrix products take 37 ms (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,13 +16,43 @@ from torch.nn import functional as F
 PADDING = -1
 """Modality id of an unused slot."""
 
+Mask = Tensor | tuple[tuple[int, Tensor | None], ...] | None
+"""An additive mask [B,1,Q or 1,K]; or, where several inputs lie behind one another, the slots of
+each and its mask [B,1,1,slots], and every input attends itself alone. None hides nothing."""
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention [B,H,Q,D] with an additive mask [B,1,Q or 1,K] from below."""
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Scaled dot-product attention [B,H,Q,D]; zeros where there are no keys at all."""
+    if isinstance(mask, tuple):
+        return _by_input(q.split([slots for slots, _ in mask], 2), k, v, mask, 2)
+    if not k.shape[2]:
+        return torch.zeros_like(q)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         score = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         return (score if mask is None else score + mask).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """`attention` to keys of several inputs: the rows of q that attend each lie below one another,
+    [inputs * B,H,Q,D], or are the same for all, [B,H,Q,D]."""
+    rows = len(k) * len(mask) if isinstance(mask, tuple) else len(k)
+    if len(q) != rows:
+        q = q.repeat(rows // len(q), 1, 1, 1)
+    if isinstance(mask, tuple):
+        return _by_input(q.chunk(len(mask)), k, v, mask, 0)
+    return attention(q, k, v, mask)
+
+
+def _by_input(
+    q: Sequence[Tensor], k: Tensor, v: Tensor, mask: tuple[tuple[int, Tensor | None], ...], dim: int
+) -> Tensor:
+    """What `q` of every input attend of its keys, together along `dim` of [B,H,Q,D]."""
+    slots = [count for count, _ in mask]
+    found = [attention(asking, keys, values, own) for asking, keys, values, (_, own) in
+             zip(q, k.split(slots, 2), v.split(slots, 2), mask, strict=True)]
+    # In memory heads lie inside slots, as projections take them.
+    return torch.cat([each.transpose(1, 2) for each in found], min(dim, 1)).transpose(1, 2)
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,9 +70,10 @@ def key_mask(modality: Tensor) -> Tensor:
     return (modality != PADDING).unsqueeze(1)
 
 
-def part_mask(part: Tensor) -> Tensor:
-    """Allowed [B,N,N]: slots of the same input, by the numbers `part` [B,N]."""
-    return part.unsqueeze(2) == part.unsqueeze(1)
+def input_masks(modality: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Mask:
+    """Masks of inputs that lie behind one another in the slots of `modality` [B,N]."""
+    return tuple((len(part[0]), None if bool((part != PADDING).all())
+                  else additive(key_mask(part), dtype)) for part in modality.split(sizes, 1))
 
 
 def target_mask(modality: Tensor, until: Tensor) -> Tensor:

@@ -64,9 +64,9 @@ class Batch:
     counts: tuple[int, ...]
     """Rows per modality, in the order of `FourMConfig.modalities`."""
     dense: dict[str, Dense] = field(default_factory=dict)
-    enc_part: Tensor | None = None
-    """[B,N] int64 where one row holds several inputs behind one another: the number of the input
-    that a slot belongs to, whose slots alone it attends."""
+    enc_sizes: tuple[int, ...] = ()
+    """Slots of each input where a row holds several of them behind one another; a slot attends
+    those of its own input alone."""
     parts: tuple[Tensor, ...] = ()
     """Set by `to` to what `by_modality` returns, so that a compiled network reads no `counts`."""
 
@@ -89,7 +89,7 @@ class Batch:
         moved: dict[str, Any] = {
             f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
             for f in fields(self)
-            if f.name not in ("counts", "dense", "parts") and getattr(self, f.name) is not None
+            if f.name not in ("counts", "dense", "enc_sizes", "parts")
         }
         dense = {k: v.to(device, non_blocking) for k, v in self.dense.items()}
         parts = tuple(_varying(part) for part in replace(self, **moved).by_modality())

@@ -24,17 +24,17 @@ def draw_budgets(
         least: What they must get [B,m] once clamped; where a draw gives less, the sample draws
             again, up to `RETRIES` times.
     """
-    share, budget = np.zeros(limit.shape), np.zeros(limit.shape, int)
-    short = np.ones(len(limit), bool)
-    for attempt in range(RETRIES):
-        part = f" {attempt}" if attempt else ""
+    def draw(part: str) -> tuple[np.ndarray, np.ndarray]:
         drawn = draws.dirichlet(f"{tag}s{part}", alpha)
-        picks = draws.picks(f"{tag} rest{part}", alpha)
-        split = split_budget(drawn, total, picks)
-        share[short], budget[short] = drawn[short], split[short]
+        return split_budget(drawn, total, draws.picks(f"{tag} rest{part}", alpha)), drawn
+
+    budget, share = draw("")
+    for attempt in range(1, RETRIES):
         short = (np.minimum(budget, limit) < least).any(1)
         if not short.any():
             break
+        again, drawn = draw(f" {attempt}")
+        budget[short], share[short] = again[short], drawn[short]
     return budget, share
 
 
@@ -54,7 +54,7 @@ def redistribute(budget: np.ndarray, limit: np.ndarray, share: np.ndarray) -> np
     share, in proportion to it; what fits nowhere is lost."""
     total = budget.sum(1)
     budget = np.minimum(budget, limit)
-    rows = np.arange(len(budget))
+    rows = np.flatnonzero(total > budget.sum(1))
     for _ in range(2 * budget.shape[1]):
         # Only rows that have something left and room for it are looked at again.
         left = total[rows] - budget[rows].sum(1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.fourm.attention import PADDING, additive, key_mask
+from models.fourm.attention import PADDING
 from models.fourm.batch import Batch, Dense
 from models.fourm.model import DecoderBlock, Encoded, FourM, LayerCache
 from models.fourm.spec import EOS_ID, NUM_SENTINELS, SENTINEL_0, FourMConfig
@@ -82,81 +82,79 @@ def gather_inputs(config: FourMConfig, shown: Mapping[str, Shown]) -> Batch:
                  none[0], none[0], (), dense)  # fmt: skip
 
 
-def side_by_side(batch: Batch, branches: int) -> tuple[Batch, Tensor | None]:
-    """Puts what the branches of a row show behind one another, [R, P] instead of
-    [branches * R, N], if that leaves out empty slots: an unconditional branch shows little.
-
-    Returns:
-        The batch, and in which of R * P slots each of [branches * R, N] lies, whatever for those
-        that are not used; the batch as it is and None if it would save less than a tenth, which
-        attention among all the slots of a row costs.
-    """
+def side_by_side(batch: Batch, branches: int) -> Batch:
+    """Puts what the branches of a row show behind one another, each as wide as its longest row,
+    [R, P] instead of [branches * R, N]: an unconditional branch shows little."""
     count, slots = batch.enc_mod.shape
     rows = count // branches
+    used = (batch.enc_mod != PADDING).view(branches, rows, slots).sum(2).amax(1)
+    sizes = used.tolist()
+    # At least one slot, used or not.
+    sizes[0] += not any(sizes)
 
     def beside(values: Tensor) -> Tensor:
-        return values.view(branches, rows, slots).transpose(0, 1).reshape(rows, -1)
+        parts = zip(values.view(branches, rows, slots), sizes, strict=True)
+        return torch.cat([part[:, :size] for part, size in parts], 1)
 
-    mod = beside(batch.enc_mod)
-    width = max(1, int((mod != PADDING).sum(1).max()))
-    if 10 * width > 9 * branches * slots:
-        return batch, None
-    order = (mod == PADDING).to(torch.int8).argsort(dim=1, stable=True)
-    start = width * torch.arange(rows, device=mod.device)
-    place = order.argsort(1).clamp_(max=width - 1) + start.unsqueeze(1)
-    place = place.view(rows, branches, slots).transpose(0, 1).reshape(count, slots)
-    kept = order[:, :width]
-    ids, mod, pos = (x.gather(1, kept) for x in (beside(batch.enc_ids), mod, beside(batch.enc_pos)))
-    dense = {name: replace(part, slots=place.flatten()[part.slots])
-             for name, part in batch.dense.items()}
-    part = torch.where(mod == PADDING, PADDING, kept // slots)
-    return replace(batch, enc_ids=ids, enc_mod=mod, enc_pos=pos, enc_part=part, dense=dense), place
-
-
-def _apart(values: Tensor, place: Tensor) -> Tensor:
-    """Vectors [B,H,N,Dh] of the slots that lie at `place` [B,N] of [R,H,P,Dh]."""
-    return values.transpose(1, 2).flatten(0, 1)[place].transpose(1, 2)
+    before = torch.tensor([0, *sizes[:-1]], device=used.device).cumsum(0)
+    dense = {}
+    for name, part in batch.dense.items():
+        row, slot = part.slots // slots, part.slots % slots
+        place = row % rows * sum(sizes) + before[row // rows] + slot
+        dense[name] = replace(part, slots=place)
+    return replace(batch, enc_ids=beside(batch.enc_ids), enc_mod=beside(batch.enc_mod),
+                   enc_pos=beside(batch.enc_pos), enc_sizes=tuple(sizes), dense=dense)
 
 
 @dataclass
 class Context:
-    """The encoder's output as the decoder's layers read it."""
+    """The encoder's output as the decoder's layers read it, of rows of `branches` that lie below
+    one another."""
 
     encoded: Encoded
     caches: list[LayerCache]
+    rows: int
+    branches: int
 
     @classmethod
     def read(cls, model: FourM, shown: Mapping[str, Shown], branches: int = 1) -> Context:
-        """Runs the encoder, and the decoder's key and value projections of its output, over the
-        rows of all `branches`, which lie below one another."""
-        batch, place = gather_inputs(model.config, shown), None
-        given = batch
-        if branches > 1 and model.register_tokens is None:
-            given, place = side_by_side(batch, branches)
-        encoded = model.encode(given)
-        if place is not None:
-            mask = additive(key_mask(batch.enc_mod), encoded.mask.dtype)
-            encoded = Encoded(encoded.context, mask)
-        seen = (batch.enc_mod >= 0).any(1)
-        if model.register_tokens is not None:
-            seen = torch.ones_like(seen)
+        """Runs the encoder, and the decoder's key and value projections of its output."""
+        batch = gather_inputs(model.config, shown)
+        rows = len(batch.enc_mod) // branches
+        if model.register_tokens is None:
+            batch = side_by_side(batch, branches)
+        encoded = model.encode(batch)
+        seen = None
+        if isinstance(encoded.mask, tuple) and any(own is not None for _, own in encoded.mask):
+            # A row without any input takes nothing from cross-attention.
+            parts = batch.enc_mod.split(batch.enc_sizes, 1)
+            seen = torch.cat([(part != PADDING).any(1, keepdim=True).expand_as(part)
+                              for part in parts], 1)[:, None, :, None]
         caches = []
         for layer in model.decoder:
             block = cast(DecoderBlock, layer)
-            pair = block.cross_attn.keys(block.context_norm(encoded.context))
-            if place is not None:
-                pair = _apart(pair[0], place), _apart(pair[1], place)
-            # A row without any input takes nothing from cross-attention.
-            caches.append(LayerCache(cross_kv=(pair[0], pair[1] * seen.view(-1, 1, 1, 1))))
-        return cls(encoded, caches)
+            keys, values = block.cross_attn.keys(block.context_norm(encoded.context))
+            caches.append(LayerCache(cross_kv=(keys, values if seen is None else values * seen)))
+        return cls(encoded, caches, rows, branches)
 
     def pick(self, index: Tensor) -> None:
-        """Keeps (or repeats) the rows of `index`."""
-        def chosen(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-            return pair and (pair[0][index], pair[1][index])
+        """Keeps (or repeats) the rows of `index` in every branch."""
+        below = torch.cat([index + i * self.rows for i in range(self.branches)])
+        encoded, mask = self.encoded, self.encoded.mask
+        if isinstance(mask, tuple):
+            mask = tuple((size, own if own is None else own[index]) for size, own in mask)
+        elif mask is not None:
+            mask = mask[below]
 
-        self.encoded = Encoded(self.encoded.context, self.encoded.mask[index])
+        def chosen(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+            if pair is None:
+                return None
+            # What does not depend on the branch has one row for all.
+            rows = index if len(pair[0]) == self.rows else below
+            return pair[0][rows], pair[1][rows]
+
         self.caches = [LayerCache(chosen(c.self_kv), chosen(c.cross_kv)) for c in self.caches]
+        self.encoded, self.rows = Encoded(encoded.context, mask), len(index)
 
 
 def fill_holes(given: Shown, runs: Shown, sure: Tensor, limit: int) -> tuple[Shown, Tensor]:

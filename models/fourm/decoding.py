@@ -260,19 +260,19 @@ class _Run:
         """Guided logits [R, M, V] of the grid positions `places` [R, M]."""
         inputs, weights = guidance.inputs(self.model.config, shown, self.spec.name)
         context = Context.read(self.model, inputs, len(weights) + 1)
-        position = places.repeat(len(weights) + 1, 1)
-        return self._logits(context, torch.zeros_like(position), position, weights, places)
+        return self._logits(context, torch.zeros_like(places), places, weights, places)
 
     def _logits(
         self, context: Context, fed: Tensor, position: Tensor, weights: tuple[float, ...],
         places: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Guided logits [R, M, V] out of the decoder's slots [branches * R, M]."""
+        """Guided logits [R, M, V] out of the decoder's slots [R, M], `places` for an observer."""
         modality = torch.full_like(position, self.model.config.index(self.spec.name))
         y = self.model.decode(context.encoded, fed, modality, position, None, context.caches)
-        logits = self.model.logits(y, self.spec).float()
-        guided = combined(logits, weights)
+        # Logits are linear in what they are made of, so guidance needs those of one row only.
+        guided = self.model.logits(combined(y.float(), weights).to(y.dtype), self.spec).float()
         if self.observe:
+            logits = self.model.logits(y, self.spec).float()
             self.observe(Step(places, guided, logits.chunk(len(weights) + 1)))
         return guided
 
@@ -295,8 +295,8 @@ class _Run:
         inputs, weights = guidance.inputs(self.model.config, shown, spec.name)
         context = Context.read(self.model, inputs, len(weights) + 1)
         if copies > 1:
-            slots = torch.arange((len(weights) + 1) * len(seeds), device=device)
-            context.pick(slots.repeat_interleave(copies))
+            rows = torch.arange(len(seeds), device=device)
+            context.pick(rows.repeat_interleave(copies))
         closing = (FIRST + holes).repeat_interleave(copies)
         drawn = self._write(context, weights, closing, _copied(seeds, copies))
         if given is None:
@@ -314,7 +314,6 @@ class _Run:
     ) -> Drawn:
         """The loop of a sequence, row by row until its `closing` id [R * K]."""
         spec, decoding, device, total = self.spec, self.decoding, closing.device, len(seeds)
-        branches = len(weights) + 1
         ids = torch.zeros(total, spec.max_tokens, dtype=torch.long, device=device)
         sure = torch.zeros(total, spec.max_tokens, device=device)
         lengths = torch.full((total,), spec.max_tokens, dtype=torch.long, device=device)
@@ -322,7 +321,7 @@ class _Run:
         active, fed = torch.arange(total, device=device), torch.full_like(closing, FIRST)
         state = self.grammar.start(total, device) if self.grammar else None
         for step in range(spec.max_tokens):
-            entry = fed.repeat(branches).unsqueeze(1)
+            entry = fed.unsqueeze(1)
             place = torch.full_like(entry, step if step < spec.position_limit else 0)
             guided = self._logits(context, entry, place, weights,
                                   torch.full_like(fed, step).unsqueeze(1))[:, 0]  # fmt: skip
@@ -343,7 +342,7 @@ class _Run:
                 kept = (~ended).nonzero().squeeze(1)
                 if not len(kept):
                     break
-                context.pick(torch.cat([kept + i * len(active) for i in range(branches)]))
+                context.pick(kept)
                 active, fed, state = active[kept], fed[kept], state and state.rows(kept)
         return Drawn(ids, sure, lengths)
 

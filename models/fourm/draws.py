@@ -25,7 +25,7 @@ class Draws:
 
     def __init__(self, seed: int, step: int, batch_size: int, rows: slice = slice(None)) -> None:
         self._key, self._size, self.rows = (seed, step), batch_size, rows
-        self._seeds: dict[str, np.ndarray] = {}
+        self._starts: dict[str, tuple[np.ndarray, np.uint64]] = {}
         self._places = np.arange(batch_size, dtype=np.uint64)[rows]
 
     def generator(self, tag: str) -> np.random.Generator:
@@ -38,12 +38,13 @@ class Draws:
     ) -> np.ndarray:
         """Random uint64 [n, count] for row numbers `chosen` [n] (default: all rows), another set
         of them for each number in `part` [n]."""
-        if tag not in self._seeds:
+        if tag not in self._starts:
             seeds = np.random.SeedSequence([*self._key, zlib.crc32(tag.encode())])
-            self._seeds[tag] = seeds.generate_state(2, np.uint64)
-        first, second = self._seeds[tag]
-        places = self._places if chosen is None else self._places[chosen]
-        start = _mixed(places * _GOLDEN + first)
+            first, second = seeds.generate_state(2, np.uint64)
+            self._starts[tag] = _mixed(self._places * _GOLDEN + first), second
+        start, second = self._starts[tag]
+        if chosen is not None:
+            start = start[chosen]
         if part is not None:
             start = _mixed(start + part.astype(np.uint64) * _GOLDEN + second)
         return _mixed(start[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)

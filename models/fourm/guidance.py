@@ -102,11 +102,12 @@ class Guidance:
         return base, [(base | {name: shown[name]}, weight) for name, weight in weights.items()]
 
 
-def combined(logits: Tensor, weights: tuple[float, ...]) -> Tensor:
-    """l_u + sum of w_i (l_i - l_u) of the logits [(1 + weights) * R, ...] of all branches."""
+def combined(values: Tensor, weights: tuple[float, ...]) -> Tensor:
+    """l_u + sum of w_i (l_i - l_u) of the values [(1 + weights) * R, ...] of all branches: logits,
+    or what logits are a linear function of."""
     if not weights:
-        return logits
-    base, *others = logits.chunk(len(weights) + 1)
+        return values
+    base, *others = values.chunk(len(weights) + 1)
     pairs = zip(weights, others, strict=True)
     return torch.add(base, sum(weight * (other - base) for weight, other in pairs))
 

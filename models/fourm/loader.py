@@ -23,7 +23,7 @@ from models import modalities
 from models.crops import CropPolicy, crop_box
 from models.fourm.batch import patchify
 from models.fourm.masking import Samples
-from models.fourm.spans import Ragged
+from models.fourm.spans import Ragged, ranges
 from models.fourm.spec import EOS_ID, ModalitySpec
 from models.fourm.stored import Stored
 from models.fourm.vectors import pad_vectors, read_vectors
@@ -207,8 +207,9 @@ class TokenDataset:
         longest = int(whole.max()) + 1 if spec.chunk else spec.max_tokens
         length = np.minimum(whole + 1, longest) * here
         ids = np.zeros((len(places), max(1, int(length.max()))), np.int64)
-        row, place = np.nonzero(np.arange(ids.shape[1]) < np.minimum(whole, length)[:, None])
-        ids[row, place] = stored[row, place]
+        words = np.minimum(whole, length)
+        slots = ranges(np.arange(len(ids)) * ids.shape[1], words)
+        ids.reshape(-1)[slots] = stored.heads(words)
         ends = np.flatnonzero(whole < length)
         ids[ends, whole[ends]] = EOS_ID
         return (ids, length), here

@@ -23,6 +23,7 @@ from models.fourm.spans import (
     cut_targets,
     fit_inputs,
     fit_vectors,
+    ranges,
     shuffle_chunks,
 )
 from models.fourm.spec import EOS_ID, FourMConfig, ModalitySpec
@@ -104,7 +105,7 @@ def mask_batch(
     lows, highs = (np.array([[getattr(c, f)[i] for f in ("num_inputs", "num_targets")]
                              for c in parts]) for i in (0, 1))
     totals = [draws.integers(f"count{i}", lows[chosen, i], highs[chosen, i]) for i in (0, 1)]
-    width = highs[np.unique(chosen)].max(0)
+    width = highs[chosen].max(0)
     alpha_in = np.array([[c.inputs.get(n, 0.0) for n in names] for c in parts])[chosen]
     alpha_out = np.array([[c.targets.get(n, 0.0) for n in names] for c in parts])[chosen]
     own = chosen[draws.rows]
@@ -148,7 +149,6 @@ class _Masks:
         self.inputs, self.targets = np.zeros(size, int), np.zeros(size, int)
         self.visible: dict[str, Ragged] = {}
         self.spans: dict[str, Ragged] = {}
-        self.orders: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.here = np.ones(size, bool)
         for name, present in samples.present.items():
             self.here[:, config.index(name)] = present
@@ -212,14 +212,15 @@ class _Masks:
         """Settles the input slots [B,m] of all modalities; keep [B] as in `Component`."""
         limit, total = self.input_limit(), budget.sum(1)
         budget = redistribute(budget, limit, share)
+        whole, binary = keep == "all", keep == "binary"
         for spec in self.sequences:
             i = self.config.index(spec.name)
             ids, length = self.texts[spec.name]
             tag = spec.name
             chance = self.draws.uniform(f"{tag} keep")
-            chance = np.select([keep == "all", keep == "binary"], [1.0, chance.round()], chance)
+            chance[binary] = chance[binary].round()
             # Without a budget nothing stays, and all of a sequence in chunks is to be predicted.
-            chance = np.where((keep == "all") & (budget[:, i] == 0), 0.0, chance)
+            chance[whole] = budget[whole, i] > 0
             attempts = self._attempts(spec, ids.shape[1])
             if spec.kind == "seq_emb":
                 self.visible[tag] = fit_vectors(length, ids.shape[1], chance, budget[:, i],
@@ -260,22 +261,22 @@ class _Masks:
         """Lays the chosen triples out as a batch of static width."""
         import torch
 
-        count = range(len(self.config.modalities))
-        enc_mod, slots = _slots(self.inputs, num_inputs)
-        enc_ids, enc_pos = (_laid(values, slots, enc_mod.shape) for values in
-                            zip(*(self._input(i) for i in count), strict=True))
-        dec_mod, rows = _slots(self.targets, num_targets)
-        fed, positions, targets = zip(*(self._target(i) for i in count), strict=True)
-        dec_ids, dec_pos = (_laid(values, rows, dec_mod.shape) for values in (fed, positions))
-        ends = np.cumsum(self.targets, 1)
-        module = np.maximum(dec_mod, 0)
-        until = np.where(self.is_seq[module], np.arange(1, num_targets + 1),
-                         np.take_along_axis(ends, module, 1))
+        enc, dec = _Layout(self.inputs, num_inputs), _Layout(self.targets, num_targets)
+        shown, asked = zip(*(self._chosen(i) for i in range(len(self.config.modalities))),
+                           strict=True)
+        enc_ids, enc_pos = (enc.lay(values) for values in zip(*shown, strict=True))
+        fed, positions, targets = zip(*asked, strict=True)
+        dec_ids, dec_pos = (dec.lay(values) for values in (fed, positions))
+        enc_mod, dec_mod = (layout.modality() for layout in (enc, dec))
+        # Unused slots count as those of modality 0.
+        ends = np.where(self.is_seq, -1, np.cumsum(self.targets, 1))
+        until = dec.spread(np.concatenate([ends, ends[:, :1]], 1))
+        np.copyto(until, np.arange(1, num_targets + 1), where=until < 0)
         tensor = torch.from_numpy
         return Batch(
             tensor(enc_ids), tensor(enc_mod), tensor(enc_pos),
             tensor(dec_ids), tensor(dec_mod), tensor(dec_pos),
-            tensor(until), tensor(rows), tensor(np.concatenate(targets)),
+            tensor(until), tensor(dec.slots), tensor(np.concatenate(targets)),
             tuple(self.targets.sum(0).tolist()), self._dense(enc_mod, enc_pos),
         )
 
@@ -296,80 +297,88 @@ class _Masks:
             found[name] = Dense(torch.from_numpy(values), torch.from_numpy(flat))
         return found
 
+    def _chosen(self, i: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        """Ids and positions [n] of the input slots of modality i, sample by sample; and the ids
+        that are fed, positions and targets [n] of its target slots."""
+        spec, seen, asked = self.config.modalities[i], self.inputs[:, i], self.targets[:, i]
+        if spec.name not in self.visible:
+            return self._of_grid(spec, seen, asked)
+        shown, feed = (_NONE, _NONE), (_NONE, _NONE, _NONE)
+        if seen.any():
+            ids, place, rank = _heads(self.visible[spec.name][0], seen)
+            shown = np.zeros_like(rank) if spec.kind == "seq_emb" else ids[place], rank
+        if asked.any():
+            ids, place, rank = _heads(self.spans[spec.name][0], asked)
+            rank[rank >= spec.position_limit] = 0
+            feed = ids[place], rank, ids[place + 1]
+        return shown, feed
+
+    def _of_grid(
+        self, spec: ModalitySpec, seen: np.ndarray, asked: np.ndarray
+    ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        """`_chosen` of a grid: of its positions in a random order, the first `seen` [B] are inputs,
+        the next `asked` [B] targets; each of these then sorted."""
+        if not (seen.any() or asked.any()):
+            return (_NONE, _NONE), (_NONE, _NONE, _NONE)
+        every, size = np.arange(len(seen)), spec.max_tokens
+        keys, order = self._order(spec)
+        inputs = keys < order[every, seen, None]
+        targets = (keys < order[every, seen + asked, None]) ^ inputs
+        found = []
+        for count, chosen in ((seen, inputs), (asked, targets)):
+            sample = np.repeat(every, count)
+            found.append((sample, np.flatnonzero(chosen) - sample * size))
+        if spec.name in self.samples.pixels:
+            return (np.zeros_like(found[0][1]), found[0][1]), (_NONE, _NONE, _NONE)
+        grid = self.samples.grids[spec.name]
+        return ((grid[found[0]], found[0][1]),
+                (np.zeros_like(found[1][1]), found[1][1], grid[found[1]]))
+
     def _order(self, spec: ModalitySpec) -> tuple[np.ndarray, np.ndarray]:
         """A random number [B, positions] for every position of a grid, all different, and the same
         in order and with one above all others behind."""
-        if spec.name not in self.orders:
-            size, place = len(self.inputs), np.arange(spec.max_tokens, dtype=np.uint32)
-            keys = self.draws.words(f"{spec.name} order", spec.max_tokens)
-            # The lowest bits tell equal numbers apart, the highest leaves room for one above all.
-            keys &= np.uint32(_TOP - (1 << (spec.max_tokens - 1).bit_length()))
-            keys |= place
-            order = np.full((size, spec.max_tokens + 1), _TOP, np.uint32)
-            order[:, :-1] = keys
-            order[:, :-1].sort(1)
-            self.orders[spec.name] = keys, order
-        return self.orders[spec.name]
-
-    def _chosen(
-        self, spec: ModalitySpec, first: np.ndarray, count: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Samples and positions [n] of a grid's slots: in each sample, `count` [B] positions in
-        their random order from the `first` [B] on, then sorted."""
-        keys, order = self._order(spec)
-        every = np.arange(len(first))
-        low, high = order[every, first, None], order[every, first + count, None]
-        # Numbers below the range wrap around and are above it too.
-        inside = keys - low < high - low if first.any() else keys < high
-        chosen = np.flatnonzero(inside)
-        sample = chosen // spec.max_tokens
-        return sample, chosen - sample * spec.max_tokens
-
-    def _input(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and positions [n] of the slots of modality i, sample by sample."""
-        spec, count = self.config.modalities[i], self.inputs[:, i]
-        if not count.any():
-            return _NONE, _NONE
-        if spec.name in self.visible:
-            ids = self.visible[spec.name][0]
-            sample, rank = np.nonzero(np.arange(ids.shape[1]) < count[:, None])
-            return np.zeros_like(rank) if spec.kind == "seq_emb" else ids[sample, rank], rank
-        sample, position = self._chosen(spec, np.zeros_like(count), count)
-        if spec.name in self.samples.pixels:
-            return np.zeros_like(position), position
-        return self.samples.grids[spec.name][sample, position], position
-
-    def _target(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids that are fed, positions and targets [n], as in `_input`."""
-        spec, count = self.config.modalities[i], self.targets[:, i]
-        if not count.any():
-            return _NONE, _NONE, _NONE
-        if spec.name in self.spans:
-            ids = self.spans[spec.name][0]
-            sample, rank = np.nonzero(np.arange(ids.shape[1]) < count[:, None])
-            position = np.where(rank >= spec.position_limit, 0, rank)
-            return ids[sample, rank], position, ids[sample, rank + 1]
-        sample, position = self._chosen(spec, self.inputs[:, i], count)
-        return np.zeros_like(position), position, self.samples.grids[spec.name][sample, position]
+        size, place = len(self.inputs), np.arange(spec.max_tokens, dtype=np.uint32)
+        keys = self.draws.words(f"{spec.name} order", spec.max_tokens)
+        # The lowest bits tell equal numbers apart, the highest leaves room for one above all.
+        keys &= np.uint32(_TOP - (1 << (spec.max_tokens - 1).bit_length()))
+        keys |= place
+        order = np.full((size, spec.max_tokens + 1), _TOP, np.uint32)
+        order[:, :-1] = keys
+        order[:, :-1].sort(1)
+        return keys, order
 
 
-def _slots(counts: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Modality [B,width] of every slot, -1 where unused, for `counts` [B,m] of slots; and the
-    slots [n] in B*N that are used, sorted by modality."""
-    size, modalities = counts.shape
-    whole = np.concatenate([counts, width - counts.sum(1, keepdims=True)], 1)
-    number = np.tile(np.append(np.arange(modalities), -1), size)
-    first = np.cumsum(counts, 1) - counts + np.arange(0, size * width, width)[:, None]
-    run = counts.T.reshape(-1)
-    before = np.cumsum(run) - run
-    slots = np.repeat(first.T.reshape(-1) - before, run) + np.arange(run.sum())
-    return np.repeat(number, whole.reshape(-1)).reshape(size, width), slots
+class _Layout:
+    """Slots [B,width] of a batch: in every sample those of one modality after another, then those
+    that are not used."""
+
+    def __init__(self, counts: np.ndarray, width: int) -> None:
+        """`counts` [B,m] of the slots of all modalities."""
+        self.shape = len(counts), width
+        self._runs = np.concatenate([counts, width - counts.sum(1, keepdims=True)], 1)
+        first = np.cumsum(counts, 1) - counts + np.arange(0, len(counts) * width, width)[:, None]
+        self.slots = ranges(first.T.reshape(-1), counts.T.reshape(-1))
+        """[n] in B*width, those that are used, sorted by modality."""
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Values [B,m+1] of modalities and of unused slots in all of their slots."""
+        return np.repeat(values.reshape(-1), self._runs.reshape(-1)).reshape(self.shape)
+
+    def modality(self) -> np.ndarray:
+        """The modality of every slot, -1 where unused."""
+        size, count = self._runs.shape
+        return self.spread(np.tile(np.append(np.arange(count - 1), -1), (size, 1)))
+
+    def lay(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Values of all modalities in `slots`, as int64; 0 elsewhere."""
+        out = np.zeros(self.shape, np.int64)
+        out.reshape(-1)[self.slots] = np.concatenate(values)
+        return out
 
 
-def _laid(
-    values: Sequence[np.ndarray], slots: np.ndarray, shape: tuple[int, ...]
-) -> np.ndarray:
-    """Values of all modalities in their slots [n], as int64 of `shape`; 0 elsewhere."""
-    out = np.zeros(shape, np.int64)
-    out.reshape(-1)[slots] = np.concatenate(values)
-    return out
+def _heads(ids: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids [B,L] as [B*L], where the first `count` [B] of every row lie in it, and their place in
+    the row."""
+    row = np.arange(len(ids)) * ids.shape[1]
+    place = ranges(row, count)
+    return ids.reshape(-1), place, place - np.repeat(row, count)

@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from models.fourm.attention import (
     PADDING,
+    Mask,
     additive,
     attention,
+    cross_attention,
+    input_masks,
     key_mask,
-    part_mask,
     target_mask,
 )
 from models.fourm.batch import IGNORED, Batch
@@ -38,10 +40,10 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the decoder reads: context [B,N,D] and the additive mask [B,1,1,N] of its slots."""
+    """What the decoder reads: context [B,N,D] and the mask [B,1,1,N] of its slots."""
 
     context: Tensor
-    mask: Tensor
+    mask: Mask
 
 
 class Norm(nn.LayerNorm):
@@ -66,7 +68,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim, bias=config.bias)
         self.q_norm, self.k_norm = _head_norms(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, cache: LayerCache | None = None) -> Tensor:
         b, n, d = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -79,7 +81,8 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of targets to the encoder's context; [k; v] packed by heads."""
+    """Attention of targets to the encoder's context; [k; v] packed by heads. Where a row of the
+    context holds several inputs, the targets of each lie below one another in the result."""
 
     def __init__(self, config: FourMConfig) -> None:
         super().__init__()
@@ -89,10 +92,10 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim, bias=config.bias)
         self.q_norm, self.k_norm = _head_norms(config)
 
-    def forward(self, x: Tensor, keys: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keys: tuple[Tensor, Tensor], mask: Mask) -> Tensor:
         b, n, d = x.shape
         q = self.q_norm(self.q(x).view(b, n, self.heads, -1).transpose(1, 2))
-        return self.proj(attention(q, *keys, mask).transpose(1, 2).reshape(b, n, d))
+        return self.proj(cross_attention(q, *keys, mask).transpose(1, 2).reshape(-1, n, d))
 
     def keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B,H,N,Dh] of the normalised context."""
@@ -125,7 +128,7 @@ class EncoderBlock(nn.Module):
         self.norm1, self.attn = Norm(config.dim, config.bias), Attention(config)
         self.norm2, self.mlp = Norm(config.dim, config.bias), Mlp(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
         x = x + self.attn(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 
@@ -150,7 +153,10 @@ class DecoderBlock(nn.Module):
             keys = self.cross_attn.keys(self.context_norm(encoded.context))
         if cache is not None:
             cache.cross_kv = keys
-        y = y + self.cross_attn(self.query_norm(y), keys, encoded.mask)
+        crossed = self.cross_attn(self.query_norm(y), keys, encoded.mask)
+        if len(y) != len(crossed):
+            y = y.repeat(len(crossed) // len(y), 1, 1)
+        y = y + crossed
         return y + self.mlp(self.norm2(y))
 
 
@@ -236,8 +242,7 @@ class FourM(nn.Module):
         return x * used, emb * used
 
     def encode(self, batch: Batch) -> Encoded:
-        """Runs the encoder over the inputs of `batch`; where a row holds several of them, the mask
-        is the one among its slots [B,1,N,N]."""
+        """Runs the encoder over the inputs of `batch`."""
         x, emb, mask = self._encoded(batch)
         return Encoded(self.decoder_proj_context(x) + emb, mask)
 
@@ -246,7 +251,7 @@ class FourM(nn.Module):
         which unused ones hold nothing of meaning."""
         return self._encoded(batch)[0]
 
-    def _encoded(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _encoded(self, batch: Batch) -> tuple[Tensor, Tensor, Mask]:
         """Normalised output, position-plus-modality vectors and mask, with register tokens."""
         x, emb = self.embed_inputs(batch)
         x = x + emb
@@ -256,8 +261,9 @@ class FourM(nn.Module):
             x = torch.cat([registers, x], 1)
             emb = F.pad(emb, (0, 0, registers.shape[1], 0))
             modality = F.pad(modality, (registers.shape[1], 0))
-        allowed = key_mask(modality) if batch.enc_part is None else part_mask(batch.enc_part)
-        mask = additive(allowed, self._dtype(x))
+        dtype = self._dtype(x)
+        mask = input_masks(modality, batch.enc_sizes, dtype) if batch.enc_sizes \
+            else additive(key_mask(modality), dtype)
         for block in self.encoder:
             x = block(x, mask)
         return self.encoder_norm(x), emb, mask
@@ -275,7 +281,8 @@ class FourM(nn.Module):
         self, encoded: Encoded, ids: Tensor, modality: Tensor, position: Tensor,
         until: Tensor | None, caches: list[LayerCache] | None = None,
     ) -> Tensor:
-        """Normalised decoder output [B,M,D].
+        """Normalised decoder output [B,M,D]. Targets that are the same for several inputs of a row
+        may be given once: until they read these, they need no rows of their own.
 
         `until` None lets every target slot attend all others. With `caches` (one per layer, empty
         at first) the slots given continue the cached ones, which they all attend.

@@ -8,7 +8,7 @@ chunk share their fate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -19,40 +19,79 @@ Ragged = tuple[np.ndarray, np.ndarray]
 RETRY_DECAY = 0.9
 
 
+def ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Numbers [n] of stretches that begin at `first` [B] and have `count` [B] numbers each, one
+    stretch behind another."""
+    before = np.cumsum(count) - count
+    return np.repeat(first - before, count) + np.arange(count.sum())
+
+
 def span_mask(ids: np.ndarray, length: np.ndarray, keep: np.ndarray) -> tuple[Ragged, Ragged]:
     """Splits sequences ids [B,L] by keep [B,L] (True stays) into (inputs, targets)."""
-    inside = np.arange(ids.shape[1]) < length[:, None]
-    kept, removed = inside & keep, inside & ~keep
+    size, width = ids.shape
+    inside = np.arange(width) < length[:, None]
+    removed = inside & ~keep
     starts = removed.copy()
-    starts[:, 1:] &= ~removed[:, :-1]
-    sentinel = np.cumsum(starts, 1) + SENTINEL_0
-    inputs = _front(kept | starts, np.where(kept, ids, sentinel))
-    # Before each position there is room for its sentinel, and one more behind all.
-    pairs = np.zeros((len(ids), 2 * ids.shape[1] + 1), np.int64)
-    used = np.ones(pairs.shape, bool)
-    pairs[:, :-1:2], pairs[:, 1::2] = sentinel, ids
-    used[:, :-1:2], used[:, 1::2] = starts, removed
-    pairs[:, -1] = starts.sum(1) + SENTINEL_0 + 1
-    return inputs, _front(used, pairs)
+    starts[:, 1:] = removed[:, 1:] > removed[:, :-1]
+    runs, gone = starts.sum(1), removed.sum(1)
+    place = np.flatnonzero(removed)
+    opens = starts.reshape(-1)[place]
+    sentinel = ranges(np.full(size, SENTINEL_0 + 1), runs)
+    shown = ids.copy()
+    shown.reshape(-1)[place[opens]] = sentinel
+    # In a row of targets, each run makes room for its sentinel, and one more ends all.
+    total = gone + runs + 1
+    targets = np.full((size, int(total.max(initial=0))), PAD_ID, np.int64)
+    first = np.arange(size) * targets.shape[1]
+    before = np.cumsum(gone + runs) - gone - runs
+    after = np.arange(len(place)) + np.cumsum(opens) + np.repeat(first - before, gone)
+    flat = targets.reshape(-1)
+    flat[after], flat[after[opens] - 1] = ids.reshape(-1)[place], sentinel
+    flat[first + total - 1] = runs + SENTINEL_0 + 1
+    return _front(inside & (keep | starts), shown), (targets, total)
 
 
 def _front(used: np.ndarray, values: np.ndarray) -> Ragged:
     """The used [B,L] ones of values [B,L], in order, and how many there are."""
     count = used.sum(1)
     out = np.full((len(used), int(count.max(initial=0))), PAD_ID, np.int64)
-    out[np.arange(out.shape[1]) < count[:, None]] = values[used]
+    slots = ranges(np.arange(len(used)) * out.shape[1], count)
+    out.reshape(-1)[slots] = values.reshape(-1)[np.flatnonzero(used)]
     return out, count
 
 
-def input_length(length: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Length [B] of the inputs `span_mask` would give: what stays, and the first of each run that
-    does not."""
-    shown = keep.copy()
-    shown[:, 1:] |= keep[:, :-1]
-    shown[:, :1] = True
-    shown &= np.arange(keep.shape[1]) < length[:, None]
-    # A product counts booleans faster than a sum, and exactly as far as texts go.
-    return (shown.astype(np.float32) @ np.ones(shown.shape[1], np.float32)).astype(np.int64)
+def _bits(flags: np.ndarray) -> np.ndarray:
+    """Flags [n,L] as uint64 [n, L / 64], the first one in the lowest bit."""
+    size, width = flags.shape
+    whole = np.zeros((size, -(-width // 64) * 64), bool)
+    whole[:, :width] = flags
+    return np.packbits(whole, bitorder="little").view("<u8").reshape(size, -(-width // 64))
+
+
+def _input_length(inside: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Length [n] of the inputs `span_mask` would give: what stays, and the first of each run that
+    does not. What is inside a sequence and what stays are bits [n,w]."""
+    shown = keep << 1
+    shown[:, 1:] |= keep[:, :-1] >> 63
+    shown[:, 0] |= 1
+    shown |= keep
+    shown &= inside
+    return np.bitwise_count(shown).sum(1, dtype=np.int64)
+
+
+def _lowered(chance: np.ndarray, most_ahead: int) -> Iterator[np.ndarray]:
+    """Chances [n,attempts], float32, of the attempts that follow one with `chance` [n], each lower
+    than the one before: up to `most_ahead` of them at a time, without end."""
+    decay = (np.float32(RETRY_DECAY) ** np.arange(most_ahead)).astype(np.float32)
+    chance, ahead, parts = chance * RETRY_DECAY, 1, []
+    while True:
+        # Rounding is that of 1, 2, 4, ... attempts at a time.
+        parts.append(chance[:, None] * decay[:ahead])
+        chance = chance * RETRY_DECAY**ahead
+        if 2 * ahead >= most_ahead:
+            yield np.concatenate(parts, 1)
+            parts = []
+        ahead = min(2 * ahead, most_ahead)
 
 
 def fit_inputs(
@@ -69,26 +108,26 @@ def fit_inputs(
     chunks, whose facts need no context, only what would not have stayed, as released models were
     trained.
     """
-    every, decay = np.arange(len(ids)), np.float32(RETRY_DECAY) ** np.arange(most_ahead)
-    decay = decay.astype(np.float32)
-    chance = probability.astype(np.float32)
-    keep = draw(np.zeros(len(ids), int), every) < chance[:, None]
-    keep &= (budget > 0)[:, None] | chunked
-    done = (budget == 0) | (input_length(length, keep) <= budget)
-    pending, first, ahead = np.flatnonzero(~done), 1, 1
-    chance = chance[pending] * RETRY_DECAY
-    while len(pending):
-        rows, attempts = np.repeat(pending, ahead), np.tile(np.arange(ahead), len(pending))
-        limit = np.repeat(chance, ahead) * decay[attempts]
-        tried = draw(first + attempts, rows) < limit[:, None]
-        fits = (input_length(length[rows], tried) <= budget[rows]).reshape(-1, ahead)
+    every, chance = np.arange(len(ids)), probability.astype(np.float32)
+    inside = _bits(np.arange(ids.shape[1]) < length[:, None])
+    keep = draw(0 * every, every) < chance[:, None]
+    keep[budget == 0] &= chunked
+    done = (budget == 0) | (_input_length(inside, _bits(keep)) <= budget)
+    pending, first = np.flatnonzero(~done), 1
+    left = np.arange(len(pending))
+    for chances in _lowered(chance[pending], most_ahead):
+        if not len(left):
+            break
+        some, ahead = pending[left], chances.shape[1]
+        rows, attempts = np.repeat(some, ahead), np.tile(np.arange(first, first + ahead), len(some))
+        tried = draw(attempts, rows) < chances[left].reshape(-1, 1)
+        fits = (_input_length(inside[rows], _bits(tried)) <= budget[rows]).reshape(-1, ahead)
         found = fits.any(1)
-        keep[pending[found]] = tried.reshape(*fits.shape, -1)[found, fits.argmax(1)[found]]
-        pending, chance = pending[~found], chance[~found] * RETRY_DECAY**ahead
-        first, ahead = first + ahead, min(2 * ahead, most_ahead)
-    inputs, targets = span_mask(ids, length, keep)
-    visible = np.where(budget > 0, inputs[1], 0)
-    return (np.where(budget[:, None] > 0, inputs[0], PAD_ID), visible), targets
+        keep[some[found]] = tried.reshape(*fits.shape, -1)[found, fits.argmax(1)[found]]
+        left, first = left[~found], first + ahead
+    (shown, visible), targets = span_mask(ids, length, keep)
+    shown[budget == 0], visible[budget == 0] = PAD_ID, 0
+    return (shown, visible), targets
 
 
 def cut_targets(targets: Ragged, budget: np.ndarray, choice: np.ndarray) -> Ragged:
@@ -99,19 +138,20 @@ def cut_targets(targets: Ragged, budget: np.ndarray, choice: np.ndarray) -> Ragg
     they are ids the text tokenizer does not emit.
     """
     ids, length = targets
-    inside = np.arange(ids.shape[1]) < length[:, None]
-    sentinel = inside & (ids > SENTINEL_0) & (ids < SENTINEL_0 + NUM_SENTINELS)
-    number = np.cumsum(sentinel, 1) - 1
-    last = np.maximum(1, sentinel.sum(1) - 1) - 1
-    wanted = sentinel & (number == np.minimum(choice, last)[:, None])
-    start = wanted.argmax(1)
-    fits = sentinel & (length[:, None] - np.arange(ids.shape[1]) <= budget[:, None])
-    start = np.where(length - start < budget, fits.argmax(1), start)
-    start = np.where(length > budget, start, 0)
+    long = np.flatnonzero(length > budget)
+    some, room, width = ids[long], length[long] - budget[long], ids.shape[1]
+    place = np.flatnonzero((some > SENTINEL_0) & (some < SENTINEL_0 + NUM_SENTINELS))
+    row = np.arange(len(long)) * width
+    first, end = np.searchsorted(place, row), np.searchsorted(place, row + width)
+    # The closing sentinel starts nothing.
+    wanted = first + np.minimum(choice[long], np.maximum(end - first - 2, 0))
+    wanted = np.where(place[wanted] > row + room, np.searchsorted(place, row + room), wanted)
+    start = np.zeros_like(length)
+    start[long] = place[wanted] - row
     length = np.minimum(length - start, budget)
-    column = np.arange(ids.shape[1])
-    shifted = np.take_along_axis(ids, np.minimum(column + start[:, None], ids.shape[1] - 1), 1)
-    return np.where(column < length[:, None], shifted, PAD_ID), length
+    cut, row = np.full_like(ids, PAD_ID), np.arange(len(ids)) * width
+    cut.reshape(-1)[ranges(row, length)] = ids.reshape(-1)[ranges(row + start, length)]
+    return cut, length
 
 
 def fit_vectors(

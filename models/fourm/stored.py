@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from models.fourm.spans import ranges
+
 
 class Stored:
     """Token ids [B, length] that lie in memory-mapped shards.
@@ -35,6 +37,10 @@ class Stored:
         if isinstance(key, tuple) and all(isinstance(one, np.ndarray) for one in key):
             return self.tokens(*key)
         return np.asarray(self)[key]
+
+    def heads(self, count: np.ndarray) -> np.ndarray:
+        """The first `count` [B] tokens of every row, behind one another, int64."""
+        return self.tokens(np.repeat(np.arange(len(self)), count), ranges(0 * count, count))
 
     def tokens(self, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Tokens [n] at `places` [n] of `rows` [n], int64."""

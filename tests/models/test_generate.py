@@ -266,29 +266,40 @@ def test_boxes_are_voted_for() -> None:
     assert vote_boxes([seen(), seen()]) == {"instances": []}
 
 
-@pytest.mark.parametrize("seen", [0, 3])
-def test_branches_that_show_little_share_a_row_and_are_read_as_if_alone(
-    model: FourM, seen: int
+@pytest.mark.parametrize(("seen", "sizes"), [
+    ([[0, 0], [GRID, GRID]], (0, GRID)),
+    ([[3, 3], [GRID, GRID]], (3, GRID)),
+    ([[0, 5], [2, 0]], (5, 2)),
+    ([[0, 0], [0, 0]], (1, 0)),
+    ([[4, 4], [4, 4]], (4, 4)),
+])
+def test_branches_share_a_row_and_are_decoded_as_if_alone(
+    model: FourM, seen: list[list[int]], sizes: tuple[int, int]
 ) -> None:
-    pixels = Shown(torch.randint(0, 256, (4, GRID, 768), dtype=torch.uint8),
-                   torch.tensor([[False], [False], [True], [True]]).expand(4, GRID))
-    depth = Shown(grid(4).values, (torch.arange(GRID) < seen).expand(4, GRID))
-    shown = {"rgb@64": pixels, "tok_depth@64": depth}
-    whole = gather_inputs(model.config, shown)
-    assert side_by_side(whole, 2)[0].enc_mod.shape == (2, GRID + 2 * seen)
+    count = torch.tensor(seen).flatten()
+    pixels = torch.randint(0, 256, (4, GRID, 768), dtype=torch.uint8)
+    few = torch.where(count > 3, 1, 0)
+    shown = {"rgb@64": Shown(pixels, torch.arange(GRID) < (count - few)[:, None]),
+             "tok_depth@64": Shown(grid(4).values, torch.arange(GRID) < few[:, None])}
+    assert side_by_side(gather_inputs(model.config, shown), 2).enc_sizes == sizes
+    spec = model.config.by_name["tok_depth@64"]
+
+    def decoded(context: Context, rows: int) -> torch.Tensor:
+        place = torch.arange(GRID).expand(rows, GRID)
+        modality = torch.full_like(place, model.config.index(spec.name))
+        return model.decode(context.encoded, torch.zeros_like(place), modality, place, None,
+                            context.caches)
+
     with torch.inference_mode():
-        found, alone = (Context.read(model, shown, branches) for branches in (2, 1))
-    used = (whole.enc_mod >= 0)[:, None, :, None]
-    assert torch.equal(found.encoded.mask, alone.encoded.mask)
-    for ours, theirs in zip(found.caches, alone.caches, strict=True):
-        assert ours.cross_kv is not None
-        assert theirs.cross_kv is not None
-        for one, other in zip(ours.cross_kv, theirs.cross_kv, strict=True):
-            assert torch.allclose(one * used, other * used, atol=1e-5)
+        both = Context.read(model, shown, 2)
+        kept = torch.tensor([1, 0, 1])
+        found = decoded(both, 2)
+        both.caches = Context.read(model, shown, 2).caches
+        both.pick(kept)
+        picked = decoded(both, 3)
+        for row in range(4):
+            one = {name: part.rows(torch.tensor([row])) for name, part in shown.items()}
+            alone = decoded(Context.read(model, one), 1)[0]
+            assert torch.allclose(found[row], alone, atol=1e-4)
+        assert torch.allclose(picked, found[torch.cat([kept, kept + 2])], atol=1e-4)
 
-
-def test_branches_that_show_as_much_keep_rows_of_their_own(model: FourM) -> None:
-    whole = gather_inputs(model.config, {"tok_rgb@64": grid(4)})
-    batch, place = side_by_side(whole, 2)
-    assert batch is whole
-    assert place is None

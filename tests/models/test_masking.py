@@ -65,7 +65,7 @@ def test_runs_of_removed_tokens_become_sentinels(keep, inputs, targets):
     assert want[0, : m[0]].tolist() == targets
 
 
-@pytest.mark.parametrize(("ahead", "last"), [(1, 2), (16, 3)])
+@pytest.mark.parametrize(("ahead", "last"), [(1, 2), (16, 15)])
 def test_inputs_over_budget_are_drawn_again_with_lower_probability(ahead, last):
     ids = np.array([[301, 302, 303, EOS_ID]] * 2)
     made: list[tuple[int, int]] = []
@@ -79,6 +79,29 @@ def test_inputs_over_budget_are_drawn_again_with_lower_probability(ahead, last):
     assert made == [(0, 0), (0, 1), *((attempt, 0) for attempt in range(1, last + 1))]
     assert inputs[1].tolist() == [1, 4]
     assert targets[0][0, :6].tolist() == [S1, 301, 302, 303, EOS_ID, S2]
+
+
+@given(st.lists(st.tuples(st.integers(1, 140), st.integers(1, 140), st.integers(1, 8)),
+                min_size=1, max_size=6), st.integers(0, 99), st.sampled_from([1, 2, 16]))
+@settings(max_examples=40, deadline=None)
+def test_the_first_attempt_whose_input_fits_counts_however_many_are_made_at_once(
+    texts, seed, ahead
+):
+    length, budget, eighths = (np.array(column) for column in zip(*texts, strict=True))
+    ids = np.where(np.arange(length.max()) < length[:, None], 300, 0)
+    numbers = np.random.default_rng(seed).integers(0, 64, (400, *ids.shape)) / 64
+    inputs, targets = fit_inputs(ids, length, eighths / 8, budget,
+                                 lambda attempts, rows: numbers[attempts, rows], most_ahead=ahead)
+    for row in range(len(ids)):
+        one = slice(row, row + 1)
+        for attempt in range(400):
+            keep = numbers[attempt, one] < eighths[row] / 8 * 0.9**attempt
+            shown, wanted = span_mask(ids[one], length[one], keep)
+            if shown[1][0] <= budget[row]:
+                break
+        for (got, count), (want, least) in ((inputs, shown), (targets, wanted)):
+            assert count[row] == least[0]
+            np.testing.assert_array_equal(got[row, : count[row]], want[0, : least[0]])
 
 
 @pytest.mark.parametrize("share", [slice(None), slice(1, None, 3), slice(4, 30)])
