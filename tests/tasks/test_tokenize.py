@@ -88,7 +88,7 @@ def _tokens(dataset, name: str, shard: int = 0) -> tuple[BlockReader, Stage]:
     (job,) = token_jobs([stage], [shard], precision="fp32")
     data = build_work(store.url, job.stage, job.config).run(shard)
     commit = Ledger(store).commit(stage, shard, data)
-    assert commit.waited.keys() == {"input"}
+    assert commit.waited.keys() == {"input", "output"}
     path = commit.outputs[stage.outputs[0]]["path"]
     return BlockReader(store.local(path)), stage
 
