@@ -1,8 +1,9 @@
 """The one attention function and the masks it takes.
 
 B batch, H heads, Q/K query and key positions, D head width. `scaled_dot_product_attention` picks
-Flash kernels, but its CPU kernel is slow at bf16 gradients: 42 ms forward and backward for B 16,
-H 6, N 128, D 64 on one AMX core, where matrix products take 7.4 ms (fp32: 16 and 14).
+Flash kernels, but its CPU kernel is slow where AMX is fast: forward and backward for B 16, H 6,
+N 128, D 64 take 42 ms in bf16 and 74 ms in fp32 with rounded products on one core, batched
+products 7.4 and 12 ms (in exact fp32: 16 and 14 to 18).
 """
 
 from __future__ import annotations
@@ -20,9 +21,15 @@ PADDING = -1
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention [B,H,Q,D] with an additive mask [B,1,Q or 1,K] from below."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or _rounded()):
         return _Products.apply(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _rounded() -> bool:
+    """Whether products of fp32 may round their inputs, of which the CPU's Flash kernel takes no
+    notice. The compiler cannot ask."""
+    return not torch.compiler.is_compiling() and torch.get_float32_matmul_precision() != "highest"
 
 
 class _Products(torch.autograd.Function):
