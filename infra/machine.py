@@ -10,9 +10,14 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+Products = Literal["fp32", "tf32", "bf16"]
+"""What matrix products take: fp32, the same with its inputs rounded (see `fp32_products`), bf16."""
 
 BF16_GAIN = 1.5
 """bf16 matrix products must beat fp32 by this factor before they are worth their rounding."""
@@ -63,30 +68,45 @@ def fast_bf16() -> bool:
 
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return BF16_GAIN * _matmul_seconds(torch.bfloat16) < _matmul_seconds(torch.float32)
+    return BF16_GAIN * _matmul_seconds("bf16") < _matmul_seconds("fp32")
+
+
+@contextmanager
+def fp32_products(device: str, *, rounded: bool) -> Iterator[None]:
+    """Within it, products of fp32 matrices are exact, or may round what they multiply, never what
+    they add up: to TF32 (10 bits) on GPUs that have it, to bf16 (7 bits) on CPUs that have it,
+    nowhere else. What torch was set to before, for the whole process, comes back."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    # "high" means TF32 to oneDNN too, which the CPUs of today do not have.
+    wanted = ("medium" if device == "cpu" else "high") if rounded else "highest"
+    torch.set_float32_matmul_precision(wanted)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @functools.cache
-def matmul_flops(bf16: bool, threads: int) -> float:
+def matmul_flops(products: Products, threads: int) -> float:
     """Operations a second of matrix products on the CPU with torch's present number of `threads`,
     measured once (~0.1 s)."""
-    import torch
-
     size = 1024
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    return 2 * size**3 / _matmul_seconds(dtype, size)
+    return 2 * size**3 / _matmul_seconds(products, size)
 
 
-def _matmul_seconds(dtype: Any, size: int = 512, repeats: int = 4) -> float:
+def _matmul_seconds(products: Products, size: int = 512, repeats: int = 4) -> float:
     import torch
 
-    a = torch.ones(size, size, dtype=dtype)
-    a @ a  # the first product pays for set-up
+    a = torch.ones(size, size, dtype=torch.bfloat16 if products == "bf16" else torch.float32)
     best = float("inf")
-    for _ in range(repeats):
-        began = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - began)
+    with fp32_products("cpu", rounded=products == "tf32"):
+        a @ a  # the first product pays for set-up
+        for _ in range(repeats):
+            began = time.perf_counter()
+            a @ a
+            best = min(best, time.perf_counter() - began)
     return best
 
 
@@ -105,6 +125,20 @@ def keep_freed_memory(*, one_pool: bool = False) -> None:
         mallopt(_M_TRIM_THRESHOLD, -1)
         if one_pool:
             mallopt(_M_ARENA_MAX, 1)
+
+
+@contextmanager
+def denormals_flushed() -> Iterator[None]:
+    """Within it, torch computes 0 on the CPU where a number would be below 1e-38: an update of
+    such numbers by AdamW takes a Xeon 17 to 28 times as long. What was set before comes back."""
+    import torch
+
+    before = (torch.tensor(1e-40) * 1).item() == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def peak_rss() -> int:

@@ -17,6 +17,7 @@ from models.fourm.cost import block_flops
 if TYPE_CHECKING:
     import torch
 
+    from infra.machine import Products
     from models.fourm.batch import Batch
     from models.fourm.spec import FourMConfig
 
@@ -56,7 +57,7 @@ def fourm_load(config: FourMConfig, batch: Batch) -> Load:
     return Load(tokens, enc.size + dec.size, float(flops))
 
 
-def peak_flops(device: torch.device, bf16: bool) -> float:
+def peak_flops(device: torch.device, products: Products) -> float:
     """Most operations a second of `device`: of a known GPU from its data sheet, of a CPU as
     measured on square matrices with torch's present threads; 0 where it is not known."""
     import torch
@@ -64,7 +65,8 @@ def peak_flops(device: torch.device, bf16: bool) -> float:
     from infra.machine import matmul_flops
 
     if device.type == "cpu":
-        return matmul_flops(bf16, torch.get_num_threads())
+        return matmul_flops(products, torch.get_num_threads())
     name = torch.cuda.get_device_name(device)
-    known = next((peaks for part, peaks in _GPUS.items() if part in name), (0.0, 0.0))
-    return known[0 if bf16 else 1] * 1e12
+    bf16, fp32 = next((peaks for part, peaks in _GPUS.items() if part in name), (0.0, 0.0))
+    # All of these have half of bf16's rate in TF32.
+    return {"bf16": bf16, "tf32": bf16 / 2, "fp32": fp32}[products] * 1e12

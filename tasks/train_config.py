@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from tasks.optim import Schedule
 
 Parallel = Literal["ddp", "fsdp"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
 
 FREE = frozenset({
     "checkpoint_seconds", "threads", "log_every", "accumulate", "parallel", "recompute", "compile",
@@ -50,7 +50,9 @@ class TrainConfig:
     finish_with_ema: bool = False
     """Whether the last evaluation and the finished model take that mean."""
     precision: Precision = "auto"
-    """bf16 runs matrix products in autocast; auto does so where the hardware is fast at it."""
+    """bf16 runs matrix products in autocast; auto does so where the hardware is fast at it, else
+    fp32. tf32 keeps everything in fp32 but what products multiply, which GPUs round to TF32 and
+    CPUs with AMX to bf16; elsewhere it is fp32."""
     seed: int = 0
     """Seed of initial weights and of every step."""
     accumulate: int = 1

@@ -16,12 +16,13 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from infra.machine import Products, check_compiler, fast_bf16, fp32_products, keep_freed_memory
 from infra.overlap import prefetch
 from tasks.batches import to_device
 from tasks.frozen import held_rows
 from tasks.gradients import Gradients
 from tasks.meter import Meter
-from tasks.optim import build_optimizers, learning_rate_scale
+from tasks.optim import build_optimizers, learning_rate_scale, update
 from tasks.preemption import Stopped, StopSignal
 from tasks.run_store import Background, Checkpoints, Curve
 from tasks.task import Task
@@ -99,8 +100,8 @@ class Trainer:
         self._build()
         start, began = self.step, time.monotonic()
         curve = self._open_curve() if self.rank == 0 else None
-        self.writer = Background()
-        try:
+        rounded = self.products == "tf32"
+        with closing(Background()) as self.writer, fp32_products(self.device.type, rounded=rounded):
             with StopSignal() as signal:
                 metrics = self._loop(signal, curve, on_progress)
             if metrics is None:
@@ -109,8 +110,6 @@ class Trainer:
                               "asked; the same call goes on from there")
             seconds = time.monotonic() - began
             metrics = self._finish(curve, metrics, trained=self.step > start)
-        finally:
-            self.writer.close()
         speed = (self.step - start) * config.batch_size / max(seconds, 1e-9)
         return TrainResult(
             self.path, self.step, seconds, speed, metrics, int(self.skipped), self.model
@@ -203,7 +202,6 @@ class Trainer:
         """Builds model and optimisers and restores the newest checkpoint."""
         import torch
 
-        from infra.machine import check_compiler, fast_bf16, keep_freed_memory
         from tasks.ema import WeightMean
         from tasks.parallel import is_sharded, spread
 
@@ -215,12 +213,13 @@ class Trainer:
         if config.compile:
             check_compiler(self.device.type)
         self.model = self.task.build_model().to(self.device)
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16())
+        fast: Products = "bf16" if config.precision == "auto" and fast_bf16() else "fp32"
+        self.products = fast if config.precision == "auto" else config.precision
         found = self._found()
         if found:
             check_same_run(self.path, config, self.task.streams, self.model, *found)
             restore_weights(self.model, found[0]["model"])
-        self.wrapped = spread(self.model, config, self.world, bf16=self.bf16)
+        self.wrapped = spread(self.model, config, self.world, bf16=self.products == "bf16")
         self.optimizers = build_optimizers(
             self.model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay,
             is_hidden=self.task.is_hidden,
@@ -311,11 +310,10 @@ class Trainer:
             for optimizer in self.optimizers:
                 optimizer.grad_scale = excess  # type: ignore[attr-defined]
                 optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-                optimizer.step()
+            update(self.optimizers)
         elif not bad:
             self.gradients.divide(excess)
-            for optimizer in self.optimizers:
-                optimizer.step()
+            update(self.optimizers)
         self.skipped = self.skipped + bad.int()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -352,14 +350,14 @@ class Trainer:
     def _autocast(self) -> AbstractContextManager[Any]:
         import torch
 
-        if not self.bf16:
+        if self.products != "bf16":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def _peak(self) -> float:
         from tasks.flops import peak_flops
 
-        return peak_flops(self.device, self.bf16)
+        return peak_flops(self.device, self.products)
 
     def _evaluate(self, curve: Curve | None) -> dict[str, float]:
         """Validation metrics, on the first worker; shards need all workers to compute anything."""

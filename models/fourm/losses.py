@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 from models.fourm.batch import IGNORED
 
-_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 27}
+_BLOCK = {"cpu": 1 << 19, "cuda": 1 << 27}
 """Scores that are turned at once: on a CPU, what its caches hold."""
+_ROWS = {"cpu": 1 << 12, "cuda": 1 << 20}
+"""Rows of a matrix whose gradient is widened at once: on a CPU, what its caches hold."""
 
 
 def summed_losses(
@@ -63,7 +65,7 @@ class _SummedLosses(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for x, w, ids in zip(hidden.split(rows), cast.split(sizes), targets, strict=True):
                 found = x @ w.t()
-                losses.append(_turned(found, ids, asked))
+                losses.append(_turned(found, ids))
                 scores.append(found)
         if asked:
             ctx.save_for_backward(hidden, cast, *scores)
@@ -83,26 +85,37 @@ class _SummedLosses(torch.autograd.Function):
             if of_hidden is not None:
                 torch.mm(found, weight[of], out=of_hidden[at]).mul_(factor)
             if of_weight is not None:
-                scaled = hidden[at] * factor
-                if ctx.dtype == hidden.dtype:
-                    torch.mm(found.t(), scaled, out=of_weight[of])
-                else:
-                    of_weight[of] = found.t() @ scaled
+                _transposed_product(found, hidden[at] * factor, of_weight[of])
             first, start = first + rows, start + size
         return of_hidden, of_weight, None, None, None
 
 
-def _turned(scores: Tensor, ids: Tensor, asked: bool) -> Tensor:
-    """The summed loss of scores [R, V], which become their gradient if `asked`."""
+def _transposed_product(scores: Tensor, hidden: Tensor, out: Tensor) -> None:
+    """Writes the product [V, D] of scores [R, V], transposed, and hidden [R, D] to `out`."""
+    if out.dtype == hidden.dtype:
+        torch.mm(scores.t(), hidden, out=out)
+        return
+    # All of it would go to memory in bf16 and come back: three times slower on a CPU.
+    step = _ROWS.get(out.device.type, _ROWS["cuda"])
+    narrow = hidden.new_empty(min(step, len(out)), hidden.shape[1])
+    for part, wide in zip(scores.split(step, 1), out.split(step), strict=True):
+        wide.copy_(torch.mm(part.t(), hidden, out=narrow[: len(wide)]))
+
+
+def _turned(scores: Tensor, ids: Tensor) -> Tensor:
+    """The summed loss of scores [R, V], which become its gradient."""
     total = torch.zeros((), dtype=torch.float32, device=scores.device)
     step = max(1, _BLOCK.get(scores.device.type, _BLOCK["cuda"]) // scores.shape[1])
-    valid = ids != IGNORED
+    used = (ids != IGNORED).float().unsqueeze(1)
     ids = ids.clamp(min=0).unsqueeze(1)
-    for block, target, used in zip(scores.split(step), ids.split(step), valid.split(step),
-                                   strict=True):
-        logs = block.log_softmax(-1, dtype=torch.float32)
-        total -= (logs.gather(1, target).squeeze(1) * used).sum()
-        if asked:
-            logs.exp_().scatter_add_(1, target, logs.new_full((), -1.0).expand(target.shape))
-            block.copy_(logs.mul_(used.unsqueeze(1)))
+    for block, target, weight in zip(scores.split(step), ids.split(step), used.split(step),
+                                     strict=True):
+        wide = block.float()  # itself, if it is fp32
+        wide.sub_(wide.amax(-1, keepdim=True))
+        wanted = wide.gather(1, target)
+        size = wide.exp_().sum(-1, keepdim=True)
+        total += ((size.log() - wanted) * weight).sum()
+        wide.mul_(weight / size).scatter_add_(1, target, -weight)
+        if wide is not block:
+            block.copy_(wide)
     return total

@@ -70,7 +70,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Mask, cache: LayerCache | None = None) -> Tensor:
         b, n, d = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = _by_head(self.qkv(x).view(b, n, 3, self.heads, -1))
         q, k = self.q_norm(q), self.k_norm(k)
         if cache is not None:
             if cache.self_kv is not None:
@@ -100,7 +100,7 @@ class CrossAttention(nn.Module):
     def keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B,H,N,Dh] of the normalised context."""
         b, n, _ = context.shape
-        k, v = self.kv(context).view(b, n, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        k, v = _by_head(self.kv(context).view(b, n, 2, self.heads, -1))
         return self.k_norm(k), v
 
 
@@ -303,6 +303,11 @@ class FourM(nn.Module):
     def _dtype(x: Tensor) -> torch.dtype:
         kind = x.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _by_head(packed: Tensor) -> tuple[Tensor, ...]:
+    """The parts [B,H,N,Dh] of [B,N,parts,H,Dh], whose gradients come together in its own layout."""
+    return tuple(part.transpose(1, 2) for part in packed.unbind(2))
 
 
 class _HeadNorm(nn.LayerNorm):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from infra.machine import cores
+from infra.machine import Products, cores
 from tests.benchmarks.measure import Options, under_way
 from tests.benchmarks.peer import check_peer
 
@@ -57,7 +57,8 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("name", nargs="?", default="all", choices=[*BENCHMARKS, "all"])
     parser.add_argument("--list", action="store_true", help="name the benchmarks")
     parser.add_argument("--json", type=Path, metavar="OUT", help="file for the list of records")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="default: the faster one here")
+    parser.add_argument("--dtype", choices=["fp32", "tf32", "bf16"],
+                        help="default: fp32 or bf16, the faster one here; tf32 for train_step")
     parser.add_argument("--threads", type=int,
                         help=f"of torch; label and tokenize need one core more (1 there, else "
                              f"{cores()})")
@@ -80,13 +81,15 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def _fast_dtype() -> str:
+def _fast_dtype() -> Products:
     from infra.machine import fast_bf16
 
     return "bf16" if fast_bf16() else "fp32"
 
 
 def _options(args: argparse.Namespace) -> Options:
+    if args.dtype == "tf32" and args.name != "train_step":
+        raise SystemExit(f"--dtype tf32: {args.name} knows fp32 and bf16; train_step trains in it")
     threads = args.threads or (1 if args.name in PER_CORE else cores())
     return Options(dtype=args.dtype or _fast_dtype(), threads=threads, seconds=args.seconds,
                    peer=args.peer, peer_python=args.peer_python, rows=args.rows,

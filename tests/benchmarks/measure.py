@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from infra.machine import commit_hash, describe
+from infra.machine import Products, commit_hash, describe
 
 MIN_ROUNDS = 2
 Call = Callable[[], Any]
@@ -22,8 +22,8 @@ Call = Callable[[], Any]
 class Options:
     """How a benchmark is run."""
 
-    dtype: str
-    """fp32 or bf16: of matrix products, under autocast."""
+    dtype: Products
+    """Of matrix products: fp32, tf32 (training only) or bf16 under autocast."""
     threads: int = 1
     """CPU threads of torch; reading and encoding threads of the engine come on top."""
     seconds: float = 5.0

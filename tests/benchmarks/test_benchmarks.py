@@ -140,3 +140,8 @@ def test_what_the_released_code_gets_is_the_same_batch():
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normal = (ours.values.view(-1, 3) / 255 - mean) / std
     torch.testing.assert_close(normal.view(ours.values.shape), theirs.values)
+
+
+def test_tf32_is_measured_where_something_trains_in_it():
+    with pytest.raises(SystemExit, match="encode knows fp32 and bf16"):
+        main(["encode", "--dtype", "tf32"])

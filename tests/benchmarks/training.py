@@ -30,6 +30,9 @@ from tests.benchmarks.seven import PEER_MODELS, SIZES, hand_over, random_batches
 
 BATCH, BATCHES, SLOTS, MANY = 16, 2, 256, 10_000
 RATE, CLIP = 1e-4, 1.0
+PRODUCTS = {"fp32": "of fp32", "tf32": "of fp32, inputs rounded to bf16 by the CPU, sums in fp32",
+            "bf16": "of bf16, under autocast"}
+"""What a record's dtype says of matrix products on a CPU; all else is in fp32."""
 
 
 class _Steps(Task):
@@ -92,6 +95,7 @@ def train_step(options: Options) -> list[Record]:
 
     The released code runs its training script's loop on the same batches from the same weights: in
     fp32, as it runs on a CPU whatever precision it is told, and for bf16 under autocast besides.
+    tf32 is ours alone, beside that fp32.
     """
     return cases({f"train_step.{size}": partial(_train_step, options, size)
                   for size in options.sizes if size in SIZES}, options.only)
@@ -132,7 +136,8 @@ def _train_step(options: Options, size: str) -> Record:
             also |= {"peer_autocast": round(speeds[2], 3),
                      "ratio_autocast": round(speeds[0] / speeds[2], 3)}
     shape = {"model": f"4M-7 {size}", "batch": BATCH, "inputs": 128, "targets": 128,
-             "modalities": len(config.targets), "compiled": options.compile}
+             "modalities": len(config.targets), "compiled": options.compile,
+             "products": PRODUCTS[options.dtype]}
     return Record(name=f"train_step.{size}", unit="samples/s", ours=round(speeds[0], 3),
                   peer=round(speeds[1], 3) if peer else None, shape=shape, dtype=options.dtype,
                   threads=options.threads, also=also)
@@ -141,7 +146,7 @@ def _train_step(options: Options, size: str) -> Record:
 def _figures(task: _Steps, options: Options, seconds: float) -> dict[str, Any]:
     """Tokens/s, utilisation and memory of steps that take so many seconds."""
     flops = TRAINING_PASSES * statistics.mean(task.load(batch).flops for batch in task.batches)
-    peak = peak_flops(torch.device("cpu"), options.dtype == "bf16")
+    peak = peak_flops(torch.device("cpu"), options.dtype)
     return {"tokens_per_second": round(BATCH * SLOTS / seconds, 1),
             "tflop_per_step": round(flops / 1e12, 3), "mfu": round(flops / seconds / peak, 3),
             "matmul_tflops": round(peak / 1e12, 3), "peak_mb": round(peak_rss() / 1e6)}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from infra import machine
 
@@ -22,6 +23,28 @@ def test_describe_is_json_and_names_the_essentials():
 def test_fast_bf16_is_decided_once():
     assert machine.fast_bf16() in (True, False)
     assert machine.fast_bf16() is machine.fast_bf16()
+
+
+def test_products_round_only_where_asked_and_what_was_set_comes_back():
+    set_to = torch.get_float32_matmul_precision
+    before = set_to()
+    with machine.fp32_products("cpu", rounded=True):
+        assert set_to() == "medium"
+        with machine.fp32_products("cpu", rounded=False):
+            assert set_to() == "highest"
+        assert set_to() == "medium"
+    assert set_to() == before
+    with machine.fp32_products("cuda", rounded=True):
+        assert set_to() == "high"
+    with pytest.raises(KeyError), machine.fp32_products("cpu", rounded=True):
+        raise KeyError
+    assert set_to() == before
+
+
+def test_the_rate_of_products_does_not_depend_on_what_torch_is_set_to():
+    with machine.fp32_products("cpu", rounded=True):
+        machine._matmul_seconds("fp32", size=8)
+        assert torch.get_float32_matmul_precision() == "medium"
 
 
 def test_peak_memory_is_in_bytes():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from infra.machine import fp32_products
 from models.fourm.attention import additive, attention, key_mask, target_mask
 from models.fourm.batch import from_released
 from models.fourm.embeddings import sincos_1d, sincos_2d
@@ -68,12 +69,29 @@ def test_sequences_are_causal_and_modalities_do_not_see_each_other():
     assert [row[2:5] for row in allowed[2:5]] == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
 
 
-def test_attention_backends_agree():
-    q, k, v = torch.randn(3, 2, 2, 5, 8, generator=torch.Generator().manual_seed(0))
-    mask = additive(key_mask(torch.tensor([[0, 1, 2, -1, -1], [0, 0, 0, 0, -1]])), q.dtype)
-    full = attention(q, k, v, mask)
-    half = attention(*(x.bfloat16() for x in (q, k, v, mask)))
-    assert torch.allclose(full, half.float(), atol=0.03)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("dtype", "rounded"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_attention_backends_agree_in_values_and_gradients(dtype, rounded, masked):
+    draw = torch.Generator().manual_seed(0)
+    given = [torch.randn(2, length, 2, 8, generator=draw) for length in (3, 5, 5)]
+    seen = key_mask(torch.tensor([[0, 1, 2, -1, -1], [0, 0, 0, 0, -1]]))
+    found = []
+    for kind, less in ((torch.float32, False), (dtype, rounded)):
+        parts = [x.clone().requires_grad_() for x in given]
+        with fp32_products("cpu", rounded=less):
+            out = attention(*(x.to(kind).transpose(1, 2) for x in parts),
+                            additive(seen, kind) if masked else None)
+            out.square().sum().backward()
+        found.append((out.float(), *(x.grad for x in parts)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0.1, rtol=0.05)
+
+
+def test_products_keep_the_mask_they_are_given():
+    mask = additive(key_mask(torch.tensor([[0, 1, -1]])), torch.bfloat16).expand(1, 1, 3, 3)
+    mask, kept = mask.contiguous(), mask.clone()
+    attention(*torch.randn(3, 1, 1, 3, 8).bfloat16(), mask)
+    assert torch.equal(mask, kept)
 
 
 def test_cached_decoding_equals_decoding_at_once():

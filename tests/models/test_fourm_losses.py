@@ -42,7 +42,9 @@ def test_losses_and_gradients_are_those_of_cross_entropy(monkeypatch, block):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_autocast_gives_what_it_gives_cross_entropy_up_to_its_rounding():
+@pytest.mark.parametrize("rows", [4, 1 << 12])
+def test_autocast_gives_what_it_gives_cross_entropy_up_to_its_rounding(monkeypatch, rows):
+    monkeypatch.setitem(losses._ROWS, "cpu", rows)
     found = []
     for compute in (lambda *given: summed_losses(*given, SIZES), _plain):
         hidden, weight, targets = _given()
@@ -55,7 +57,7 @@ def test_autocast_gives_what_it_gives_cross_entropy_up_to_its_rounding():
         torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
 
 
-def test_without_gradients_scores_stay_what_they_are_and_a_frozen_matrix_gets_none():
+def test_without_gradients_losses_stay_what_they_are_and_a_frozen_matrix_gets_none():
     hidden, weight, targets = _given()
     with torch.no_grad():
         torch.testing.assert_close(summed_losses(hidden, weight, targets, SIZES),

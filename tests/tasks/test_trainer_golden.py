@@ -6,6 +6,8 @@ a changed mask, weight, rate or update moves the curve by far more than `TOLERAN
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,22 @@ def test_fifty_steps_follow_the_golden_curve(tmp_path):
     Trainer(Store(str(tmp_path)), "run", Colours(), CONFIG).fit(
         lambda step, steps, metrics: found.append(round(metrics["loss"], 5)))
     assert found == pytest.approx(GOLDEN, abs=TOLERANCE), found
+
+
+def test_rounded_products_follow_the_golden_curve_more_loosely_and_end_with_the_training(tmp_path):
+    found, settings = [], set()
+
+    def point(step: int, steps: int, metrics: dict[str, float]) -> None:
+        found.append(metrics["loss"])
+        settings.add(torch.get_float32_matmul_precision())
+
+    before = torch.get_float32_matmul_precision()
+    config = dataclasses.replace(CONFIG, precision="tf32")
+    Trainer(Store(str(tmp_path)), "run", Colours(), config).fit(point)
+    assert found == pytest.approx(GOLDEN, abs=10 * TOLERANCE), found
+    assert len(settings) == 1
+    assert "highest" not in settings
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_the_load_of_a_batch_counts_what_is_used():
