@@ -83,6 +83,20 @@ def test_filters_keep_the_likely_tokens_of_untempered_logits() -> None:
     assert torch.isfinite(filtered(even, top_p=0.3)).all()  # none is likelier than the others
 
 
+@pytest.mark.parametrize("settings", [
+    {"top_k": 7}, {"top_p": 0.6}, {"top_p": 1 - 1e-9}, {"top_k": 20, "top_p": 0.3},
+])
+def test_filters_keep_likely_logits_as_they_are_and_forbidden_ones_forbidden(settings) -> None:
+    logits = 5 * torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(0))
+    logits[..., ::4] = -torch.inf
+    found = filtered(logits, **settings)
+    kept = torch.isfinite(found)
+    assert torch.equal(found, torch.where(kept, logits, -torch.inf))
+    least = torch.where(kept, logits, torch.inf).amin(-1)
+    assert torch.isfinite(least).all()
+    assert (torch.where(kept, -torch.inf, logits).amax(-1) < least).all()
+
+
 def test_samples_follow_their_probabilities_and_greedy_takes_the_best() -> None:
     logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(4000, 3)
     tokens, sure = sample(logits, uniform([0], 0, 4000)[0], 1.0)
