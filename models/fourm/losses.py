@@ -19,8 +19,6 @@ from models.fourm.batch import IGNORED
 
 _BLOCK = {"cpu": 1 << 19, "cuda": 1 << 27}
 """Scores that are turned at once: on a CPU, what its caches hold."""
-_ROWS = {"cpu": 1 << 12, "cuda": 1 << 20}
-"""Rows of a matrix whose gradient is widened at once: on a CPU, what its caches hold."""
 
 
 def summed_losses(
@@ -85,21 +83,13 @@ class _SummedLosses(torch.autograd.Function):
             if of_hidden is not None:
                 torch.mm(found, weight[of], out=of_hidden[at]).mul_(factor)
             if of_weight is not None:
-                _transposed_product(found, hidden[at] * factor, of_weight[of])
+                scaled = hidden[at] * factor
+                if ctx.dtype == hidden.dtype:
+                    torch.mm(found.t(), scaled, out=of_weight[of])
+                else:
+                    of_weight[of] = found.t() @ scaled
             first, start = first + rows, start + size
         return of_hidden, of_weight, None, None, None
-
-
-def _transposed_product(scores: Tensor, hidden: Tensor, out: Tensor) -> None:
-    """Writes the product [V, D] of scores [R, V], transposed, and hidden [R, D] to `out`."""
-    if out.dtype == hidden.dtype:
-        torch.mm(scores.t(), hidden, out=out)
-        return
-    # All of it would go to memory in bf16 and come back: three times slower on a CPU.
-    step = _ROWS.get(out.device.type, _ROWS["cuda"])
-    narrow = hidden.new_empty(min(step, len(out)), hidden.shape[1])
-    for part, wide in zip(scores.split(step, 1), out.split(step), strict=True):
-        wide.copy_(torch.mm(part.t(), hidden, out=narrow[: len(wide)]))
 
 
 def _turned(scores: Tensor, ids: Tensor) -> Tensor:

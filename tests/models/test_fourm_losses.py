@@ -42,9 +42,7 @@ def test_losses_and_gradients_are_those_of_cross_entropy(monkeypatch, block):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("rows", [4, 1 << 12])
-def test_autocast_gives_what_it_gives_cross_entropy_up_to_its_rounding(monkeypatch, rows):
-    monkeypatch.setitem(losses._ROWS, "cpu", rows)
+def test_autocast_gives_what_it_gives_cross_entropy_up_to_its_rounding():
     found = []
     for compute in (lambda *given: summed_losses(*given, SIZES), _plain):
         hidden, weight, targets = _given()
