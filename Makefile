@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml requirements.lock
 ready:
 	@test -f $(STAMP) || { test -x $(PY) && $(PY) -c 'import importlib.util as u; \
 	raise SystemExit(any(u.find_spec(m) is None for m in \
-	("torch", "transformers", "ray", "prefect", "s3fs", "typer", "torchmetrics", \
+	("torch", "transformers", "ray", "prefect", "s3fs", "simplejpeg", "typer", "torchmetrics", \
 	"segment_anything", "diffusers", "peft")))'; } \
 	|| $(MAKE) setup
 
