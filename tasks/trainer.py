@@ -213,8 +213,11 @@ class Trainer:
         if config.compile:
             check_compiler(self.device.type)
         self.model = self.task.build_model().to(self.device)
-        fast: Products = "bf16" if config.precision == "auto" and fast_bf16() else "fp32"
-        self.products = fast if config.precision == "auto" else config.precision
+        self.products: Products
+        if config.precision == "auto":
+            self.products = "bf16" if fast_bf16() else "fp32"
+        else:
+            self.products = config.precision
         found = self._found()
         if found:
             check_same_run(self.path, config, self.task.streams, self.model, *found)

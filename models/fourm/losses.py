@@ -63,7 +63,7 @@ class _SummedLosses(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for x, w, ids in zip(hidden.split(rows), cast.split(sizes), targets, strict=True):
                 found = x @ w.t()
-                losses.append(_turned(found, ids))
+                losses.append(_turned(found, ids, asked))
                 scores.append(found)
         if asked:
             ctx.save_for_backward(hidden, cast, *scores)
@@ -92,8 +92,8 @@ class _SummedLosses(torch.autograd.Function):
         return of_hidden, of_weight, None, None, None
 
 
-def _turned(scores: Tensor, ids: Tensor) -> Tensor:
-    """The summed loss of scores [R, V], which become its gradient."""
+def _turned(scores: Tensor, ids: Tensor, asked: bool) -> Tensor:
+    """The summed loss of scores [R, V], which become its gradient if `asked`."""
     total = torch.zeros((), dtype=torch.float32, device=scores.device)
     step = max(1, _BLOCK.get(scores.device.type, _BLOCK["cuda"]) // scores.shape[1])
     used = (ids != IGNORED).float().unsqueeze(1)
@@ -105,7 +105,7 @@ def _turned(scores: Tensor, ids: Tensor) -> Tensor:
         wanted = wide.gather(1, target)
         size = wide.exp_().sum(-1, keepdim=True)
         total += ((size.log() - wanted) * weight).sum()
-        wide.mul_(weight / size).scatter_add_(1, target, -weight)
-        if wide is not block:
+        if asked:
+            wide.mul_(weight / size).scatter_add_(1, target, -weight)
             block.copy_(wide)
     return total
