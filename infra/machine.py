@@ -127,20 +127,6 @@ def keep_freed_memory(*, one_pool: bool = False) -> None:
             mallopt(_M_ARENA_MAX, 1)
 
 
-@contextmanager
-def denormals_flushed() -> Iterator[None]:
-    """Within it, torch computes 0 on the CPU where a number would be below 1e-38: an update of
-    such numbers by AdamW takes a Xeon 17 to 28 times as long. What was set before comes back."""
-    import torch
-
-    before = (torch.tensor(1e-40) * 1).item() == 0
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
-
-
 def peak_rss() -> int:
     """Largest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

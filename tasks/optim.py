@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
-from infra.machine import denormals_flushed
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     import torch
     from torch import nn
@@ -75,11 +73,3 @@ def build_optimizers(
             )
         )
     return optimizers
-
-
-def update(optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """One step of each. The moments of a row that batches no longer look up fade by a factor a
-    step; after a thousand steps they end at 0, not at numbers that CPUs are slow at."""
-    with denormals_flushed():
-        for optimizer in optimizers:
-            optimizer.step()

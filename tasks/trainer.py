@@ -22,7 +22,7 @@ from tasks.batches import to_device
 from tasks.frozen import held_rows
 from tasks.gradients import Gradients
 from tasks.meter import Meter
-from tasks.optim import build_optimizers, learning_rate_scale, update
+from tasks.optim import build_optimizers, learning_rate_scale
 from tasks.preemption import Stopped, StopSignal
 from tasks.run_store import Background, Checkpoints, Curve
 from tasks.task import Task
@@ -313,10 +313,11 @@ class Trainer:
             for optimizer in self.optimizers:
                 optimizer.grad_scale = excess  # type: ignore[attr-defined]
                 optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-            update(self.optimizers)
+                optimizer.step()
         elif not bad:
             self.gradients.divide(excess)
-            update(self.optimizers)
+            for optimizer in self.optimizers:
+                optimizer.step()
         self.skipped = self.skipped + bad.int()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
