@@ -1,10 +1,12 @@
-"""Overlap inside a worker: decode, network and encode run at the same time in threads.
+"""Overlap inside a worker: decode, network and encode run at the same time in threads, and the
+units of a worker meet at its `Lane`, so that the network has no pause between them.
 
 `Waits` and `Depths` tell where such work is held up, for the commit of the shard.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import sys
@@ -13,8 +15,12 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
+from itertools import chain, islice
 from typing import Any, TypeVar
+
+from infra.machine import keep_freed_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -24,6 +30,9 @@ INPUT, OUTPUT = "input", "output"
 GIVE_WAY = 5
 """Added to the niceness of threads beside a network. As its equals they take its core again and
 again although another is idle: 5 % of the time of a network at 200 images/s."""
+UNITS_AT_ONCE = 2
+"""Units of a worker that meet at its lane: one has it, of the other the first batches are prepared
+or the last ones encoded and committed."""
 
 
 class Waits:
@@ -31,6 +40,8 @@ class Waits:
 
     def __init__(self) -> None:
         self.seconds = defaultdict[str, float](float)
+        self.turn = 0.0
+        """Further seconds, in which another unit had the network: no time of this one's work."""
 
     @contextmanager
     def on(self, what: str) -> Iterator[None]:
@@ -178,35 +189,75 @@ def trailing(
             yield oldest()
 
 
-def pipelined(
-    source: Iterable[Any],
-    before: Callable[[Any], Any],
-    work: Callable[[Any], Any],
-    after: Callable[[Any], Any],
-    depth: int = 2,
-    *,
-    waits: Waits | None = None,
-) -> Generator[Any, None, None]:
-    """Apply three stages to each item in order, all three at the same time.
+class Lane:
+    """The thread in which a worker's network runs: units have it whole, one after the other.
 
-        pipelined(batches, decode, network, encode)   # the network never waits for decoding
-
-    `work` runs in the calling thread, the others in threads of their own: what a network
-    allocates is then reused by the next unit, where the memory of a thread that ends is given
-    back, to be cleared page by page when the next one asks for it. The others give way to it, and
-    torch has a single thread in them, so that they take a core each at most. `waits` counts the
-    seconds that it waits, for the stage before it as `INPUT` and for the one after it as `OUTPUT`.
+    A unit that comes while another has the lane prepares its first batches meanwhile, and what
+    has left it is encoded and committed while the next one is in it. The thread stays from unit to
+    unit: what a network allocates is then reused, where the memory of a thread that ends is given
+    back, to be cleared page by page when the next one asks for it.
     """
-    waits = waits or Waits()
-    ready = waits.each(prefetch(map(_aside(before), source), depth), INPUT)
-    return trailing(_aside(after), map(work, ready), depth, waits=waits)
+
+    def __init__(self) -> None:
+        keep_freed_memory(one_pool=True)
+        torch = sys.modules.get("torch")
+        self._threads = torch.get_num_threads() if torch is not None else 0
+        begin = partial(torch.set_num_threads, self._threads) if torch is not None else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lane", initializer=begin)
+        self._turn = threading.Lock()
+        self._free_since = -math.inf  # nobody had it yet
+
+    def close(self) -> None:
+        """Ends the thread, after what it is at."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def pipelined(
+        self,
+        source: Iterable[Any],
+        before: Callable[[Any], Any],
+        work: Callable[[Any], Any],
+        after: Callable[[Any], Any],
+        depth: int = 2,
+        *,
+        waits: Waits | None = None,
+    ) -> Generator[Any, None, None]:
+        """Apply three stages to each item in order, all three at the same time.
+
+            lane.pipelined(batches, decode, network, encode)  # the network waits for neither
+
+        `work` runs in the lane, the others in threads of their own. These give way to it, and
+        torch has a single thread in them, so that they take a core each at most. `waits` counts the
+        seconds that the lane waits, for the stage before it as `INPUT` and for the one after it as
+        `OUTPUT`.
+        """
+        waits = waits or Waits()
+        ready = prefetch(map(_aside(before, self._threads), source), depth)
+        with closing(self._through(work, ready, waits)) as made:
+            yield from trailing(_aside(after, self._threads), made, depth, waits=waits)
+
+    def _through(
+        self, work: Callable[[T], R], ready: Iterator[T], waits: Waits
+    ) -> Generator[R, None, None]:
+        """What the work makes of items, of which the first is waited for before the lane is."""
+        began = time.monotonic()
+        with waits.on(INPUT):
+            first = list(islice(ready, 1))
+            self._turn.acquire()
+        try:
+            taken = max(0.0, self._free_since - began)
+            waits.seconds[INPUT] -= taken
+            waits.turn += taken
+            for item in chain(first, waits.each(ready, INPUT)):
+                yield self._thread.submit(work, item).result()
+        finally:
+            self._free_since = time.monotonic()
+            self._turn.release()
 
 
-def _aside(call: Callable[[T], R]) -> Callable[[T], R]:
-    """A call for a thread beside this one. It gives way where both want a core, and in it torch has
-    a single thread."""
-    torch = sys.modules.get("torch")
-    threads = torch.get_num_threads() if torch is not None else 0
+def _aside(call: Callable[[T], R], threads: int) -> Callable[[T], R]:
+    """A call for a thread beside a lane with so many threads of torch. It gives way where both want
+    a core, and in it torch has a single thread."""
+    torch = sys.modules.get("torch") if threads else None
     niceness = os.getpriority(os.PRIO_PROCESS, 0) + GIVE_WAY
 
     def run(item: T) -> R:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from infra.ledger import Ledger, Stage
-from infra.overlap import percentages, pipelined, prefetch
+from infra.overlap import percentages
 from infra.ray_session import Embedded, RayTarget, ray_session
 from infra.store import Store
 from infra.turns import keeper
@@ -51,8 +51,6 @@ __all__ = [
     "StageReport",
     "SystemicFailure",
     "Work",
-    "pipelined",
-    "prefetch",
     "run_stages",
 ]
 
@@ -321,9 +319,8 @@ def _dataset(
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # It warns that progress bars are off, as asked for below.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    # Units of different stages never overlap: a worker holds the work of one.
-    jobs = arguments["jobs"]
-    at_once = min(jobs[0].at_once, -(-len(units) // workers)) if len(jobs) == 1 else 1
+    at_once = min(job.at_once for job in arguments["jobs"])
+    at_once = min(at_once, -(-len(units) // workers))
     source = ray.data.from_items(units, override_num_blocks=min(len(units), MAX_BLOCKS))
     context = source.context
     context.enable_progress_bars = False

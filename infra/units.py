@@ -91,6 +91,9 @@ class UnitStatus:
 class UnitRunner:
     """Runs units and keeps the work of the current stage; units of one stage may overlap.
 
+    A unit that was under way when a worker died runs alone from then on: only who kills workers is
+    charged with their deaths.
+
     Args:
         store: where inputs and the ledger lie.
         jobs: the stages that units refer to by position.
@@ -103,7 +106,8 @@ class UnitRunner:
         self._works: dict[int, Work] = {}
         self._halt = ""
         self._building = threading.Lock()
-        keep_freed_memory(one_pool=all(job.at_once == 1 for job in jobs))
+        self._running = _Running()
+        keep_freed_memory()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Ray Data's side: a batch of one unit in, its status rows out."""
@@ -154,15 +158,14 @@ class UnitRunner:
     def _together(self, shard: int, stages: list[tuple[int, int]]) -> dict[int, UnitStatus]:
         """One pass for several stages, once: what it does not commit, each of them tries alone."""
         jobs = [job for job, _ in stages]
-        if len(jobs) == 1 or any(
-            self._ledger.attempts(self._jobs[job].stage, shard) > before for job, before in stages
-        ):
+        if len(jobs) == 1 or any(self._tried(job, shard, before) for job, before in stages):
             return {}
-        for job in jobs:
-            self._ledger.attempt(self._jobs[job].stage, shard)
         try:
-            first, *others = self._works_of(jobs)
-            made: list[ShardData] = first.run_with(others, shard)  # type: ignore[attr-defined]
+            with self._running.one(self._kind(jobs[0])):
+                for job in jobs:
+                    self._ledger.attempt(self._jobs[job].stage, shard)
+                first, *others = self._works_of(jobs)
+                made: list[ShardData] = first.run_with(others, shard)  # type: ignore[attr-defined]
         except SystemicFailure:
             raise
         except Exception:
@@ -183,31 +186,49 @@ class UnitRunner:
         return _committed(job, self._ledger.commit(stage, shard, data, upstream_commits=upstream))
 
     def _attempt(self, job: int, shard: int, before: int) -> UnitStatus:
-        stage = self._jobs[job].stage
         reason = "the worker died each time it ran this shard (out of memory, or a crash)"
+        pause = 0.0
         while True:
-            number = self._ledger.attempt(stage, shard) - before
-            if number > 1 and self._ledger.is_committed(stage, shard):
-                # The worker died, or another run was faster, after the commit.
-                return _committed(job, self._ledger.read_commit(stage, shard))
-            if number > MAX_ATTEMPTS:
-                reason = f"{MAX_ATTEMPTS} attempts failed: {reason}"
-                self._ledger.quarantine(stage, shard, reason)
-                return UnitStatus(job, shard, "quarantined", reason=reason)
-            try:
-                data = self._works_of([job])[0].run(shard)
-            except SystemicFailure:
-                raise
-            except Exception as error:
-                log.exception("%s shard %d, attempt %d", stage.name, shard, number)
-                reason = f"{type(error).__name__}: {error}"
-                time.sleep(RETRY_SECONDS * 2 ** (number - 1) if number < MAX_ATTEMPTS else 0)
-                continue
-            try:
-                return self._commit(job, shard, data)
-            except ValueError as error:
-                # The work handed over outputs that do not agree; a failing store raises otherwise.
-                reason = f"{type(error).__name__}: {error}"
+            time.sleep(pause)
+            alone = self._tried(job, shard, before)
+            with self._running.one(self._kind(job), alone=alone):
+                number = self._ledger.attempt(self._jobs[job].stage, shard) - before
+                ended = self._once(job, shard, number, reason)
+            if isinstance(ended, UnitStatus):
+                return ended
+            reason = ended
+            pause = RETRY_SECONDS * 2 ** (number - 1) if number < MAX_ATTEMPTS else 0.0
+
+    def _once(self, job: int, shard: int, number: int, reason: str) -> UnitStatus | str:
+        """The end of a unit, or why this attempt was none; the reason given is that of the last."""
+        stage = self._jobs[job].stage
+        if number > 1 and self._ledger.is_committed(stage, shard):
+            # The worker died, or another run was faster, after the commit.
+            return _committed(job, self._ledger.read_commit(stage, shard))
+        if number > MAX_ATTEMPTS:
+            reason = f"{MAX_ATTEMPTS} attempts failed: {reason}"
+            self._ledger.quarantine(stage, shard, reason)
+            return UnitStatus(job, shard, "quarantined", reason=reason)
+        try:
+            data = self._works_of([job])[0].run(shard)
+        except SystemicFailure:
+            raise
+        except Exception as error:
+            log.exception("%s shard %d, attempt %d", stage.name, shard, number)
+            return f"{type(error).__name__}: {error}"
+        try:
+            return self._commit(job, shard, data)
+        except ValueError as error:
+            # The work handed over outputs that do not agree; a failing store raises otherwise.
+            return f"{type(error).__name__}: {error}"
+
+    def _tried(self, job: int, shard: int, before: int) -> bool:
+        """Whether this run began with it already, here or in a worker that died."""
+        return self._ledger.attempts(self._jobs[job].stage, shard) > before
+
+    def _kind(self, job: int) -> str:
+        """Units of one kind may overlap: their works are held at once."""
+        return self._jobs[job].share or self._jobs[job].stage.id
 
     def _upstream(self, stage: Stage, shard: int) -> list[Commit]:
         """What the shard was made from, as far as upstream stages work on the same shards; where
@@ -246,6 +267,29 @@ class UnitRunner:
             what = f"cannot build the work of {job.stage.name} ({job.factory})"
             raise SystemicFailure(f"{what}: {type(error).__name__}: {error}") from error
         return work
+
+
+class _Running:
+    """The units under way in this worker: several of one kind, or one that is to be alone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._units, self._kind, self._alone = 0, "", False
+
+    @contextmanager
+    def one(self, kind: str, *, alone: bool = False) -> Iterator[None]:
+        """One more is under way during the block; waits for those that it may not overlap."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._units or not (alone or self._alone or kind != self._kind)
+            )
+            self._units, self._kind, self._alone = self._units + 1, kind, alone
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._units -= 1
+                self._changed.notify_all()
 
 
 def _committed(job: int, commit: Commit) -> UnitStatus:

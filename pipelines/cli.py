@@ -28,7 +28,7 @@ _Form = TypeVar("_Form", bound=BaseModel)
 EXAMPLES = """
 [bold]First steps[/bold]
 
-  fourm demo                                        the whole chain on rendered scenes, 33 minutes
+  fourm demo                                        the whole chain on rendered scenes, half an hour
 
   fourm status --root data/demo                     what is done, what is left, and how fast it goes
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from infra.ledger import Stage
+from infra.overlap import UNITS_AT_ONCE
 from infra.units import StageJob
 from models import modalities
 from models.labelers import LabelerSpec, labeler_class, weights_revision
@@ -108,6 +109,7 @@ def label_jobs(
             factory="tasks.label_work:build_work",
             config=by_name[name].to_dict(),
             shards=chosen,
+            at_once=UNITS_AT_ONCE,
             share=shared.get(name, ""),
         )
         for name, stage in stages.items()

@@ -21,7 +21,7 @@ from typing import Any
 
 from infra.buckets import Buckets
 from infra.ledger import Ledger, ShardData, Stage
-from infra.overlap import Waits, pipelined
+from infra.overlap import Lane, Waits
 from infra.shards import MISSING_EXT, TarIndex, hole, read_tar, split_name, write_tar
 from infra.store import Store
 from infra.units import SystemicFailure
@@ -85,7 +85,10 @@ def build_work(store_url: str, stage: Stage, config: dict[str, Any]) -> LabelWor
 
 
 class LabelWork:
-    """Labels one shard at a time; decoding and encoding overlap with the network."""
+    """Labels shards; decoding and encoding overlap with the network, which has one shard at a time.
+
+    Several threads may `run` at once.
+    """
 
     def __init__(self, store: Store, stage: Stage, labeler: Labeler) -> None:
         self._ledger = Ledger(store)
@@ -93,6 +96,7 @@ class LabelWork:
         self._fetch = next(each for each in stage.upstream if "rgb" in each.outputs)
         self._labeler = labeler
         self._parts = labeler if isinstance(labeler, InParts) and labeler.apart else None
+        self._lane = Lane()
         # A labeler's caption goes before the list's, as the later stage upstream.
         self._sources = {
             name: each
@@ -100,6 +104,10 @@ class LabelWork:
             for name in each.outputs
             if name != "rgb" and name in (*labeler.reads, *labeler.also_reads)
         }
+
+    def close(self) -> None:
+        """Ends the network's thread."""
+        self._lane.close()
 
     def run(self, shard: int) -> ShardData:
         """Label the pictures of a shard.
@@ -124,7 +132,8 @@ class LabelWork:
         samples: list[list[Sample]] = [[] for _ in works]
         for number, group in _one_pass(works, shard, waits):
             samples[number] += group
-        seconds, waited = (time.monotonic() - started) / len(works), waits.record(len(works))
+        seconds = (time.monotonic() - started - waits.turn) / len(works)
+        waited = waits.record(len(works))
         return [
             work._data(shard, each, seconds, waited)
             for work, each in zip(works, samples, strict=True)
@@ -295,7 +304,7 @@ def _one_pass(
     groups = _batched(works[0]._rows(works, shard), size)
     buckets = [work._buckets() for work in works]
     lines: list[deque[Sample]] = [deque() for _ in works]
-    for rows in pipelined(
+    for rows in works[0]._lane.pipelined(
         chain(groups, [None]),
         lambda rows: (rows or [], _ahead(works, buckets, rows)),
         _labelled,

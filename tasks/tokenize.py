@@ -23,7 +23,7 @@ import numpy as np
 
 from infra.blocks import BlockWriter, Column
 from infra.ledger import OK, Ledger, ShardData, Stage
-from infra.overlap import Waits, pipelined
+from infra.overlap import UNITS_AT_ONCE, Lane, Waits
 from infra.runner import StageJob
 from infra.shards import MISSING_EXT, TarIndex
 from infra.store import Store
@@ -139,7 +139,7 @@ def token_jobs(
     made = {stage: {"labeler": spec.to_dict()} for stage, spec in (labelers or {}).items()}
     return [
         StageJob(stage, "tasks.tokenize:build_work", config | made.get(stage.upstream[0], {}),
-                 tuple(shards))
+                 tuple(shards), at_once=UNITS_AT_ONCE)
         for stage in stages
     ]
 
@@ -160,7 +160,7 @@ def build_work(store_url: str, stage: Stage, config: dict[str, Any]) -> Tokenize
 
 
 class TokenizeWork:
-    """Tokenizes one shard of one modality at a time.
+    """Tokenizes shards of one modality; its network has one at a time. Several threads may `run`.
 
     Args:
         store: The dataset.
@@ -179,6 +179,13 @@ class TokenizeWork:
         self._modality = _modality(stage)
         self._policy = CropPolicy(**stage.params["crops"])
         self._columns = [f"crop{i}" for i in range(self._policy.num_crops)]
+        self._lane = Lane()
+
+    def close(self) -> None:
+        """Ends the threads of its networks."""
+        self._lane.close()
+        if self._labels is not None:
+            self._labels.close()
 
     def run(self, shard: int) -> ShardData:
         """Reads one label shard and returns its token shard."""
@@ -200,7 +207,8 @@ class TokenizeWork:
         if not self._encoder.ahead:
             before, work = list, lambda group: encode(prepare(group))
         write = partial(_write, writer)
-        for written in pipelined(self._members(shard), before, work, write, waits=waits):
+        members = self._members(shard)
+        for written in self._lane.pipelined(members, before, work, write, waits=waits):
             statuses += written
         keys = [key for key, _, _ in statuses]
         reasons = Counter(reason for _, reason, _ in statuses)
@@ -208,7 +216,7 @@ class TokenizeWork:
             keys=keys,
             outputs={self._stage.outputs[0]: writer.finish()},
             statuses=statuses,
-            seconds=time.monotonic() - began,
+            seconds=time.monotonic() - began - waits.turn,
             info={"holes": len(keys) - reasons[OK], "crops": self._policy.num_crops},
             waited=waits.record(),
         )

@@ -42,8 +42,10 @@ def picture(rng: np.random.Generator) -> np.ndarray:
     return (blocks + rng.integers(-4, 5, blocks.shape)).astype(np.uint8)
 
 
-def scenes_shard(store: Store, rows: int, size: int, stage: Stage = FETCH) -> list[np.ndarray]:
-    """Commits one shard of rendered scenes as `stage` and returns them as they are read again.
+def scenes_shards(
+    store: Store, shards: int, rows: int, size: int, stage: Stage = FETCH
+) -> list[np.ndarray]:
+    """Commits shards of rendered scenes as `stage`; returns all pictures as they are read again.
 
     A few scenes are repeated, and enlarged from 128 px: rendering is not what is measured.
     """
@@ -52,10 +54,11 @@ def scenes_shard(store: Store, rows: int, size: int, stage: Stage = FETCH) -> li
     sized = [np.asarray(Image.fromarray(each).resize((size, size), Image.Resampling.BICUBIC))
              for each in drawn]
     stored = [codec.encode(each) for each in sized]
-    keys = [sample_key(0, row) for row in range(rows)]
-    tar = write_tar((f"{key}.jpg", stored[row % len(stored)]) for row, key in enumerate(keys))
-    _commit(store, stage, 0, keys, tar)
-    return [codec.decode(stored[row % len(stored)]) for row in range(rows)]
+    for shard in range(shards):
+        keys = [sample_key(shard, row) for row in range(rows)]
+        tar = write_tar((f"{key}.jpg", stored[row % len(stored)]) for row, key in enumerate(keys))
+        _commit(store, stage, shard, keys, tar)
+    return [codec.decode(stored[row % len(stored)]) for row in range(rows)] * shards
 
 
 def released_set(store: Store, names: Sequence[str], rows: int) -> Manifest:

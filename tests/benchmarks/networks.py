@@ -1,9 +1,11 @@
 """What the engine adds to bare networks, when it labels and when it tokenizes.
 
-The engine's side is one unit as a worker runs it: reading and checking the tar, decoding, cropping,
-the network with what goes before and after it, encoding, hashing, writing and committing. The bare
-side is the network alone, on the very tensors that the engine hands to it, in the same batches and
-on as many cores as torch has threads. Three sides run in turn, and one record holds them all:
+The engine's side is a few units as a worker runs them, two at a time: reading and checking the tar,
+decoding, cropping, the network with what goes before and after it, encoding, hashing, writing and
+committing. The units are smaller than real ones of a thousand pictures, so that what nothing runs
+beside, the start of the first and the end of the last, weighs more. The bare side is the network
+alone, on the very tensors that the engine hands to it, in the same batches and on as many cores as
+torch has threads. Three sides run in turn, and one record holds them all:
 
     ours, ratio                 the engine has one core more than torch has threads: what keeps the
                                 network waiting although there is a core for all else
@@ -23,6 +25,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -43,12 +46,13 @@ from tasks.label import label_jobs
 from tasks.tokenize import token_jobs, token_stage
 from tasks.tokenizer_recipes import tokenizer_recipe
 from tasks.train_tokenizers import TokenizerInfo
-from tests.benchmarks.data import CROPS, FETCH, empty_store, scenes_shard
+from tests.benchmarks.data import CROPS, FETCH, empty_store, scenes_shards
 from tests.benchmarks.measure import Options, Record, cases, rates
 from tokenizers_vq.tokenizer import Tokenizer, fingerprint
 from tokenizers_vq.vqvae import VQVAE
 
 FOLDER = "tokenizers/bench"
+UNITS = 3
 MORE = 10
 """Times as long as asked for: the machine's own speed moves by a tenth from second to second."""
 TASKS = Path("/proc/self/task")
@@ -63,6 +67,7 @@ class Case:
     subject: str
     """Kind of the labeler, or whose tokenizer."""
     pictures: int
+    """Of a unit."""
     size: int
     """Side of the stored pictures in pixels."""
     changes: dict[str, Any] = field(default_factory=dict)
@@ -70,12 +75,12 @@ class Case:
 
 
 LABEL = (
-    Case("label.20", "clip", 96, 256, {"hidden_size": 512, "num_attention_heads": 8}),
-    Case("label.200.features", "clip", 768, 128,
+    Case("label.20", "clip", 32, 256, {"hidden_size": 512, "num_attention_heads": 8}),
+    Case("label.200.features", "clip", 256, 128,
          {"hidden_size": 256, "num_attention_heads": 4, "image_size": 128}),
-    Case("label.200.det", "det", 768, 128, {"size": 192}),
-    Case("label.200.semseg", "semseg", 768, 128, {"size": 224}),
-    Case("label.200.normal", "normal", 768, 128, {"size": 144}),
+    Case("label.200.det", "det", 256, 128, {"size": 192}),
+    Case("label.200.semseg", "semseg", 256, 128, {"size": 224}),
+    Case("label.200.normal", "normal", 256, 128, {"size": 144}),
 )
 """A ViT with random weights between S/16 and B/16 on pictures of the size that photographs are
 stored in. At about 200 scenes/s a smaller one, and the shipped networks for boxes, class maps and
@@ -83,8 +88,8 @@ normals, which are shown the scenes larger to be as slow: what differs is how mu
 
 TOKENIZE = (
     Case("tokenize.20", "rgb", 16, 256, {"size": 224, "width": 640, "encoder_depth": 12}),
-    Case("tokenize.200", "rgb", 192, 128, {"width": 512, "encoder_depth": 6}),
-    Case("tokenize.demo", "rgb", 256, 128),
+    Case("tokenize.200", "rgb", 64, 128, {"width": 512, "encoder_depth": 6}),
+    Case("tokenize.demo", "rgb", 96, 128),
 )
 """An encoder nearly of the released tokenizers' size, a smaller one, and the demo's; weights are
 random."""
@@ -121,13 +126,13 @@ def _check_cores(threads: int) -> None:
 def _label(case: Case, options: Options) -> Record:
     with empty_store() as store, TemporaryDirectory() as folder:
         spec = _spec(case, Path(folder), options.dtype)
-        images = scenes_shard(store, case.pictures, case.size)
-        (job,) = label_jobs([spec], FETCH, [0])
+        images = scenes_shards(store, UNITS, case.pictures, case.size)
+        (job,) = label_jobs([spec], FETCH, range(UNITS))
         labeler = load_labeler(spec)
         bare = _replayed(lambda: labeler.label(images), _network(labeler), labeler.inference)
-        ours, alone, also = _compare(_unit(store, job), bare, case.pictures, options)
-    shape = {"labeler": case.subject, "pictures": case.pictures, "batch": spec.batch_size,
-             "size": case.size}
+        ours, alone, also = _compare(_units(store, job), bare, len(images), options)
+    shape = {"labeler": case.subject, "units": UNITS, "pictures": case.pictures,
+             "batch": spec.batch_size, "size": case.size}
     return Record(name=case.name, unit="images/s", ours=ours, bare=alone, shape=shape,
                   dtype=options.dtype, threads=options.threads, also=also)
 
@@ -170,7 +175,7 @@ def _network(labeler: Any) -> torch.nn.Module:
 
 def _tokenize(case: Case, options: Options) -> Record:
     with empty_store() as store:
-        images = scenes_shard(store, case.pictures, case.size)
+        images = scenes_shards(store, UNITS, case.pictures, case.size)
         recipe = tokenizer_recipe(case.subject, **case.changes)
         packed = np.stack([image[: recipe.size, : recipe.size] for image in images] * CROPS)
         torch.manual_seed(0)
@@ -183,7 +188,7 @@ def _tokenize(case: Case, options: Options) -> Record:
                              tokenizer.num_tokens, {}, 0.0)
         policy = CropPolicy(num_crops=CROPS, size=recipe.size)
         stage = token_stage(case.subject, info, policy, FETCH)
-        (job,) = token_jobs([stage], [0], precision=options.dtype, device="cpu")
+        (job,) = token_jobs([stage], range(UNITS), precision=options.dtype, device="cpu")
         parts = tokenizer.codec.to_tensor(packed).split(tokenizer.batches.size)
 
         def bare() -> None:
@@ -192,23 +197,27 @@ def _tokenize(case: Case, options: Options) -> Record:
                 for part in parts:
                     network.encode(part)
 
-        ours, alone, also = _compare(_unit(store, job), bare, len(packed), options)
-    shape = {"modality": case.subject, "pictures": case.pictures, "crops": CROPS,
+        ours, alone, also = _compare(_units(store, job), bare, len(packed), options)
+    shape = {"modality": case.subject, "units": UNITS, "pictures": case.pictures, "crops": CROPS,
              "batch": tokenizer.batches.size, "size": recipe.size, "width": recipe.width,
              "depth": recipe.encoder_depth, "tokens": tokenizer.num_tokens}
     return Record(name=case.name, unit="crops/s", ours=ours, bare=alone, shape=shape,
                   dtype=options.dtype, threads=options.threads, also=also)
 
 
-def _unit(store: Store, job: StageJob) -> Callable[[], None]:
-    """Runs the first shard of a job to its commit, each time as if it had never been."""
+def _units(store: Store, job: StageJob) -> Callable[[], None]:
+    """Runs all shards of a job to their commits, each time as if they had never been."""
     runner, ledger = UnitRunner(store, [job], torch.get_num_threads()), Ledger(store)
 
-    def run() -> None:
-        store.delete(commit_path(job.stage.id, 0))
-        ledger.release(job.stage, 0)
-        (status,) = runner.run(0, "[[0, 0]]")
+    def unit(shard: int) -> None:
+        store.delete(commit_path(job.stage.id, shard))
+        ledger.release(job.stage, shard)
+        (status,) = runner.run(shard, "[[0, 0]]")
         assert status.state == "committed", status.reason
+
+    def run() -> None:
+        with ThreadPoolExecutor(job.at_once) as pool:
+            list(pool.map(unit, job.shards))
 
     return run
 

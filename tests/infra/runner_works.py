@@ -28,7 +28,10 @@ class ToyWork:
         config = self.config
         if config.get("log"):
             self.note(f"run {shard}")
+        if meeting := config.get("meeting"):
+            meeting.wait(60)
         if shard in config.get("kill", []):
+            time.sleep(config.get("linger", 0))
             os.kill(os.getpid(), signal.SIGKILL)
         if shard in config.get("fail", []):
             raise ValueError(f"shard {shard} is broken")
@@ -45,6 +48,8 @@ class ToyWork:
         statuses = [(key, "ok", "") for key in keys] + [(sample_key(shard, ROWS), "http_404", "")]
         outputs = {name: write_tar(members) for name in self.stage.outputs}
         told = {name: config.get(name, {}) for name in ("waited", "queues")}
+        if config.get("ends"):
+            self.note(f"end {shard}")
         return ShardData(keys, outputs, statuses, seconds=0.1, **told)
 
     def run_with(self, others: list[ToyWork], shard: int) -> list[ShardData]:

@@ -12,13 +12,19 @@ import pytest
 import torch
 
 from infra import overlap
-from infra.overlap import GIVE_WAY, INPUT, OUTPUT, Depths, Waits, percentages
-from infra.runner import pipelined, prefetch
+from infra.overlap import GIVE_WAY, INPUT, OUTPUT, Depths, Lane, Waits, percentages, prefetch
 
 
-def test_items_arrive_in_order_through_all_stages():
+@pytest.fixture
+def lane():
+    lane = Lane()
+    yield lane
+    lane.close()
+
+
+def test_items_arrive_in_order_through_all_stages(lane):
     steps = (lambda x: x + 1, lambda x: x * 2, str)
-    assert list(pipelined(range(50), *steps)) == [str(2 * (i + 1)) for i in range(50)]
+    assert list(lane.pipelined(range(50), *steps)) == [str(2 * (i + 1)) for i in range(50)]
 
 
 def test_an_error_of_the_source_reaches_the_consumer_in_its_place():
@@ -33,31 +39,33 @@ def test_an_error_of_the_source_reaches_the_consumer_in_its_place():
 
 
 @pytest.mark.parametrize("failing", range(3))
-def test_an_error_of_a_stage_reaches_the_consumer_behind_what_was_done(failing):
+def test_an_error_of_a_stage_reaches_the_consumer_behind_what_was_done(lane, failing):
     steps = [lambda x: x] * 3
     steps[failing] = lambda x: 12 // x
-    stream = pipelined([1, 1, 1, 1, 0], *steps)
+    stream = lane.pipelined([1, 1, 1, 1, 0], *steps)
     assert next(stream) in (1, 12)
     with pytest.raises(ZeroDivisionError):
         list(stream)
 
 
-def test_the_middle_stage_runs_in_the_callers_thread():
+def test_the_middle_stage_of_every_unit_runs_in_one_thread(lane):
     threads = [set(), set(), set()]
-    steps = [lambda x, seen=seen: seen.add(threading.get_ident()) or x for seen in threads]
-    list(pipelined(range(9), *steps))
-    assert threads[1] == {threading.get_ident()}
-    assert threads[0].isdisjoint(threads[1] | threads[2])
+    steps = [lambda x, seen=seen: seen.add(threading.current_thread()) or x for seen in threads]
+    for _ in range(2):
+        list(lane.pipelined(range(9), *steps))
+    assert len(threads[1]) == 1
+    assert not threads[1] & (threads[0] | threads[2] | {threading.current_thread()})
 
 
-def test_letting_go_of_a_pipeline_ends_its_threads():
-    stream = pipelined(iter(int, 1), abs, abs, abs)
+def test_letting_go_of_a_pipeline_ends_its_threads_and_frees_the_lane(lane):
+    stream = lane.pipelined(iter(int, 1), abs, abs, abs)
     next(stream)
     stream.close()
     deadline = time.monotonic() + 60
     while any(t.name.startswith(("prefetch", "trailing")) for t in threading.enumerate()):
         assert time.monotonic() < deadline, "a thread outlives its consumer"
         time.sleep(0.02)
+    assert list(lane.pipelined([1], abs, abs, abs)) == [1]
 
 
 def test_the_source_runs_ahead_by_the_depth_alone_and_stops_with_the_consumer():
@@ -91,16 +99,16 @@ def test_closing_returns_after_the_item_under_way_where_asked():
     assert not any(t.name == "prefetch" for t in threading.enumerate())
 
 
-def test_stages_overlap():
+def test_stages_overlap(lane):
     """Three stages meet while each has an item in hand: one after another they never would."""
     meeting = threading.Barrier(3, timeout=60)
     stages = [lambda x, at=at: meeting.wait() * 0 + x if x == at else x for at in (2, 1, 0)]
-    assert list(pipelined(range(3), *stages)) == [0, 1, 2]
+    assert list(lane.pipelined(range(3), *stages)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("slow", [INPUT, OUTPUT])
 def test_a_slow_decoder_shows_as_waiting_for_input_and_a_slow_encoder_for_output(
-    monkeypatch, slow
+    lane, monkeypatch, slow
 ):
     clock, entered = [0.0], Counter()
     monkeypatch.setattr(overlap, "time", SimpleNamespace(monotonic=lambda: clock[0]))
@@ -122,10 +130,67 @@ def test_a_slow_decoder_shows_as_waiting_for_input_and_a_slow_encoder_for_output
 
     steps = {INPUT: (second, abs, abs), OUTPUT: (abs, abs, second)}[slow]
     waits = Watched()
-    assert list(pipelined(range(9), *steps, waits=waits)) == list(range(9))
+    assert list(lane.pipelined(range(9), *steps, waits=waits)) == list(range(9))
     other = {INPUT: OUTPUT, OUTPUT: INPUT}[slow]
     assert waits.record() == {slow: 9.0, other: 0.0}
     assert waits.record(parts=2)[slow] == 4.5
+
+
+def test_a_unit_prepares_while_another_has_the_lane_and_that_time_is_not_its_own(lane):
+    """The second unit's first items are ready before the first unit lets the lane go."""
+    ready, go, waits = threading.Event(), threading.Event(), Waits()
+    order: list[str] = []
+
+    def hold(item):
+        order.append("first")
+        assert go.wait(60)
+        return item
+
+    def prepared(item):
+        ready.set()
+        return item
+
+    first = threading.Thread(target=lambda: list(lane.pipelined([1], abs, hold, abs)))
+    first.start()
+    while not order:
+        time.sleep(0.001)
+    second = threading.Thread(
+        target=lambda: list(
+            lane.pipelined([1], prepared, lambda x: order.append("second"), bool, waits=waits)
+        )
+    )
+    second.start()
+    assert ready.wait(60)
+    began = time.monotonic()
+    time.sleep(0.2)
+    assert order == ["first"]
+    held = time.monotonic() - began
+    go.set()
+    first.join(60)
+    second.join(60)
+    assert order == ["first", "second"]
+    assert waits.turn >= held
+    assert waits.record()[INPUT] < waits.turn
+
+
+def test_two_units_of_two_lanes_each_never_wait_for_each_other():
+    """As where labels are made and tokenized in one pass: a lane feeds another."""
+    inner, outer = Lane(), Lane()
+
+    def unit():
+        made = inner.pipelined(range(9), abs, abs, abs)
+        assert list(outer.pipelined(made, abs, abs, abs)) == list(range(9))
+        done.append(1)
+
+    done: list[int] = []
+    threads = [threading.Thread(target=unit, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    inner.close()
+    outer.close()
+    assert len(done) == 4
 
 
 def test_depths_are_means_over_the_time_since_a_mark():
@@ -148,11 +213,13 @@ def test_shares_read_as_percentages_the_largest_first():
     assert percentages({}) == ""
 
 
-def test_torch_has_one_thread_beside_the_caller_and_keeps_the_caller_s():
+def test_torch_has_one_thread_beside_the_lane_which_has_those_of_its_maker():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        found = list(pipelined([[]] * 4, *[lambda x: [*x, torch.get_num_threads()]] * 3))
+        lane = Lane()
+        found = list(lane.pipelined([[]] * 4, *[lambda x: [*x, torch.get_num_threads()]] * 3))
+        lane.close()
         assert found == [[1, 3, 1]] * 4
         assert torch.get_num_threads() == 3
         later: list[int] = []
@@ -165,9 +232,10 @@ def test_torch_has_one_thread_beside_the_caller_and_keeps_the_caller_s():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
-def test_threads_beside_the_caller_give_way_to_it():
+def test_threads_beside_the_lane_give_way_to_it(lane):
     own = os.getpriority(os.PRIO_PROCESS, 0)
-    found = list(pipelined([[]] * 2, *[lambda x: [*x, os.getpriority(os.PRIO_PROCESS, 0)]] * 3))
+    niceness = lambda x: [*x, os.getpriority(os.PRIO_PROCESS, 0)]  # noqa: E731
+    found = list(lane.pipelined([[]] * 2, *[niceness] * 3))
     beside = min(own + GIVE_WAY, 19)
     assert found == [[beside, own, beside]] * 2
     assert os.getpriority(os.PRIO_PROCESS, 0) == own

@@ -2,6 +2,9 @@
 
 import signal
 import sys
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from infra.ledger import MAX_ATTEMPTS, Ledger, ShardData, Stage
 from infra.ray_session import Embedded
 from infra.runner import Resources, RunProgress, StageJob, SystemicFailure, run_stages
 from infra.store import Store
-from infra.units import UnitRunner
+from infra.units import UnitRunner, UnitStatus
 from tests.infra.runner_works import ROWS
 
 EMBEDDED = Embedded(num_cpus=2)
@@ -302,11 +305,49 @@ def test_works_that_share_are_built_once_and_closed_before_others(store, tmp_pat
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("at_once", "one_pool"), [((1, 1), True), ((1, 4), False)])
-def test_threads_share_their_memory_where_a_worker_has_one_unit_at_a_time(
-    store, monkeypatch, at_once, one_pool
-):
-    asked: list[bool] = []
-    monkeypatch.setattr(units, "keep_freed_memory", lambda *, one_pool: asked.append(one_pool))
-    UnitRunner(store, [replace(toy_job(1), at_once=number) for number in at_once], threads=1)
-    assert asked == [one_pool]
+# --- units that overlap in a worker ---------------------------------------------------------------
+
+
+def beside(runner: UnitRunner, *units: tuple[int, str]) -> list[list[UnitStatus]]:
+    """What becomes of units that begin together in a worker."""
+    with ThreadPoolExecutor(len(units)) as pool:
+        return [done.result(120) for done in [pool.submit(runner.run, *unit) for unit in units]]
+
+
+def test_units_of_a_stage_overlap_in_a_worker(store):
+    job = toy_job(2, meeting=threading.Barrier(2))
+    runner = UnitRunner(store, [job], threads=1)
+    done = beside(runner, (0, "[[0, 0]]"), (1, "[[0, 0]]"))
+    assert [row.state for (row,) in done] == ["committed"] * 2
+
+
+def test_no_work_is_let_go_of_under_a_unit_of_it(store, tmp_path):
+    jobs = [toy_job(2, f"label:{name}", log=True, ends=True, folder=str(tmp_path), seconds=0.1)
+            for name in "ab"]  # fmt: skip
+    runner = UnitRunner(store, jobs, threads=1)
+    done = beside(runner, *((shard, f"[[{job}, 0]]") for shard in (0, 1) for job in (0, 1)))
+    assert [row.state for (row,) in done] == ["committed"] * 4
+    within = Counter[str]()
+    for line in log_of(tmp_path):
+        name, what, *_ = line.split()
+        within[name] += {"run": 1, "end": -1}.get(what, 0)
+        assert what != "close" or not within[name], log_of(tmp_path)
+
+
+def test_units_that_were_under_way_when_a_worker_died_run_alone(store, tmp_path):
+    job = toy_job(3, log=True, ends=True, folder=str(tmp_path), seconds=0.1)
+    for shard in (0, 1):
+        Ledger(store).attempt(job.stage, shard)
+    runner = UnitRunner(store, [job], threads=1)
+    done = beside(runner, *((shard, "[[0, 0]]") for shard in (0, 1, 2)))
+    assert [row.state for (row,) in done] == ["committed"] * 3
+    said = [line.split()[1:] for line in log_of(tmp_path) if "build" not in line]
+    assert [what for what, _ in said] == ["run", "end"] * 3
+
+
+@pytest.mark.usefixtures("_ray")
+def test_a_unit_beside_one_that_kills_its_worker_is_not_quarantined_with_it(store):
+    job = toy_job(4, kill=[0], linger=0.5, seconds=1.0)
+    report = run(store, replace(job, at_once=2), resources=Resources(workers=1))[job.stage.id]
+    assert report.done == 3
+    assert set(report.quarantined) == {0}

@@ -91,12 +91,12 @@ def test_what_goes_before_and_after_a_network_runs_in_other_threads(store):
         "unlabelled" if number == 5 else "ok" for number in range(11)
     ]
     threads = {part: {t for p, t, _ in labeler.calls if p == part} for part in PARTS}
-    assert threads["forward"] == {threading.get_ident()}
+    assert len(threads["forward"]) == 1
     assert not threads["finish"] <= threads["forward"]
     assert not threads["prepare"] <= threads["forward"] | threads["finish"]
     whole = Whole()
     assert labelled(store, whole) == (outputs, statuses)
-    assert {thread for _, thread, _ in whole.calls} == {threading.get_ident()}
+    assert len({thread for _, thread, _ in whole.calls}) == 1
 
 
 def test_a_subclass_that_predicts_in_another_way_is_obeyed(store):
