@@ -80,6 +80,10 @@ class Stage:
         return cls(**value | {"outputs": tuple(value["outputs"]), "upstream": upstream})
 
 
+SHARDS = "shards"
+"""The place of `ShardData.queues` that counts the shards of the worker."""
+
+
 @dataclass
 class ShardData:
     """What a worker hands to `Ledger.commit`.
@@ -93,7 +97,8 @@ class ShardData:
         info: anything else worth recording; JSON values.
         columns: further columns of the status table, a value for each status.
         waited: of these seconds those in which the work was held up, by what it waited for.
-        queues: how much was at each place of the worker, on average over the seconds.
+        queues: how much was at each place of the worker, on average over the seconds; at `SHARDS`
+            shards, this one included, where several overlap and none has the worker for itself.
     """
 
     keys: list[str]
@@ -135,6 +140,11 @@ class Commit:
     info: dict[str, Any] = field(default_factory=dict)
     waited: dict[str, float] = field(default_factory=dict)
     queues: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def worker_seconds(self) -> float:
+        """Its share of the time of a worker in which several shards may have overlapped."""
+        return self.seconds / max(self.queues.get(SHARDS, 1.0), 1.0)
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Commit:

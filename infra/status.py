@@ -95,7 +95,7 @@ class _Fold:
         end = datetime.fromisoformat(commit.created).timestamp()
         self.first = min(self.first, commit.created)
         self.samples += commit.samples
-        self.seconds += commit.seconds
+        self.seconds += commit.worker_seconds
         self.drops.update(commit.drops)
         self.spans.append((end - commit.seconds, end))
         self.shards.add(commit.shard)

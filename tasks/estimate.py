@@ -90,7 +90,7 @@ def _measured(name: str, commits: list[Commit]) -> Rate | None:
     # A label's hole is dropped and stays a sample; a row that was not fetched is no sample.
     dropped = sum(sum(c.drops.values()) for c in commits) if name in ("fetch", "distinct") else 0
     samples = sum(commit.samples for commit in commits)
-    entered, seconds = samples + dropped, sum(commit.seconds for commit in commits)
+    entered, seconds = samples + dropped, sum(commit.worker_seconds for commit in commits)
     if not entered or not seconds:
         return None
     stored = sum(o["bytes"] for c in commits for o in (*c.outputs.values(), c.status))

@@ -28,6 +28,7 @@ from infra.ledger import OK, ShardData, Stage
 from infra.overlap import Waits
 from infra.runner import StageJob, SystemicFailure
 from infra.shards import sample_key, shard_name, write_tar
+from infra.stages import SHARDS
 from infra.store import Store
 from infra.turns import turns_of_run
 from models import modalities
@@ -204,13 +205,19 @@ class FetchWork:
         """
         started = time.monotonic()
         state = _Shard(shard, self._plan.rows(shard))
-        self._wait(self._fetch(state))
+        self._wait(self._counted(state))
         _drop_repeated_bytes(state)
         return _shard_data(state, time.monotonic() - started)
 
-    async def _fetch(self, state: _Shard) -> None:
-        began, depths, waits = time.monotonic(), self._downloader.depths, Waits()
+    async def _counted(self, state: _Shard) -> None:
+        depths = self._downloader.depths
         mark = depths.mark()
+        with depths.at(SHARDS):
+            await self._fetch(state)
+        state.queues = depths.since(mark)
+
+    async def _fetch(self, state: _Shard) -> None:
+        began, waits = time.monotonic(), Waits()
         arrivals = self._arrivals(state)
         wanted = [row for row in range(len(state.rows)) if row not in state.fates]
         settling = []
@@ -225,7 +232,7 @@ class FetchWork:
         with waits.on("cleaning"):
             await asyncio.gather(*settling)
         waits.seconds["arrivals"] = time.monotonic() - began - waits.seconds["cleaning"]
-        state.waited, state.queues = waits.record(), depths.since(mark)
+        state.waited = waits.record()
         await self._stop_if_systemic(state, wanted)
 
     def _arrivals(self, state: _Shard) -> AsyncIterator[Download]:

@@ -95,6 +95,19 @@ def test_waits_and_queues_are_means_over_the_commits_that_tell_of_them(tmp_path)
     assert row["at work"] == "requests 7, mb to clean 0.1"
 
 
+def test_shards_that_overlap_in_a_worker_share_its_time(tmp_path):
+    store = Store(str(tmp_path))
+    Ledger(store).write_plan({"num_shards": 4})
+    job = toy_job(4)
+    run(store, job)
+    for shard in range(4):
+        rewritten(store, job.stage, shard, created="2026-11-22T10:01:40+00:00", seconds=100.0,
+                  queues={"shards": 2.0})  # fmt: skip
+    (line,) = status(store)
+    assert (line.seconds, line.workers) == (200.0, 2.0)
+    assert line.rate == pytest.approx(4 * ROWS / 100)
+
+
 def test_what_was_begun_and_has_not_ended_is_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(units, "RETRY_SECONDS", 0.0)
     store = Store(str(tmp_path))

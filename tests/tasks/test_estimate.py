@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,11 +18,11 @@ FETCH = Stage("fetch", 1, {}, ("rgb",))
 STAGES = ["fetch", "label:depth", "tokens:depth"]
 
 
-def commit(store: Store, kept: int, lost: int, seconds: float) -> int:
+def commit(store: Store, kept: int, lost: int, seconds: float, **told: Any) -> int:
     keys = [sample_key(0, row) for row in range(kept + lost)]
     statuses = [(key, "ok" if row < kept else "dns", "") for row, key in enumerate(keys)]
     tar = write_tar((f"{key}.jpg", b"x" * 1000) for key in keys[:kept])
-    data = ShardData(keys[:kept], {"rgb": tar}, statuses, seconds)
+    data = ShardData(keys[:kept], {"rgb": tar}, statuses, seconds, **told)
     commit = Ledger(store).commit(FETCH, 0, data)
     return commit.outputs["rgb"]["bytes"] + commit.status["bytes"]
 
@@ -30,6 +31,12 @@ def test_rates_are_those_of_the_commits(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     stored = commit(store, kept=30, lost=20, seconds=5.0)
     assert rates(store) == {"fetch": Rate(10.0, stored / 50, 0.6, "measured")}
+
+
+def test_shards_that_overlap_in_a_worker_are_one_workers_time(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    commit(store, kept=30, lost=20, seconds=20.0, queues={"shards": 4.0})
+    assert rates(store)["fetch"].per_second == 10.0
 
 
 def test_hours_follow_from_rows_left_rates_and_workers() -> None:

@@ -184,7 +184,7 @@ def test_a_shard_tells_how_many_requests_were_under_way_and_how_many_rows_waited
     base, settings = f"http://127.0.0.1:{hostile.port}", config(hostile.port)
     settings = replace(settings, downloads=replace(settings.downloads, per_host=1))
     _, _, data = ingest(tmp_path, [f"{base}/crowd/{i}\tc" for i in range(4)], settings)
-    assert data.queues.keys() == {"at_hosts", "requests", "mb_to_clean"}
+    assert data.queues.keys() == {"shards", "at_hosts", "requests", "mb_to_clean"}
     assert 0 < data.queues["requests"] <= 1
     assert data.queues["at_hosts"] > 0
 

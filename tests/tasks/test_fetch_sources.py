@@ -160,8 +160,10 @@ def test_shards_of_a_worker_overlap_while_one_waits_for_a_slow_server(tmp_path, 
         while not asked:
             time.sleep(0.01)
         second = pool.submit(worker.run, 1)
-        assert [list(fates(d.result(60)).values()) for d in (first, second)] == [["ok"] * 3] * 2
+        done = [unit.result(60) for unit in (first, second)]
     worker.close()
+    assert [list(fates(data).values()) for data in done] == [["ok"] * 3] * 2
+    assert all(1 < data.queues["shards"] <= 2 for data in done)
     assert asked == [0, 1, 2, 3, 4, 5]  # in the order of the shards
 
 
