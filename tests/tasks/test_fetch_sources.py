@@ -263,7 +263,7 @@ def test_more_shards_than_keys_can_count_are_refused_before_work(tmp_path, monke
     monkeypatch.setattr("tasks.plans.MAX_SHARDS", 3)
     (tmp_path / "list.tsv").write_text("".join(f"http://h/{i}\tc\n" for i in range(7)))
     store = Store(str(tmp_path / "data"))
-    with pytest.raises(ValueError, match="7 rows are 4 shards of 2 rows, and .* at most 3"):
+    with pytest.raises(ValueError, match=r"7 rows are 4 shards of 2 rows, and .* at most 3"):
         make_plan(store, str(tmp_path / "list.tsv"), shard_rows=2)
     assert not store.list()
     assert make_plan(store, str(tmp_path / "list.tsv"), shard_rows=3)["num_shards"] == 3
