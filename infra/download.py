@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
@@ -26,6 +27,7 @@ from infra.turns import OwnTurns, Turns
 
 USER_AGENT = f"{PRODUCT} (image dataset builder; honours X-Robots-Tag)"
 OPT_OUT = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
+_VALUES = re.compile(r"(max-[a-z-]+|unavailable_after)\s*:\s*[^\s,;]*")
 RETRYABLE = frozenset({"timeout", "connect", "dns", "rate_limited", "server_error", "truncated"})
 """Reason classes that another attempt may mend."""
 NETWORK = frozenset({"timeout", "connect", "dns"})
@@ -280,22 +282,30 @@ def _retry_after(value: str | None) -> float | None:
     """Seconds from a Retry-After header, which holds seconds or a date (RFC 9110)."""
     if value is None:
         return None
-    if value.strip().isdigit():
+    if value.strip().isdecimal():
         return float(value)
     try:
         return max((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
 def _opted_out(answer: aiohttp.ClientResponse) -> bool:
-    for header in answer.headers.getall("X-Robots-Tag", []):
-        # "agent: directive, directive": directives for a named agent other than us don't bind.
-        agent, colon, rest = header.partition(":")
-        if colon and agent.strip().lower() not in ("*", PRODUCT):
-            continue
-        words = (rest if colon else header).lower().replace(",", " ").split()
-        if OPT_OUT.intersection(words):
+    return any(forbids(header) for header in answer.headers.getall("X-Robots-Tag", []))
+
+
+def forbids(header: str) -> bool:
+    """Whether an X-Robots-Tag, "agent: directive, directive", keeps us from taking a picture.
+
+    Directives for a named agent other than us don't bind, up to the next agent that is named. A
+    colon may also stand behind a directive that takes a value, such as max-snippet.
+    """
+    ours = True
+    for part in re.split("[,;]", _VALUES.sub(" ", header.lower())):
+        agent, colon, words = part.partition(":")
+        if colon and len(agent.split()) == 1:
+            ours, part = agent.strip() in ("*", PRODUCT), words
+        if ours and OPT_OUT.intersection(part.split()):
             return True
     return False
 

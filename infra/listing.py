@@ -78,8 +78,9 @@ def _format_of(path: str) -> Format:
 
 def _by_extension(path: str) -> Format:
     parts = path.lower().rstrip("*").split(".")
-    if parts[-1] in COMPRESSED:
-        parts.pop()
+    packed = parts.pop() if parts[-1] in COMPRESSED else ""
+    if packed and _FORMATS.get(parts[-1]) in ("parquet", "webdataset"):
+        raise ValueError(f"{path} is read as it lies, not out of .{packed}; decompress it first")
     if "." not in path.rpartition("/")[2]:
         return "tsv"  # a bare name has always been one
     if parts[-1] not in _FORMATS:
@@ -94,12 +95,17 @@ def _walk(fs: Any, folder: str) -> Iterator[dict[str, Any]]:
     """Files below a folder in the order of their names, one listing in memory at a time."""
     for entry in sorted(fs.ls(folder, detail=True), key=lambda e: str(e["name"])):
         name = entry["name"].rstrip("/")
-        if name.rpartition("/")[2].startswith(".") or entry.get("islink") or name == folder:
+        if name.rpartition("/")[2].startswith(".") or is_loop(fs, entry) or name == folder:
             continue
         if entry["type"] == "directory":
             yield from _walk(fs, name)
         else:
             yield entry
+
+
+def is_loop(fs: Any, entry: dict[str, Any]) -> bool:
+    """Whether an entry of a listing is a link to a folder, which may be one that leads here."""
+    return bool(entry.get("islink")) and bool(fs.isdir(entry["name"]))
 
 
 def files_of(source: Source) -> Iterator[tuple[Any, dict[str, Any]]]:

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+MAX_SHARDS = 1_000_000
+"""Shards of a dataset: keys have six digits for their number."""
 MISSING_EXT = "missing"
 """Extension of a hole: member `{key}.missing` is JSON `{"reason": ...}` in the label's place."""
 
@@ -40,7 +42,7 @@ def sample_key(shard: int, row: int) -> str:
     Raises:
         ValueError: shard outside 0..999999 or row outside 0..99999.
     """
-    if not (0 <= shard <= 999_999 and 0 <= row <= 99_999):
+    if not (0 <= shard < MAX_SHARDS and 0 <= row <= 99_999):
         raise ValueError(f"shard {shard}, row {row}: outside 0..999999 and 0..99999")
     return f"{shard:06d}{row:05d}"
 

@@ -25,7 +25,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.listing import COMPRESSED, PICTURES, Format, Source, detect, files_of, filesystem
+from infra.listing import (
+    COMPRESSED,
+    PICTURES,
+    Format,
+    Source,
+    detect,
+    files_of,
+    filesystem,
+    is_loop,
+)
 
 __all__ = ["MAX_LINE", "NONE", "PICTURES", "Format", "Row", "Source", "detect", "read_rows"]
 
@@ -79,7 +88,8 @@ def _text(fs: Any, name: str) -> Iterator[io.TextIOWrapper]:
     with fs.open(name, "rb") as raw:
         stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), codec) if codec else raw
         try:
-            yield io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="\n")
+            # Of "utf-8-sig" since Excel begins its files with a mark, which is no part of a name.
+            yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="\n")
         except (OSError, EOFError) as error:
             raise ValueError(f"{name} cannot be read: {error}") from error
 
@@ -176,6 +186,8 @@ def _known(name: str, columns: list[str], file: str) -> int:
     names = [column.strip() for column in columns]
     if name not in names:
         raise ValueError(f"{file} has no column {name!r}; it has {', '.join(names) or 'none'}")
+    if names.count(name) > 1:
+        raise ValueError(f"{file} has {names.count(name)} columns {name!r}; rename one of them")
     return names.index(name)
 
 
@@ -193,9 +205,14 @@ def _row(url: Any, caption: Any, extra: str, problem: str = "", text: str = "") 
         problem = f"the caption is a {type(caption).__name__}, not text"
     if problem:
         url, caption = url if isinstance(url, str) else "", ""
-    caption = caption or ""
+    url, caption, extra = encodable(url), encodable(caption or ""), encodable(extra)
     text = text or _json([url, caption, extra, problem])
     return Row(url.strip(), caption, extra, problem, text=text)
+
+
+def encodable(text: str) -> str:
+    """Text without what JSON may escape and no file can hold: halves of characters."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _json(value: Any) -> str:
@@ -238,12 +255,15 @@ def _parquet(source: Source) -> Iterator[Row]:
                 raise ValueError(f"{file['name']} is not a Parquet file: {error}") from error
             for name in columns:
                 _known(name, table.schema_arrow.names, file["name"])
-            for batch in table.iter_batches(batch_size=1024, columns=columns):
-                for value in _records(batch):
-                    if isinstance(value, str):
-                        yield _mapped(source, ["", ""], value)
-                    else:
-                        yield _mapped(source, [value.get(name) for name in wanted])
+            try:
+                for batch in table.iter_batches(batch_size=1024, columns=columns):
+                    for value in _records(batch):
+                        if isinstance(value, str):
+                            yield _mapped(source, ["", ""], value)
+                        else:
+                            yield _mapped(source, [value.get(name) for name in wanted])
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"{file['name']} cannot be read: {error}") from error
 
 
 def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
@@ -270,7 +290,7 @@ def _pictures(fs: Any, root: str, folder: str) -> Iterator[Row]:
     entries = {
         entry["name"].rstrip("/").rpartition("/")[2]: entry
         for entry in fs.ls(f"{root}/{folder}".rstrip("/"), detail=True)
-        if not entry.get("islink")
+        if not is_loop(fs, entry)
     }
     for name in sorted(entries):
         stem, _, extension = name.rpartition(".")
@@ -279,8 +299,10 @@ def _pictures(fs: Any, root: str, folder: str) -> Iterator[Row]:
         if extension.lower() in PICTURES:
             beside = [f"{stem}.{ext}" for ext in ("txt", "json") if f"{stem}.{ext}" in entries]
             sidecar = f"{folder}{beside[0]}" if beside else ""
-            text = _json([f"{folder}{name}", entries[name].get("size"), sidecar])
-            yield Row(f"{folder}{name}", sidecar=sidecar, text=text)
+            path = encodable(f"{folder}{name}")
+            problem = "" if path == f"{folder}{name}" else "the name is not UTF-8"
+            text = _json([path, entries[name].get("size"), sidecar])
+            yield Row(path, problem=problem, sidecar="" if problem else sidecar, text=text)
     for name in sorted(entries):
         if entries[name]["type"] == "directory" and name and not name.startswith("."):
             yield from _pictures(fs, root, f"{folder}{name}/")

@@ -17,7 +17,7 @@ import fsspec
 
 from infra.download import Download
 from infra.shards import scan_tar, split_name
-from infra.sources import PICTURES
+from infra.sources import PICTURES, encodable
 
 MAX_SIDECAR = 1 << 20
 """Longest caption file that is read, in bytes."""
@@ -92,8 +92,9 @@ def _tell(row: dict[str, Any], name: str, data: bytes) -> None:
         raise ValueError("not a JSON object")
     caption = next((value[n] for n in ("caption", "text") if isinstance(value.get(n), str)), "")
     # A text file beside it goes first.
-    row["caption"] = row["caption"] or caption
-    row["extra"] = json.dumps({**value, **json.loads(row["extra"] or "{}")}, ensure_ascii=False)
+    row["caption"] = row["caption"] or encodable(caption)
+    extra = json.dumps({**value, **json.loads(row["extra"] or "{}")}, ensure_ascii=False)
+    row["extra"] = encodable(extra)
 
 
 def from_tar(path: str, max_bytes: int) -> tuple[list[dict[str, Any]], list[Download]]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import struct
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PROFILE = 4 << 20
@@ -23,6 +24,19 @@ MAX_PROFILE = 4 << 20
 Resize = Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"]
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 """[H, W, 3], sRGB."""
+
+
+_FAULTS = (
+    OSError, SyntaxError, ValueError, EOFError, MemoryError, IndexError, KeyError, TypeError,
+    ArithmeticError, struct.error,
+)  # fmt: skip
+"""What decoders raise at bytes that they did not expect: the picture's fault, not its shard's."""
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What turns a picture upright, by its EXIF orientation."""
 
 
 class BadPicture(ValueError):
@@ -92,7 +106,7 @@ def cleaned(data: bytes, policy: PicturePolicy) -> Picture:
             data = simplejpeg.encode_jpeg(
                 pixels, policy.quality, colorsubsampling="420", fastdct=False
             )
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+    except _FAULTS as error:
         reason = "truncated" if "truncated" in str(error).lower() else "not_image"
         raise BadPicture(reason, str(error)) from error
     return Picture(data, *size, seen, hashlib.sha256(data).hexdigest())
@@ -117,7 +131,7 @@ def _open(data: bytes, policy: PicturePolicy) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise BadPicture("bomb", str(error)) from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except _FAULTS as error:
         raise BadPicture("not_image", "not a JPEG, PNG, WebP or GIF picture") from error
     width, height = image.size
     if width * height > policy.max_pixels:
@@ -152,8 +166,10 @@ def _pixels(image: Image.Image, data: bytes, policy: PicturePolicy) -> Pixels:
     else:
         decoded = Image.fromarray(pixels)
         decoded.info, image = image.info, decoded
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        ImageOps.exif_transpose(image, in_place=True)
+    # Read only: Pillow's own turning writes the EXIF anew, which cameras' odd entries break.
+    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    if turn is not None:
+        image = image.transpose(turn)
     return np.asarray(_to_rgb(image))
 
 

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from infra.download import RETRYABLE
 from infra.ledger import OK, PASSES, Commit, Ledger, Stage, read_statuses
-from infra.shards import sample_key, shard_name
+from infra.shards import MAX_SHARDS, sample_key, shard_name
 from infra.sources import Row, Source, detect, read_rows
 from infra.store import Store
 
@@ -50,8 +50,8 @@ def make_plan(
     it is read twice, and the digests of its URLs lie in a temporary file meanwhile.
 
     Raises:
-        ValueError: the list is empty, a column of it does not exist, or another list was planned
-            in this dataset.
+        ValueError: the list is empty or too long, a column of it does not exist, or another list
+            was planned in this dataset.
     """
     if shard_rows < 1 or shard_rows > 99_999:
         raise ValueError(f"shard_rows must be 1 to 99999, got {shard_rows}")
@@ -74,6 +74,11 @@ def make_plan(
         if not rows:
             hint = ": expected lines of the form url<TAB>caption" if source.plain else ""
             raise ValueError(f"{source.path} holds no rows{hint}")
+        if (shards := -(-rows // shard_rows)) > MAX_SHARDS:
+            raise ValueError(
+                f"{rows} rows are {shards} shards of {shard_rows} rows, and a dataset has at most "
+                f"{MAX_SHARDS}: raise shard_rows"
+            )
         first = _first_seen(folder / "digests", rows)
         written = _write_rows(store, source, shard_rows, limit, first)
     if written != identity:
@@ -83,7 +88,7 @@ def make_plan(
         "source": source.path,
         "rows": rows,
         "shard_rows": shard_rows,
-        "num_shards": -(-rows // shard_rows),
+        "num_shards": shards,
     }
     if not source.plain:
         plan["format"] = source.format
@@ -118,7 +123,9 @@ def _survey(
     """Identity and number of rows; 8 bytes for each row's URL go into the file."""
     digest, count = _Digest(source, shard_rows, limit), 0
     for row in digest.over(read_rows(source, limit)):
-        digests.write(hashlib.blake2b(row.url.encode("utf-8", "replace"), digest_size=8).digest())
+        # A bad row is never downloaded: others of its URL do not repeat it.
+        url = "" if row.problem else row.url
+        digests.write(hashlib.blake2b(url.encode("utf-8", "replace"), digest_size=8).digest())
         count += 1
     return digest.hexdigest(), count
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import os
 import tracemalloc
 import uuid
 from pathlib import Path
@@ -168,6 +169,49 @@ def test_a_malformed_row_keeps_its_place_and_says_what_is_wrong(tmp_path: Path, 
     assert len(found) == len(BAD_LINES[name]) - (name == "l.csv")
 
 
+@pytest.mark.parametrize("name", ["l.csv", "l.jsonl", "l.tsv"])
+def test_the_mark_that_some_programs_begin_a_file_with_belongs_to_no_row(
+    tmp_path: Path, name: str
+) -> None:
+    lines = {"l.csv": "url,caption\r\nu1,c1\r\n", "l.tsv": "u1\tc1\r\n",
+             "l.jsonl": '{"url": "u1", "caption": "c1"}\r\n'}  # fmt: skip
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + lines[name].encode())
+    assert seen(rows(tmp_path / name)) == [("u1", "c1")]
+
+
+def test_half_a_character_of_json_is_replaced_in_every_column(tmp_path: Path) -> None:
+    line = r'{"url": "u\ud83d", "caption": "a cat \ud83d", "by": "\udc00"}'
+    (tmp_path / "l.jsonl").write_text(line + "\n")
+    (row,) = rows(tmp_path / "l.jsonl", extra=("by",))
+    assert (row.url, row.caption, json.loads(row.extra)) == ("u?", "a cat ?", {"by": "?"})
+
+
+@pytest.mark.parametrize("name", ["l.csv", "l.parquet"])
+def test_a_column_that_is_there_twice_is_an_error(tmp_path: Path, name: str) -> None:
+    columns = [pa.array([text]) for text in ("u1", "c1", "u2")]
+    pq.write_table(pa.table(columns, names=["url", "caption", "url"]), tmp_path / "l.parquet")
+    (tmp_path / "l.csv").write_text("url,caption,url\nu1,c1,u2\n")
+    with pytest.raises(ValueError, match=rf"{name} has 2 columns 'url'"):
+        rows(tmp_path / name)
+
+
+def test_a_parquet_file_that_is_damaged_within_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "l.parquet"
+    pq.write_table(pa.table({"url": [f"u{i}" for i in range(9000)], "caption": ["c"] * 9000}), file)
+    data = bytearray(file.read_bytes())
+    data[500:900] = bytes(400)
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"l\.parquet cannot be read"):
+        rows(file)
+
+
+@pytest.mark.parametrize("name", ["set.tar.gz", "l.parquet.zst"])
+def test_what_is_not_read_compressed_is_refused_before_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(b"x"))
+    with pytest.raises(ValueError, match="decompress it first"):
+        rows(tmp_path / name)
+
+
 def test_an_endless_line_is_one_bad_row_in_bounded_memory(tmp_path: Path) -> None:
     file = tmp_path / "l.tsv"
     with file.open("w") as stream:
@@ -201,6 +245,27 @@ def test_a_folder_is_read_in_a_stable_order_with_the_captions_beside(tmp_path: P
     assert [(r.url, r.sidecar) for r in found] == [
         ("a.jpeg", "a.json"), ("b/1.jpg", "b/1.txt"), ("b/2.PNG", ""),
     ]  # fmt: skip
+
+
+def test_links_to_files_are_read_as_files_also_broken_ones(tmp_path: Path) -> None:
+    blobs, folder = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    folder.mkdir()
+    (blobs / "0a1b").write_bytes(write_tar([("k.jpg", b"x")]))
+    (folder / "0.tar").symlink_to(blobs / "0a1b")
+    assert [row.url for row in rows(folder)] == [f"file://{folder}/0.tar"]
+    (folder / "a.jpg").symlink_to(blobs / "0a1b")
+    (folder / "b.jpg").symlink_to(blobs / "gone")
+    assert [row.url for row in rows(folder, format="folder")] == ["a.jpg", "b.jpg"]
+
+
+def test_a_name_that_is_not_utf8_is_a_bad_row(tmp_path: Path) -> None:
+    try:
+        (tmp_path / os.fsdecode(b"\xff.jpg")).write_bytes(b"x")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    (row,) = rows(tmp_path, format="folder")
+    assert (row.url, row.problem) == ("?.jpg", "the name is not UTF-8")
 
 
 def test_the_format_is_told_from_names_and_contents(tmp_path: Path) -> None:

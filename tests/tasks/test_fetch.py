@@ -64,8 +64,12 @@ class HostileWeb:
             if kind == "detour":
                 raise web.HTTPFound(f"/crowd/{name}")
             return web.Response(body=jpeg(int(name)))
+        if kind == "later":
+            date = "Wed, 21 Oct 99999999999 07:28:00 GMT"
+            raise web.HTTPServiceUnavailable(headers={"Retry-After": date})
         if kind == "optout":
-            return web.Response(body=jpeg(1), headers={"X-Robots-Tag": "noai"})
+            words = {"x": "noai", "y": "max-snippet:-1, noai"}[name]
+            return web.Response(body=jpeg(1), headers={"X-Robots-Tag": words})
         return await self._stream(request, kind)
 
     async def _stream(self, request: web.Request, kind: str) -> web.StreamResponse:
@@ -131,7 +135,9 @@ FATES = [
     ("/redirect/private", "blocked_address"),
     ("/redirect/file", "blocked_address"),
     ("/redirect/loop", "too_many_redirects"),
+    ("/later/x", "server_error"),
     ("/optout/x", "opt_out"),
+    ("/optout/y", "opt_out"),
     ("/endless/x", "too_large"),
 ]
 ELSEWHERE = [

@@ -88,7 +88,8 @@ def test_a_list_cannot_name_files_only_a_folder_can(folder, tmp_path):
 def test_tars_of_others_are_imported_without_a_download(tmp_path):
     members = [
         ("000.jpg", jpeg(1)), ("000.txt", b"one"), ("000.json", b'{"caption": "no", "w": 3}'),
-        ("001.txt", b"lost"), ("002.JPG", jpeg(2, 128)), ("002.json", b'{"caption": "two"}'),
+        ("001.txt", b"lost"),
+        ("002.JPG", jpeg(2, 128)), ("002.json", b'{"caption": "two \\ud83d"}'),
         ("003.jpg", jpeg(1)), ("004.jpg", b"x" * 200_000),
     ]  # fmt: skip
     (tmp_path / "wds").mkdir()
@@ -99,7 +100,7 @@ def test_tars_of_others_are_imported_without_a_download(tmp_path):
     assert plan["num_shards"] == 2
     data = work(store).run(0)
     assert list(fates(data).values()) == ["ok", "bad_row", "ok", "duplicate", "too_large"]
-    assert [text for _, text in read_tar(data.outputs["caption"])] == [b"one", b"two"]
+    assert [text for _, text in read_tar(data.outputs["caption"])] == [b"one", b"two ?"]
     assert json.loads(data.columns["extra"][0].as_py())["__key__"] == "000"
     assert data.columns["width"].to_pylist() == [64, None, 128, 64, None]
     assert work(store).run(0).outputs == data.outputs
@@ -247,6 +248,27 @@ def test_files_that_vanish_all_at_once_stop_the_run(tmp_path):
     root.rename(tmp_path / "away")
     with pytest.raises(SystemicFailure, match="30 of 30 rows"):
         work(store).run(0)
+
+
+def test_a_row_that_repeats_the_url_of_a_bad_row_is_downloaded(tmp_path):
+    rows = [{"url": "http://h/1", "caption": 5}, *2 * [{"url": "http://h/1", "caption": "\ud83d"}]]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    store = Store(str(tmp_path / "data"))
+    make_plan(store, str(tmp_path / "list.jsonl"), shard_rows=10)
+    bad, good, again = Plan(store).rows(0)
+    assert bad["problem"]
+    assert (good["problem"], good["duplicate_of"], good["caption"]) == (None, None, "?")
+    assert again["duplicate_of"] == "00000000001"
+
+
+def test_more_shards_than_keys_can_count_are_refused_before_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("tasks.plans.MAX_SHARDS", 3)
+    (tmp_path / "list.tsv").write_text("".join(f"http://h/{i}\tc\n" for i in range(7)))
+    store = Store(str(tmp_path / "data"))
+    with pytest.raises(ValueError, match=r"7 rows are 4 shards of 2 rows, and .* at most 3"):
+        make_plan(store, str(tmp_path / "list.tsv"), shard_rows=2)
+    assert not store.list()
+    assert make_plan(store, str(tmp_path / "list.tsv"), shard_rows=3)["num_shards"] == 3
 
 
 def test_a_long_list_is_planned_in_buckets_with_the_same_duplicates(tmp_path, monkeypatch):

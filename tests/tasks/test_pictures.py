@@ -3,11 +3,14 @@
 import io
 import struct
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image, ImageCms
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, ImageOps
 
 from tasks import pictures
 from tasks.pictures import BadPicture, PicturePolicy, clean
@@ -32,6 +35,13 @@ def huge_png_header() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk + pixels
 
 
+def with_chunk(png: bytes, name: bytes, body: bytes) -> bytes:
+    """A PNG with a further chunk behind its pixels, its checksum right."""
+    at = png.index(b"IEND") - 4
+    chunk = struct.pack(">I", len(body)) + name + body
+    return png[:at] + chunk + struct.pack(">I", zlib.crc32(name + body)) + png[at:]
+
+
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
 
 
@@ -45,9 +55,10 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), 
         (encoded(NOISE.resize((4, 4)), "PNG"), "too_small"),
         (encoded(NOISE.resize((300, 10)), "PNG"), "extreme_aspect"),
         (encoded(NOISE, "BMP"), "not_image"),
+        (with_chunk(encoded(NOISE, "PNG"), b"iCCP", b""), "not_image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not_image"),
     ],
-    ids=["html", "empty", "bomb", "truncated", "small", "aspect", "format", "postscript"],
+    ids=["html", "empty", "bomb", "truncated", "small", "aspect", "format", "chunk", "postscript"],
 )
 def test_bad_pictures_are_dropped_with_their_reason(data, reason):
     with pytest.raises(BadPicture) as caught:
@@ -74,6 +85,55 @@ def test_orientation_is_applied_and_metadata_does_not_survive():
     result = opened(clean(encoded(NOISE, "JPEG", exif=exif), POLICY))
     assert result.size == (64, 85)
     assert not result.getexif()
+
+
+@pytest.mark.parametrize("tag", [0x0100, 0x011A], ids=["width", "resolution"])
+def test_a_picture_is_turned_upright_though_its_exif_holds_texts_where_numbers_belong(tag):
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", tag, 1, 1, b"ab")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    result = opened(clean(encoded(NOISE, "JPEG", exif=exif), POLICY))
+    assert result.size == (64, 85)
+    assert np.array_equal(
+        np.asarray(result), np.asarray(opened(clean(encoded(NOISE, "JPEG", exif=six()), POLICY)))
+    )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_turns_it(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(NOISE, "PNG", exif=exif)
+    found = np.asarray(opened(clean(data, PicturePolicy(resize="no"))))
+    upright = encoded(ImageOps.exif_transpose(opened(data)), "PNG")
+    assert np.array_equal(found, np.asarray(opened(clean(upright, PicturePolicy(resize="no")))))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_of_any_bytes_comes_a_picture_or_a_reason_and_nothing_else(data):
+    small = NOISE.resize((24, 16))
+    whole = data.draw(
+        st.sampled_from([
+            encoded(small, "JPEG", exif=six()), encoded(small.convert("P"), "PNG", transparency=1),
+            encoded(small, "WEBP", exif=six()), encoded(small.convert("P"), "GIF"),
+            encoded(small, "PNG", exif=six()),
+        ])
+    )  # fmt: skip
+    if whole[1:4] == b"PNG" and data.draw(st.booleans()):
+        kind = data.draw(st.sampled_from([b"iCCP", b"tRNS", b"pHYs", b"eXIf", b"cHRM", b"acTL"]))
+        whole = with_chunk(whole, kind, data.draw(st.binary(max_size=20)))
+    else:
+        flaw, at = data.draw(st.binary(max_size=8)), data.draw(st.integers(0, len(whole)))
+        whole = whole[:at] + flaw + whole[at + data.draw(st.integers(0, 8)) :]
+    with suppress(BadPicture):
+        assert opened(clean(whole, POLICY)).mode == "RGB"
+
+
+def six() -> Image.Exif:
+    """Turned by a quarter."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
 
 
 def test_a_clean_jpeg_of_the_right_size_keeps_its_bytes():
