@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,9 @@ Products = Literal["fp32", "tf32", "bf16"]
 
 BF16_GAIN = 1.5
 """bf16 matrix products must beat fp32 by this factor before they are worth their rounding."""
+
+FILES = 1 << 16
+"""Open files that a process asks for: a training on a large set maps many shards."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
@@ -56,6 +59,19 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def most_files() -> int:
+    """Files that this process may hold open. Its limit, with which shells often start it at 1024,
+    is raised to `FILES` or as far as the system lets it be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    with suppress(OSError, ValueError):  # macOS has a further limit, which it does not tell
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
+    return soft
 
 
 @functools.cache

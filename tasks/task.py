@@ -18,6 +18,11 @@ class Task:
     """Number of the random streams that batches are drawn with. A run that has begun with one does
     not go on with another."""
 
+    def identity(self) -> dict[str, Any]:
+        """What decides on the training beside `TrainConfig`, as JSON values by name: a run that has
+        begun with another does not go on."""
+        return {}
+
     def build_model(self) -> nn.Module:
         """Returns the network with its initial weights (the trainer has set the seed)."""
         raise NotImplementedError

@@ -95,6 +95,12 @@ class FourMTask(Task):
         return [named for part in self.bound
                 for named in fixed_batches(part, self.config, self.recipe)]
 
+    def identity(self) -> dict[str, Any]:
+        """Its data and its recipe, but for the settings of the training."""
+        found = _identity(self)
+        return {**found, "recipe": {name: value for name, value in found["recipe"].items()
+                                    if name != "training"}}
+
     def build_model(self) -> nn.Module:
         """A fresh network, or the one to begin with, grown to the recipe's modalities."""
         from models.fourm.model import FourM

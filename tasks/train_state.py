@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from tasks.ema import WeightMean
     from tasks.run_store import Tensors
+    from tasks.task import Task
 
 
 def unique_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -90,15 +91,20 @@ def _entries(
 
 
 def check_same_run(
-    path: str, config: TrainConfig, streams: int, model: nn.Module, tensors: Tensors,
+    path: str, config: TrainConfig, task: Task, model: nn.Module, tensors: Tensors,
     state: dict[str, Any],
 ) -> None:
     """Raises ValueError where the checkpoint of the run at `path` is that of another training."""
     begun = state.get("streams", 1)
-    if begun != streams:
+    if begun != task.streams:
         raise ValueError(f"the run at {path} draws its batches with random streams {begun}, this "
-                         f"release with {streams}; choose another run name, or finish it with the "
-                         "release that began it")
+                         f"release with {task.streams}; choose another run name, or finish it with "
+                         "the release that began it")
+    # Checkpoints of earlier releases do not tell.
+    for name, value in task.identity().items():
+        if (known := state.get("task", {}).get(name, value)) != value:
+            raise ValueError(f"the run at {path} was started with another {name}"
+                             f"{_apart(known, value)}; choose another run name")
     for field in dataclasses.fields(config):
         if field.name in FREE:
             continue
@@ -114,6 +120,14 @@ def check_same_run(
         odd = sorted(names ^ tensors["model"].keys())[:3]
         raise ValueError(f"the run at {path} trains another model (it differs in {odd}); "
                          "choose another run name")
+
+
+def _apart(before: Any, now: Any) -> str:
+    """Where two JSON values first differ, in words."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        name = next(k for k in sorted({*before, *now}) if before.get(k) != now.get(k))
+        return f", {name}{_apart(before.get(name), now.get(name))}"
+    return f": {before}, now {now}"
 
 
 def _as_sequence(value: Any) -> Any:

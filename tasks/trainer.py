@@ -220,7 +220,7 @@ class Trainer:
             self.products = config.precision
         found = self._found()
         if found:
-            check_same_run(self.path, config, self.task.streams, self.model, *found)
+            check_same_run(self.path, config, self.task, self.model, *found)
             restore_weights(self.model, found[0]["model"])
         self.wrapped = spread(self.model, config, self.world, bf16=self.products == "bf16")
         self.optimizers = build_optimizers(
@@ -390,7 +390,7 @@ class Trainer:
         self.writer.wait()
         tensors = snapshot(self.model, self.optimizers, self.mean, rank=self.rank)
         state = {"config": dataclasses.asdict(self.config), "streams": self.task.streams,
-                 "skipped": int(self.skipped), "tokens": self.tokens}
+                 "task": self.task.identity(), "skipped": int(self.skipped), "tokens": self.tokens}
         step, world = self.step, self.world if self.sharded else 1
         self.writer.submit(
             lambda: self.checkpoints.save(step, tensors, state, rank=self.rank, world=world)

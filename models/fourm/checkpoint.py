@@ -22,7 +22,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,8 @@ def load(
 
     Raises:
         FileNotFoundError: no such folder or hub model, or one without these files.
-        ValueError: the tensors do not fit the configuration: names, shapes and what is missing.
+        ValueError: a file is damaged, or the tensors do not fit the configuration: names, shapes
+            and what is missing.
     """
     from safetensors.torch import load_file
 
@@ -78,7 +80,20 @@ def load(
         raise FileNotFoundError(f"{path_or_hub_id} lacks {' and '.join(lacking)}")
     contents = {name: (folder / name).read_bytes() for name in FILES
                 if name.endswith(".json") and (folder / name).exists()}
-    return _assembled(contents, load_file(folder / "model.safetensors"), lengths)
+    with _whole("model.safetensors"):
+        tensors = load_file(folder / "model.safetensors")
+    return _assembled(contents, tensors, lengths)
+
+
+@contextmanager
+def _whole(name: str) -> Iterator[None]:
+    """Names the file that cannot be read."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{name} is damaged: {error}") from error
 
 
 def locate(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
@@ -144,13 +159,16 @@ def build(contents: Mapping[str, bytes], lengths: Lengths | None = None) -> Four
     """Builds the model from the files of a checkpoint; otherwise like `load`."""
     from safetensors.torch import load as load_tensors
 
-    return _assembled(contents, load_tensors(contents["model.safetensors"]), lengths)
+    with _whole("model.safetensors"):
+        tensors = load_tensors(contents["model.safetensors"])
+    return _assembled(contents, tensors, lengths)
 
 
 def _assembled(
     contents: Mapping[str, bytes], tensors: dict[str, Tensor], lengths: Lengths | None
 ) -> FourM:
-    config = _checked(json.loads(contents["config.json"]))
+    with _whole("config.json"):
+        config = _checked(json.loads(contents["config.json"]))
     _restore_shared(config, tensors)
     problems = _Problems()
     if "modalities.json" in contents:
@@ -214,6 +232,8 @@ def _compare(config: FourMConfig, tensors: Mapping[str, Tensor], problems: _Prob
             problems.surplus[name] = str(list(value.shape))
         elif value.shape != allowed[name].shape:
             problems.misshapen[name] = f"{list(value.shape)}, not {list(allowed[name].shape)}"
+        elif not value.is_floating_point():
+            problems.misshapen[name] = f"{list(value.shape)} of {value.dtype}, not of floats"
         elif name not in wanted and name.endswith(".bias") and bool(value.any()):
             problems.surplus[name] = f"{list(value.shape)}, not 0 in a model without biases"
 
@@ -307,16 +327,21 @@ def _spec(
         return ModalitySpec(kind="seq", max_tokens=longest, max_length=limit,
                             chunk=CHUNKS.get(name, 0), **common)
     spec = ModalitySpec(kind="img", max_tokens=len(positions), **common)
-    table = position_table(spec, positions.shape[1])
-    learned = table.shape != positions.shape or not torch.allclose(table, positions, atol=1e-4)
-    return dataclasses.replace(spec, learned_positions=learned)
+    computed = _same_table(positions, position_table(spec, positions.shape[1]))
+    return dataclasses.replace(spec, learned_positions=not computed)
 
 
 def _is_sequence(positions: Tensor) -> bool:
     """Whether a table [rows, D] is that of sequences; a grid of as many rows is none."""
-    if len(positions) != POSITION_ROWS:
-        return False
-    return torch.allclose(sincos_1d(*positions.shape), positions, atol=1e-4)
+    return len(positions) == POSITION_ROWS \
+        and _same_table(positions, sincos_1d(*positions.shape))
+
+
+def _same_table(positions: Tensor, table: Tensor) -> bool:
+    """Whether stored positions are a computed table, as far as their precision can tell."""
+    close = torch.finfo(positions.dtype).eps if positions.is_floating_point() else 0.0
+    return positions.shape == table.shape and torch.allclose(
+        positions.float(), table, atol=max(1e-4, close))
 
 
 def _patch(width: int, patch: int, name: str) -> int:

@@ -67,6 +67,13 @@ class Decoding:
             raise ValueError(f"unknown order {self.order!r}; choose from {', '.join(ORDERS)}")
         if not 0.0 <= self.remask < 1.0:
             raise ValueError(f"remask is a share of tokens in 0..1 without 1, not {self.remask}")
+        if self.steps < 1:
+            raise ValueError(f"decoding needs at least 1 step, got {self.steps}")
+        if not 0.0 <= self.top_p <= 1.0:
+            raise ValueError(f"top_p is a share of probability in 0..1, not {self.top_p}")
+        for name in ("temperature", "top_k"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,15 @@ from models.fourm.guidance import Branch
 from models.fourm.model import FourM
 from models.fourm.presets import UPSCALE_ORDER, base_name, default_decoding, resolution
 from models.fourm.spec import ModalitySpec
-from models.fourm.values import Part, Tokens, Translator, given_tokens, read_boxes
+from models.fourm.values import (
+    Part,
+    Tokens,
+    Translator,
+    alike,
+    given_tokens,
+    read_boxes,
+    row_count,
+)
 
 if TYPE_CHECKING:
     from tokenizers_vq.sequences.form import TextForm
@@ -156,24 +164,28 @@ class Generator(Translator):
         conditions = {name: _rows(values) for name, values in conditions.items()}
         guided = [{name: _rows(values) for name, values in guide.conditions.items()}
                   for guide in guides]  # fmt: skip
-        rows = _row_count([conditions, *guided], seeds)
+        rows = row_count([conditions, *guided], seeds)
+        for what, count in (("num_samples", num_samples), ("batch_size", batch_size)):
+            if count < 1:
+                raise ValueError(f"{what} must be at least 1, got {count}")
         specs = [self.spec(name, target=True) for name in targets]
         if not specs:
             raise ValueError(f"nothing to generate; choose from {', '.join(self.targets)}")
         seeds = list(range(rows)) if seeds is None else list(seeds)
         plan = _Plan(specs=specs, settings=settings or {}, copies=num_samples, chain=chain)
-        step = max(1, batch_size // num_samples)
+        # What a row is given decides how it is decoded, so it never depends on rows beside it.
+        groups = alike([conditions, *guided], rows, max(1, batch_size // num_samples))
         parts = []
-        for start in range(0, rows, step):
-            chosen = slice(start, start + step)
+        for chosen in groups:
             shown, *others = (
-                self.show({n: values[chosen] for n, values in given.items()}, targets)
+                self.show({n: [values[i] for i in chosen] for n, values in given.items()}, targets)
                 for given in (conditions, *guided)
             )
             branches = [Branch(other, guide.weight)
                         for other, guide in zip(others, guides, strict=True)]  # fmt: skip
-            parts.append(self._draw(shown, branches, seeds[chosen], plan))
-        drawn = {spec.name: _joined([part[spec.name] for part in parts]) for spec in specs}
+            parts.append(self._draw(shown, branches, [seeds[i] for i in chosen], plan))
+        place = torch.from_numpy(np.concatenate(groups).argsort())
+        drawn = {spec.name: _joined([part[spec.name] for part in parts], place) for spec in specs}
         return {
             name: self._generated(spec, drawn[spec.name], num_samples, similarity)
             for name, spec in zip(targets, specs, strict=True)
@@ -241,7 +253,7 @@ class Generator(Translator):
             ValueError: lists of unequal length, a box beyond the picture, and as for `inpaint`.
         """
         pictures, before, after = _rows(pictures), _rows(before), _rows(after)
-        _row_count([{name: pictures, "boxes before": before, "boxes after": after}], None)
+        row_count([{name: pictures, "boxes before": before, "boxes after": after}], None)
         side = self.spec(name, target=True).grid
         areas = [box_area(changed_boxes(old, new), side, margin)
                  for old, new in zip(before, after, strict=True)]  # fmt: skip
@@ -377,21 +389,10 @@ def _upscale_rank(name: str) -> int:
     return UPSCALE_ORDER.index(name) if name in UPSCALE_ORDER else len(UPSCALE_ORDER)
 
 
-def _row_count(given: Sequence[Mapping[str, list[Any]]], seeds: Sequence[int] | None) -> int:
-    counts = {name: len(values) for part in given for name, values in part.items()}
-    sizes = {len(values) for part in given for values in part.values()}
-    if seeds is not None:
-        counts["seeds"] = len(seeds)
-        sizes.add(len(seeds))
-    if not sizes or min(sizes) < 1:
-        raise ValueError("generation needs at least one condition or seed")
-    if len(sizes) > 1:
-        raise ValueError(f"conditions must be of one length, not {counts}")
-    return sizes.pop()
-
-
-def _joined(parts: Sequence[Drawn]) -> Drawn:
+def _joined(parts: Sequence[Drawn], place: Tensor) -> Drawn:
+    """The rows of all parts, the first one from `place[0]` of them and so on, with their copies."""
     def cat(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
+        whole = torch.cat([getattr(part, name) for part in parts])
+        return whole.unflatten(0, (len(place), -1))[place.to(whole.device)].flatten(0, 1)
 
     return Drawn(cat("ids"), cat("confidence"), cat("lengths"))

@@ -16,6 +16,7 @@ import numpy as np
 
 from infra.blocks import BlockReader
 from infra.flat import Flat
+from infra.machine import most_files
 from infra.manifest import Manifest
 from infra.shards import MISSING_EXT, TarIndex
 from infra.store import Store
@@ -30,6 +31,9 @@ from models.fourm.vectors import pad_vectors, read_vectors
 
 BLOCK_ROWS = 256
 WINDOW_BLOCKS = 64
+_MOST_FILES = 1 << 14
+"""Files that a set keeps mapped: Linux gives a process 65530 maps, and every set of a mixture needs
+its own. A window touches `WINDOW_BLOCKS` shards."""
 
 
 def stored_name(name: str, held: Collection[str] = ()) -> str:
@@ -91,6 +95,7 @@ class _Shard:
     tokens: dict[str, BlockReader]
     members: dict[str, TarIndex]
     keys: list[str]
+    columns: dict[str, _Column]
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,8 @@ class TokenDataset:
         self._cache: dict[tuple[str | int, ...], np.ndarray] = {}
         self._room = cache_bytes
         self._open: dict[int, _Shard] = {}
-        self._columns: dict[tuple[int, str], _Column] = {}
+        self._most_open = max(1, min(most_files() // 4, _MOST_FILES) // max(1, len(self.specs)))
+        self._digested: set[int] = set()
         if self.shards:
             self._check(self._shard(0))
             for spec in self.specs:
@@ -260,36 +266,43 @@ class TokenDataset:
         return patchify(modality.crop(image, box, side)[None], spec.patch_size)[0]
 
     def _column(self, shard: int, name: str) -> _Column:
-        """Tokens of all crops of a shard, found once."""
-        if (shard, name) not in self._columns:
-            reader = self._shard(shard).tokens[name]
+        """Tokens of all crops of a shard, found once while it is open."""
+        files = self._shard(shard)
+        if name not in files.columns:
+            reader = files.tokens[name]
             crops = [f"crop{crop}" for crop in range(self.num_crops)]
             valid = np.stack([reader.valid(crop) for crop in crops])
-            self._columns[shard, name] = _Column(reader.flat(crops),
-                                                 None if valid.all() else valid)
-        return self._columns[shard, name]
+            files.columns[name] = _Column(reader.flat(crops), None if valid.all() else valid)
+        return files.columns[name]
 
     def _shard(self, index: int) -> _Shard:
-        """Files of the shard with this index in the split, opened and digested once."""
-        if index not in self._open:
-            number = self.shards[index]
-            tokens, members, keys = dict[str, BlockReader](), dict[str, TarIndex](), list[str]()
-            for spec in self.specs:
-                name = self._stored_as(spec)
-                path = self.store.local(self.manifest.path(name, number))
-                digest = self.manifest.sha256(name, number)
-                if spec.discrete:
-                    tokens[spec.name] = BlockReader(path, sha256=digest)
-                    found = tokens[spec.name].keys
-                else:
-                    members[spec.name] = TarIndex(path, sha256=digest)
-                    found = members[spec.name].keys
-                if keys and found != keys:
-                    raise ValueError(f"shard {number}: {name} holds other keys than the rest; "
-                                     "publish the set again")
-                keys = found
-            self._open[index] = _Shard(tokens, members, keys)
-        return self._open[index]
+        """Files of the shard with this index in the split, digested once. Those that were used
+        last stay open."""
+        files = self._open.pop(index, None) or self._opened(index)
+        self._open[index] = files
+        if len(self._open) > self._most_open:
+            del self._open[next(iter(self._open))]
+        return files
+
+    def _opened(self, index: int) -> _Shard:
+        number = self.shards[index]
+        tokens, members, keys = dict[str, BlockReader](), dict[str, TarIndex](), list[str]()
+        for spec in self.specs:
+            name = self._stored_as(spec)
+            path = self.store.local(self.manifest.path(name, number))
+            digest = None if index in self._digested else self.manifest.sha256(name, number)
+            if spec.discrete:
+                tokens[spec.name] = BlockReader(path, sha256=digest)
+                found = tokens[spec.name].keys
+            else:
+                members[spec.name] = TarIndex(path, sha256=digest)
+                found = members[spec.name].keys
+            if keys and found != keys:
+                raise ValueError(f"shard {number}: {name} holds other keys than the rest; "
+                                 "publish the set again")
+            keys = found
+        self._digested.add(index)
+        return _Shard(tokens, members, keys, {})
 
     def _check(self, shard: _Shard) -> None:
         for name, reader in shard.tokens.items():

@@ -295,6 +295,12 @@ class _Masks:
             values = np.where(source[:, None] < 0, 0, vectors[row, source]).astype(np.float32)
             flat = row * mod.shape[1] + slot
             found[name] = Dense(torch.from_numpy(values), torch.from_numpy(flat))
+        for spec in self.config.inputs:
+            if not spec.discrete and spec.name not in found:
+                # None of it here, but workers exchange gradients of the same parameters.
+                kind = torch.uint8 if spec.kind == "pixels" else torch.float32
+                found[spec.name] = Dense(torch.zeros(0, spec.dense_width, dtype=kind),
+                                         torch.zeros(0, dtype=torch.long))
         return found
 
     def _chosen(self, i: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:

@@ -54,6 +54,41 @@ class Tokens:
     ids: np.ndarray
 
 
+def row_count(
+    given: Sequence[Mapping[str, Sequence[Any]]], seeds: Sequence[int] | None
+) -> int:
+    """Rows of all conditions and of the seeds. Raises ValueError where they differ, or for none."""
+    counts = {name: len(values) for part in given for name, values in part.items()}
+    sizes = {len(values) for part in given for values in part.values()}
+    if seeds is not None:
+        counts["seeds"] = len(seeds)
+        sizes.add(len(seeds))
+    if not sizes or min(sizes) < 1:
+        raise ValueError("generation needs at least one condition or seed")
+    if len(sizes) > 1:
+        raise ValueError(f"conditions must be of one length, not {counts}")
+    return sizes.pop()
+
+
+def alike(
+    given: Sequence[Mapping[str, Sequence[Any]]], rows: int, most: int
+) -> list[list[int]]:
+    """Numbers of rows that are given the same modalities in the same form, up to `most` together.
+
+    Args:
+        given: Sets of conditions: values a modality, one a row; None where a row lacks it.
+        rows: Rows of all of them.
+        most: Rows of a group.
+    """
+    found: dict[tuple[type, ...], list[int]] = {}
+    for row in range(rows):
+        values = (values[row] for part in given for values in part.values())
+        forms = (type(value) for value in values)
+        kind = tuple(form if form in (Part, Tokens, type(None)) else object for form in forms)
+        found.setdefault(kind, []).append(row)
+    return [group[i : i + most] for group in found.values() for i in range(0, len(group), most)]
+
+
 class Translator:
     """A trained model's modalities in the words of the catalogue.
 
@@ -154,7 +189,8 @@ class Translator:
         if spec.kind == "seq_emb":
             return _shown_vectors(spec, whole)
         if spec.kind == "pixels":
-            vectors = torch.from_numpy(patchify(np.stack(whole), spec.patch_size))
+            pictures = [_picture(spec, value) for value in whole]
+            vectors = torch.from_numpy(patchify(np.stack(pictures), spec.patch_size))
         else:
             vectors = torch.from_numpy(self._grid_ids(spec, whole))
         if vectors.shape[1] != spec.max_tokens:
@@ -272,6 +308,19 @@ def given_tokens(spec: ModalitySpec, mask: np.ndarray | None) -> Tensor:
     height, width = (n // side for n in mask.shape)
     cells = np.asarray(mask, bool).reshape(side, height, side, width).all((1, 3))
     return torch.from_numpy(cells.reshape(-1))
+
+
+def _picture(spec: ModalitySpec, value: Any) -> np.ndarray:
+    """A picture uint8 [H, W, C] of the model's size. Raises ValueError for anything else."""
+    picture, side = np.asarray(value), spec.grid * spec.patch_size
+    if picture.ndim != 3 or picture.shape[2] != spec.channels or picture.dtype != np.uint8:
+        raise ValueError(f"{base_name(spec.name)} takes pictures uint8 [H, W, {spec.channels}] "
+                         f"with values in 0..255, not {picture.dtype} {list(picture.shape)}")
+    if picture.shape[:2] != (side, side):
+        raise ValueError(f"{base_name(spec.name)} takes pictures of {side} x {side} pixels, not "
+                         f"{picture.shape[1]} x {picture.shape[0]}; resize the input to the "
+                         "model's resolution")
+    return picture
 
 
 def _shown_vectors(spec: ModalitySpec, values: Sequence[Any]) -> Shown:

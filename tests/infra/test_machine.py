@@ -76,3 +76,17 @@ print(sum(faults[3:]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 20, "3 x 96 MB were asked of the kernel again"
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_the_system_lets_it_be():
+    code = """
+import resource
+from infra.machine import FILES, most_files
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+assert most_files() == most == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 300))
+assert most_files() == 300
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -92,6 +92,32 @@ def test_shapes_come_from_the_file():
     assert model.config == config
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_tensors_of_another_precision_load_as_fp32_of_the_same_modalities(dtype):
+    tensors = {name: value.to(dtype) for name, value in tensors_of().items()}
+    model, same = rebuilt(tensors), rebuilt(tensors_of())
+    assert model.config == same.config
+    for own, wanted in zip(model.parameters(), same.parameters(), strict=True):
+        assert own.dtype == torch.float32
+        assert torch.equal(own, wanted.to(dtype).float())
+
+
+def test_tensors_of_integers_are_refused_by_name():
+    tensors = tensors_of()
+    tensors["encoder.0.attn.qkv.weight"] = torch.zeros(48, 16, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"qkv.weight \[48, 16\] of torch.int8, not of floats"):
+        rebuilt(tensors)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_cut_short_is_refused_by_its_name(tmp_path, name):
+    fourm.save_released(make(), tmp_path)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        fourm.load(tmp_path)
+
+
 def test_missing_surplus_and_misshapen_tensors_are_named_with_their_shapes_at_once():
     tensors = tensors_of()
     for name in ("decoder.1.norm2.weight", "mask_token"):

@@ -11,7 +11,7 @@ import torch
 from models.fourm.conditions import LAST, Context, Shown, gather_inputs, side_by_side
 from models.fourm.decoding import Decoding, Drawn, Step, as_condition, draw
 from models.fourm.ensemble import combine, vote_boxes
-from models.fourm.generate import Generator, read_boxes
+from models.fourm.generate import Generator, Tokens, read_boxes
 from models.fourm.guidance import Branch
 from models.fourm.model import FourM
 from models.fourm.sampling import filtered, sample, uniform
@@ -228,6 +228,49 @@ def test_absent_conditions_of_single_rows_stay_unseen(generator: Generator) -> N
     shown = generator.show({"caption": ["a red cube", None], "det": [None, None]})
     assert list(shown) == ["caption"]
     assert shown["caption"].visible.any(1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("batch_size", [64, 2])
+def test_rows_that_lack_a_condition_come_out_as_alone(
+    generator: Generator, batch_size: int
+) -> None:
+    image = np.full((64, 64, 3), 90, np.uint8)
+    given: dict[str, list[Any]] = {
+        "rgb": [None, image, None, Tokens(np.arange(GRID) % 11)],
+        "caption": ["a red cube", None, "a small sphere", None],
+    }
+    asked: dict[str, Any] = {"targets": ["depth", "det"], "num_samples": 2}
+    whole = generator.generate(given, **asked, batch_size=batch_size)
+    for row in range(4):
+        alone = {name: values[row] for name, values in given.items() if values[row] is not None}
+        own = generator.generate(alone, **asked, seeds=[row])
+        for name, found in own.items():
+            assert np.array_equal(found.tokens, whole[name].tokens[2 * row : 2 * row + 2])
+
+
+@pytest.mark.parametrize(("asked", "sentence"), [
+    ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+    ({"batch_size": -2}, "batch_size must be at least 1, got -2"),
+    ({"conditions": {"rgb": []}}, "at least one condition or seed"),
+    ({"conditions": {"rgb": np.zeros((64, 64), np.uint8)}}, r"\[H, W, 3\] .* not uint8 \[64, 64\]"),
+    ({"conditions": {"rgb": np.zeros((64, 64, 3), np.float32)}}, "0..255, not float32"),
+    ({"conditions": {"rgb": np.zeros((64, 48, 3), np.uint8)}}, "64 x 64 pixels, not 48 x 64"),
+])
+def test_what_cannot_be_generated_from_is_said_in_words(
+    generator: Generator, asked: dict[str, Any], sentence: str
+) -> None:
+    image = np.zeros((64, 64, 3), np.uint8)
+    with pytest.raises(ValueError, match=sentence):
+        generator.generate(**{"conditions": {"rgb": image}, "targets": ["depth"], **asked})
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("steps", 0), ("top_p", -0.1), ("top_p", 1.5), ("top_k", -1), ("temperature", -0.5),
+    ("temperature", float("nan")),
+])
+def test_settings_that_cannot_decode_are_named(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{field}.* {value}|at least 1 step, got 0"):
+        Decoding(order="roar", **{field: value})  # type: ignore[arg-type]
 
 
 def test_unknown_names_list_the_choices(generator: Generator) -> None:

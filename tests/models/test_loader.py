@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +54,22 @@ def test_the_batch_of_a_step_depends_on_nothing_but_the_step(token_set):
     for a, b in zip(first, last, strict=True):
         np.testing.assert_array_equal(a.grids["tok_rgb@32"], b.grids["tok_rgb@32"])
         np.testing.assert_array_equal(a.pixels["rgb@32"], b.pixels["rgb@32"])
+
+
+def test_files_of_few_shards_stay_open_and_batches_are_the_same(tmp_path, monkeypatch):
+    store, manifest = make_set(str(tmp_path))
+    wanted = [dataset((store, manifest)).batch_at(step, 8) for step in range(4)]
+    monkeypatch.setattr("models.fourm.loader._MOST_FILES", 4)
+    data = dataset((store, manifest))
+    for step, before in enumerate(wanted):
+        again = data.batch_at(step, 8)
+        for name in before.grids:
+            np.testing.assert_array_equal(before.grids[name], again.grids[name])
+        np.testing.assert_array_equal(before.sequences["caption"][0], again.sequences["caption"][0])
+        np.testing.assert_array_equal(before.pixels["rgb@32"], again.pixels["rgb@32"])
+    del wanted, before, again
+    maps = Path("/proc/self/maps").read_text()
+    assert len({line.split()[-1] for line in maps.splitlines() if str(tmp_path) in line}) == 4
 
 
 def test_workers_share_a_batch_without_overlap(token_set):

@@ -123,6 +123,15 @@ def test_samples_are_masked_by_the_components_of_their_own_source(sets):
     assert kinds["texts"] > 0
 
 
+def test_a_batch_of_texts_alone_reaches_every_parameter_as_workers_exchange_gradients_of_all(sets):
+    task = task_of(sets)
+    model = task.build_model()
+    batches = [task.batch(step, rank, 8) for step in range(4) for rank in range(8)]
+    batch = next(one for one in batches if not any(len(d.slots) for d in one.dense.values()))
+    model(batch.to(torch.device("cpu"))).total.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
 def test_masking_per_batch_draws_whole_batches_from_one_source(sets):
     parts = tuple(dataclasses.replace(source, mixture=Mixture(
         components=source.mixture.components, per_batch=True)) for source in MIXED.sources)

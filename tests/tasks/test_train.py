@@ -8,11 +8,12 @@ import pickle
 import pytest
 import torch
 
+from models.fourm.batch import Batch
 from models.fourm.checkpoint import load_stored
 from models.fourm.masking import Component, Mixture
 from tasks.recipes import RECIPES, TrainRecipe, recipe
 from tasks.train import FourMTask, train_fourm
-from tasks.trainer import TrainConfig
+from tasks.trainer import TrainConfig, Trainer
 from tests.models.token_set import make_set
 
 TINY = TrainRecipe(
@@ -55,6 +56,30 @@ def test_a_run_of_other_settings_needs_another_name(token_set):
     other = dataclasses.replace(TINY, max_text=10)
     with pytest.raises(ValueError, match="choose another run name"):
         train_fourm(store, manifest, other, run="taken")
+
+
+class Stopping(FourMTask):
+    """Ends like a killed process."""
+
+    def batch(self, step: int, rank: int, world: int) -> Batch:
+        if step == 3:
+            raise KeyError("killed")
+        return super().batch(step, rank, world)
+
+
+def test_a_run_that_was_cut_off_goes_on_with_its_own_data_and_masks_only(token_set):
+    store, manifest = token_set
+    often = dataclasses.replace(TINY.training, checkpoint_seconds=0.0)
+    recipe = dataclasses.replace(TINY, training=often)
+    with pytest.raises(KeyError, match="killed"):
+        Trainer(store, "runs/cut", Stopping(store, manifest, recipe), often).fit()
+    grown = dataclasses.replace(manifest, version=manifest.version + 1)
+    with pytest.raises(ValueError, match=r"started with another manifest: \['set', 1\], now"):
+        train_fourm(store, grown, recipe, run="cut")
+    other = dataclasses.replace(recipe, mixture=dataclasses.replace(TINY.mixture, per_batch=False))
+    with pytest.raises(ValueError, match="another recipe, mixture, per_batch: True, now False"):
+        train_fourm(store, manifest, other, run="cut")
+    assert train_fourm(store, manifest, recipe, run="cut").steps == 4
 
 
 def test_two_workers_mask_the_batch_that_one_masks(token_set):
