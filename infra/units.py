@@ -161,7 +161,7 @@ class UnitRunner:
         if len(jobs) == 1 or any(self._tried(job, shard, before) for job, before in stages):
             return {}
         try:
-            with self._running.one(self._kind(jobs[0])):
+            with self._running.one(self._kind(jobs)):
                 for job in jobs:
                     self._ledger.attempt(self._jobs[job].stage, shard)
                 first, *others = self._works_of(jobs)
@@ -191,7 +191,7 @@ class UnitRunner:
         while True:
             time.sleep(pause)
             alone = self._tried(job, shard, before)
-            with self._running.one(self._kind(job), alone=alone):
+            with self._running.one(self._kind([job]), alone=alone):
                 number = self._ledger.attempt(self._jobs[job].stage, shard) - before
                 ended = self._once(job, shard, number, reason)
             if isinstance(ended, UnitStatus):
@@ -226,9 +226,10 @@ class UnitRunner:
         """Whether this run began with it already, here or in a worker that died."""
         return self._ledger.attempts(self._jobs[job].stage, shard) > before
 
-    def _kind(self, job: int) -> str:
-        """Units of one kind may overlap: their works are held at once."""
-        return self._jobs[job].share or self._jobs[job].stage.id
+    def _kind(self, jobs: list[int]) -> str:
+        """Units of one kind may overlap: they are for the same works, which meet at one lane. Of
+        works that share a pass each has a lane of its own, too, where a shard lacks the others."""
+        return " ".join(self._jobs[job].stage.id for job in jobs)
 
     def _upstream(self, stage: Stage, shard: int) -> list[Commit]:
         """What the shard was made from, as far as upstream stages work on the same shards; where
@@ -275,14 +276,19 @@ class _Running:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._units, self._kind, self._alone = 0, "", False
+        self._waiting = 0
+        """Units that are to be alone, and wait for it: nobody else begins before them."""
 
     @contextmanager
     def one(self, kind: str, *, alone: bool = False) -> Iterator[None]:
         """One more is under way during the block; waits for those that it may not overlap."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: not self._units or not (alone or self._alone or kind != self._kind)
-            )
+            self._waiting += alone
+            try:
+                self._changed.wait_for(partial(self._may_begin, kind, alone))
+            finally:
+                self._waiting -= alone
+                self._changed.notify_all()
             self._units, self._kind, self._alone = self._units + 1, kind, alone
         try:
             yield
@@ -290,6 +296,11 @@ class _Running:
             with self._changed:
                 self._units -= 1
                 self._changed.notify_all()
+
+    def _may_begin(self, kind: str, alone: bool) -> bool:
+        if alone or not self._units:
+            return not self._units and (alone or not self._waiting)
+        return not (self._alone or self._waiting or kind != self._kind)
 
 
 def _committed(job: int, commit: Commit) -> UnitStatus:

@@ -3,9 +3,11 @@
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from infra.ledger import MAX_ATTEMPTS, Ledger, ShardData, Stage
 from infra.ray_session import Embedded
 from infra.runner import Resources, RunProgress, StageJob, SystemicFailure, run_stages
 from infra.store import Store
-from infra.units import UnitRunner, UnitStatus
+from infra.units import UnitRunner, UnitStatus, _Running
 from tests.infra.runner_works import ROWS
 
 EMBEDDED = Embedded(num_cpus=2)
@@ -343,6 +345,35 @@ def test_units_that_were_under_way_when_a_worker_died_run_alone(store, tmp_path)
     assert [row.state for (row,) in done] == ["committed"] * 3
     said = [line.split()[1:] for line in log_of(tmp_path) if "build" not in line]
     assert [what for what, _ in said] == ["run", "end"] * 3
+
+
+def test_a_unit_that_is_to_be_alone_goes_before_those_that_come_later():
+    running, order = _Running(), list[str]()
+
+    def one(name: str, alone: bool) -> None:
+        with running.one("kind", alone=alone):
+            order.append(name)
+
+    def until_waiting(threads: int) -> None:
+        deadline = time.monotonic() + 60
+        while len(running._changed._waiters) < threads and not order:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    with ThreadPoolExecutor(2) as pool:
+        with running.one("kind"):
+            pool.submit(one, "alone", True)
+            until_waiting(1)
+            pool.submit(one, "later", False)
+            until_waiting(2)
+    assert order == ["alone", "later"]
+
+
+def test_a_shard_that_lacks_one_of_shared_works_overlaps_with_no_pass_of_all(store, tmp_path):
+    runner = UnitRunner(store, sharing(tmp_path, ends=True, seconds=0.1), threads=1)
+    beside(runner, (0, "[[0, 0], [1, 0]]"), (1, "[[1, 0]]"))
+    shards = [line.split()[-1] for line in log_of(tmp_path) if "build" not in line]
+    assert [shard for shard, _ in groupby(shards)] in (["0", "1"], ["1", "0"])
 
 
 @pytest.mark.usefixtures("_ray")
