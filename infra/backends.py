@@ -110,9 +110,12 @@ class LocalBackend:
     def discard(self, token: str) -> None:
         self.delete(token)
 
-    def size(self, path: str) -> int | None:
+    def entry(self, path: str) -> Entry | None:
         target = self.root / path
-        return target.stat().st_size if target.is_file() else None
+        if not target.is_file():
+            return None
+        about = target.stat()
+        return Entry(about.st_size, about.st_mtime)
 
     def delete(self, path: str) -> None:
         (self.root / path).unlink(missing_ok=True)
@@ -174,7 +177,7 @@ class S3Backend:
     def create(self, path: str, data: bytes) -> bool:
         if self.conditional:
             return self._create(path, data)
-        if self.size(path) is not None:
+        if self.entry(path) is not None:
             return False
         self.write(path, data)
         return True
@@ -239,9 +242,9 @@ class S3Backend:
         except FileNotFoundError:
             return
 
-    def size(self, path: str) -> int | None:
+    def entry(self, path: str) -> Entry | None:
         info = self._info(path)
-        return None if info is None else info["size"]
+        return None if info is None else Entry(info["size"], info["LastModified"].timestamp())
 
     def delete(self, path: str) -> None:
         try:

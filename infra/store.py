@@ -136,14 +136,19 @@ class Store:
 
     def exists(self, path: str) -> bool:
         """Whether the object is there."""
-        return self._backend.size(_checked(path)) is not None
+        return self.entry(path) is not None
+
+    def entry(self, path: str) -> Entry | None:
+        """Size and time of the last writing of one object, in whole seconds where the service
+        tells no more; None when there is no object."""
+        return self._backend.entry(_checked(path))
 
     def size(self, path: str) -> int:
         """Bytes of an object. Raises FileNotFoundError naming the URL."""
-        found = self._backend.size(_checked(path))
+        found = self.entry(path)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, "no such object", self.full(path))
-        return found
+        return found.size
 
     def delete(self, path: str) -> None:
         """Removes an object; nothing happens when there is none."""

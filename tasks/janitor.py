@@ -20,7 +20,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Literal
 
 from infra.backends import Entry
@@ -86,26 +85,22 @@ def remove(store: Store, litter: Iterable[Litter]) -> int:
         if item.kind == "write":
             store.discard(item.path)
             removed += 1
-    objects = sorted((item for item in litter if item.kind != "write"), key=_removal_order)
-    for folder, items in groupby(objects, key=lambda item: _folder(item.path)):
-        # One listing for each folder, right before: what was written meanwhile stays.
-        now = store.entries(f"{folder}/")
-        for item in items:
-            if item.kind == "orphan" and (named is None or item.path in named):
-                continue
-            if item.path in now and now[item.path].modified == item.modified:
-                store.delete(item.path)
-                removed += 1
+    objects = (item for item in litter if item.kind != "write")
+    for item in sorted(objects, key=_removal_order):
+        if item.kind == "orphan" and (named is None or item.path in named):
+            continue
+        # Asked one by one, right before: a run that resumes may be making it again.
+        now = store.entry(item.path)
+        if now is not None and now.modified < item.modified + 1:  # some tell whole seconds
+            store.delete(item.path)
+            removed += 1
     return removed
 
 
 def _removal_order(item: Litter) -> tuple[str, bool, str]:
     """By folder; of a checkpoint state.json first: without it the rest is none."""
-    return _folder(item.path), not item.path.endswith("/state.json"), item.path
-
-
-def _folder(path: str) -> str:
-    return path.rpartition("/")[0]
+    folder = item.path.rpartition("/")[0]
+    return folder, not item.path.endswith("/state.json"), item.path
 
 
 def _orphans(store: Store) -> Iterator[Litter]:

@@ -124,6 +124,23 @@ def test_an_object_that_is_written_anew_meanwhile_stays(tmp_path):
     assert remove(store, litter) == 0
 
 
+def test_an_orphan_that_a_run_makes_again_during_the_removal_stays(tmp_path, monkeypatch):
+    store = Store(str(tmp_path))
+    orphans = [f"shards/x@1/shard-{number:06d}.a.tar" for number in range(2)]
+    for path in orphans:
+        store.write(path, b"x")
+        aged(store, path, 100)
+    litter, delete = find_litter(store, AGE), store.delete
+
+    def meanwhile(path: str) -> None:
+        delete(path)
+        store.write(orphans[1], b"x")
+
+    monkeypatch.setattr(store, "delete", meanwhile)
+    assert remove(store, litter) == 1
+    assert store.list("shards/") == orphans[1:]
+
+
 @pytest.mark.parametrize("broken", ["commits/x@1/shard-000000.json", "manifests/main/v0001.json"])
 def test_no_orphan_goes_while_a_record_cannot_be_read(tmp_path, broken, caplog):
     store = Store(str(tmp_path))
