@@ -35,6 +35,9 @@ LAST_WORDS_SECONDS = 10.0
 TAIL_LINES = 20
 """Lines of a failed job's log that its error repeats."""
 
+OURS = "fourm-"
+"""How the ids of our jobs begin; a cluster may be shared with others."""
+
 State = Literal["waiting", "running", "succeeded", "failed", "stopped"]
 ALIVE = ("waiting", "running")
 
@@ -245,14 +248,11 @@ class JobsApi:
 
     def find(self, job_id: str) -> JobInfo | None:
         try:
-            details = self._client.get_job_info(job_id)
+            return _info(self._client.get_job_info(job_id))
         except RuntimeError as error:
             if "status code 404" in str(error):
                 return None
             raise
-        state: State = _STATES.get(str(getattr(details.status, "value", details.status)), "waiting")
-        owner = (details.metadata or {}).get("owner", "")
-        return JobInfo(state, details.message or "", owner)
 
     def tail(self, job_id: str) -> AsyncIterator[str]:
         return self._client.tail_job_logs(job_id)
@@ -264,12 +264,16 @@ class JobsApi:
 
     def running(self) -> dict[str, str]:
         """Job id -> owner of every job of ours that has not ended."""
-        found = {}
-        for details in self._client.list_jobs():
-            info = details.submission_id and self.find(details.submission_id)
-            if info and info.state in ALIVE and info.owner:
-                found[details.submission_id] = info.owner
-        return found
+        ours = [job for job in self._client.list_jobs() if (job.submission_id or "").startswith(OURS)]
+        found = {job.submission_id: _info(job) for job in ours}
+        return {job_id: info.owner for job_id, info in found.items()
+                if info.state in ALIVE and info.owner}
+
+
+def _info(details: Any) -> JobInfo:
+    """Ours for Ray's account of a job."""
+    state: State = _STATES.get(str(getattr(details.status, "value", details.status)), "waiting")
+    return JobInfo(state, details.message or "", (details.metadata or {}).get("owner", ""))
 
 
 _STATES: dict[str, State] = {

@@ -65,6 +65,7 @@ def end_jobs(params: JanitorParams) -> list[str]:
 
 
 def _has_ended(run_id: str) -> bool:
+    """Whether this server knows that the run is over, and for long enough."""
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 
@@ -72,7 +73,8 @@ def _has_ended(run_id: str) -> bool:
         try:
             state = client.read_flow_run(UUID(run_id)).state
         except ObjectNotFound:
-            return True
+            # Of another server, or of a command's own, on a cluster that both use.
+            return False
     return state is not None and state.is_final() and datetime.now(UTC) - state.timestamp > GRACE
 
 

@@ -112,18 +112,19 @@ class Client:
 def test_rays_answers_are_understood():
     api = JobsApi(Job(address="http://127.0.0.1:1", env={"A": "1"}, entrypoint_gpus=1))
     api.__dict__["_client"] = client = Client()
-    assert api.find("a") is None
-    api.submit(JobRequest("a", "python -c 0", "run-1", {"B": "2"}))
-    api.submit(request("a"))
-    given = client.jobs["a"].given
+    assert api.find("fourm-a") is None
+    api.submit(JobRequest("fourm-a", "python -c 0", "run-1", {"B": "2"}))
+    api.submit(request("fourm-a"))
+    given = client.jobs["fourm-a"].given
     assert given["runtime_env"] == {"env_vars": {"A": "1", "B": "2"}}
     assert given["entrypoint_num_gpus"] == 1
-    assert api.find("a") == JobInfo("running", "", "run-1")
-    assert api.running() == {"a": "run-1"}
-    api.stop("a")
-    client.jobs["a"].status = "STOPPED"
-    api.stop("a")
-    assert client.stops == ["a"], "what has ended is not stopped again"
+    assert api.find("fourm-a") == JobInfo("running", "", "run-1")
+    client.submit_job(submission_id="theirs", metadata={"owner": "somebody"})
+    assert api.running() == {"fourm-a": "run-1"}, "a cluster is shared with others"
+    api.stop("fourm-a")
+    client.jobs["fourm-a"].status = "STOPPED"
+    api.stop("fourm-a")
+    assert client.stops == ["fourm-a"], "what has ended is not stopped again"
     assert api.running() == {}
 
 

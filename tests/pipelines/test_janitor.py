@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from uuid import UUID
 
 import pytest
+from prefect.exceptions import ObjectNotFound
 
 from infra.ledger import Ledger
 from infra.store import Store
@@ -41,9 +42,11 @@ def test_a_root_without_a_dataset_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("final", "hours", "ended"), [(False, 9, False), (True, 0.5, False), (True, 2, True)]
+    ("final", "hours", "ended"),
+    [(False, 9, False), (True, 0.5, False), (True, 2, True), (None, 9, False)],
 )
 def test_a_job_ends_only_after_its_run_has_for_a_while(monkeypatch, final, hours, ended):
+    """None: a run that this server does not know; another one's, or a command's own, may."""
     stopped = []
 
     class Api:
@@ -66,6 +69,8 @@ def test_a_job_ends_only_after_its_run_has_for_a_while(monkeypatch, final, hours
         def __exit__(self, *error: object) -> None: ...
 
         def read_flow_run(self, run_id: UUID) -> SimpleNamespace:
+            if final is None:
+                raise ObjectNotFound(http_exc=None)
             return SimpleNamespace(state=state)
 
     monkeypatch.setattr(janitor, "JobsApi", Api)
