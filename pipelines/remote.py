@@ -28,7 +28,7 @@ from uuid import UUID
 from prefect import Task
 
 from infra import ui
-from infra.ray_jobs import JobFailed, JobRequest, Jobs, JobsApi, LastLines, attach, follow
+from infra.ray_jobs import OURS, JobFailed, JobRequest, Jobs, JobsApi, LastLines, attach, follow
 from infra.ray_session import Existing, Job, RayJob
 from infra.runner import SystemicFailure
 from infra.store import Store, json_bytes
@@ -37,7 +37,9 @@ from pipelines import params as forms
 log = logging.getLogger("fourm.job")
 R = TypeVar("R")
 
-FINAL = (ValueError, TypeError, KeyError, FileNotFoundError, SystemicFailure, MemoryError)
+FINAL = (
+    ValueError, TypeError, KeyError, ImportError, FileNotFoundError, SystemicFailure, MemoryError,
+)  # fmt: skip
 """What another attempt cannot mend: bad values, or trouble that the runner has named already."""
 ROOT = Path(__file__).resolve().parents[1]
 _LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
@@ -74,9 +76,12 @@ def run(function: Callable[..., R], params: Any, jobs: Jobs | None = None) -> R:
     call = _call(function, params, store)
     digest = hashlib.sha256(json_bytes(call)).hexdigest()[:10]
     # A letter first, and short enough for a name in Kubernetes.
-    stem = f"fourm-{function.__name__.replace('_', '-').lower()[:20].strip('-')}-{digest}"
+    stem = f"{OURS}{function.__name__.replace('_', '-').lower()[:20].strip('-')}-{digest}"
 
     def request(job_id: str) -> JobRequest:
+        # A cluster that was made anew, or whose job was removed, gives out the same id again.
+        for path in (*store.list(f"jobs/{job_id}/shown/"), f"jobs/{job_id}/result.json"):
+            store.delete(path)
         store.create_json(f"jobs/{job_id}/call.json", call)
         command = f"python -m pipelines.remote {_plain(store.url)} {job_id}"
         return JobRequest(job_id, command, _owner(), {"FOURM_RUN_ID": _owner()})

@@ -114,6 +114,32 @@ def test_other_trouble_of_the_job_is_worth_another_attempt(tmp_path):
             remote.run(STAGE, params(tmp_path, crops=10), jobs)
 
 
+def test_what_a_job_of_the_same_id_left_behind_counts_no_more(tmp_path):
+    """Of a cluster that was made anew: it gives out the same ids again."""
+    event = {"what": "table", "arguments": {"key": "k", "rows": [], "title": "t"}}
+
+    class Dies(FakeJobs):
+        def submit(self, request: JobRequest) -> None:
+            super().submit(request)
+            store.write_json(f"jobs/{request.job_id}/shown/late.json", event)
+            self.states[request.job_id] = JobInfo("failed", "the node is gone", request.owner)
+
+    class Refused(InProcess):
+        def submit(self, request: JobRequest) -> None:
+            super().submit(request)
+            answer = {"error": "ValueError: old", "final": True}
+            store.write_json(f"jobs/{request.job_id}/result.json", answer)
+            store.write_json(f"jobs/{request.job_id}/shown/old.json", event)
+            self.states[request.job_id] = JobInfo("failed", "", request.owner)
+
+    store = Store(str(tmp_path))
+    with pytest.raises(SystemicFailure, match="ValueError: old"):
+        remote.run(STAGE, params(tmp_path), Refused())
+    with pytest.raises(JobFailed, match="the node is gone"):
+        remote.run(STAGE, params(tmp_path), Dies())
+    assert [path.rpartition("/")[2] for path in store.list("jobs/")] == ["call.json", "late.json"]
+
+
 def test_equal_work_has_one_name_and_other_work_another(tmp_path):
     jobs = FakeJobs(lambda request: jobs.states.update({request.job_id: JobInfo("stopped")}))
     for crops in (4, 4, 5):
