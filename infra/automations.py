@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("fourm.automations")
 
 FLOWS = (
-    "ingest", "label", "train-tokenizers", "tokenize", "publish", "train", "evaluate", "generate",
-    "end-to-end", "janitor",
+    "ingest", "retry", "import", "label", "train-tokenizers", "tokenize", "publish", "train",
+    "evaluate", "generate", "end-to-end", "janitor",
 )  # fmt: skip
 """Names of our flows: automations look at no others."""
 NEXT = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -14,11 +15,13 @@ from typing import Any
 import httpx
 import pytest
 
-from infra.automations import NEXT, announce, event_name, set_up, version_of
+from infra.automations import FLOWS, NEXT, announce, event_name, set_up, version_of
 from infra.ledger import Ledger
 from infra.store import Store
 from tests.infra.serving import get, post, server, until
 from tests.infra.test_runner import run, toy_job
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class FakeClient:
@@ -117,6 +120,12 @@ def test_a_deployment_that_is_missing_is_named():
     assert "there is no deployment tokenize/kubernetes" in str(
         set_up(fake, apply=True, deployment="kubernetes")
     )
+
+
+def test_every_flow_is_watched():
+    flows = (path.read_text() for path in (ROOT / "pipelines").glob("*.py"))
+    names = {name for text in flows for name in re.findall(r'^@flow\(name="([^"]+)"', text, re.M)}
+    assert names == set(FLOWS)
 
 
 def test_failures_are_told_to_the_block_that_is_named():
