@@ -137,7 +137,7 @@ def _sentences(code: int = 2) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         typer.secho(f"fourm: {error}", fg="red", err=True)
         raise typer.Exit(code) from None
     except KeyboardInterrupt:

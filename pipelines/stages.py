@@ -22,7 +22,7 @@ from infra import ui
 from infra.overlap import percentages
 from infra.runner import RunProgress, StageJob, StageReport, run_stages
 from infra.status import as_rows, failure_class, status
-from infra.store import Store
+from infra.store import Store, StoreConflict, json_bytes
 from pipelines import remote
 from pipelines.params import Compute, LabelerResources, Where
 from pipelines.workers import resources
@@ -149,9 +149,18 @@ def timed(store: Store, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        spent = seconds_spent(store)
-        spent[name] = round(spent.get(name, 0.0) + time.monotonic() - began, 2)
-        store.write_json(SECONDS, spent)
+        _spend(store, name, time.monotonic() - began)
+
+
+def _spend(store: Store, name: str, seconds: float) -> None:
+    while True:
+        version = store.version(SECONDS)
+        spent = store.read_json(SECONDS) if version else {}
+        spent[name] = round(spent.get(name, 0.0) + seconds, 2)
+        try:
+            return store.replace(SECONDS, json_bytes(spent), version)
+        except StoreConflict:  # another flow of this dataset has ended at the same time
+            continue
 
 
 def seconds_spent(store: Store) -> dict[str, float]:

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from pipelines import cli
 from pipelines.cli import app
 from pipelines.params import COMMANDS, TOOLS
 
@@ -87,6 +89,18 @@ def test_what_is_wrong_is_said_in_one_sentence_before_any_work(
     assert sentence in " ".join(output.split())
     assert "Traceback" not in output
     assert not list(tmp_path.iterdir()), "work has begun"
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "/data"),
+                                   ConnectionError("s3://b cannot be reached: no credentials"),
+                                   ModuleNotFoundError("pip install 'fourm[kubernetes]'")])  # fmt: skip
+def test_trouble_with_store_or_packages_is_one_sentence(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as ended, cli._sentences(code=1):
+        raise error
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err == f"fourm: {error}\n"
 
 
 def test_generate_takes_the_words_of_a_form(monkeypatch: pytest.MonkeyPatch) -> None:

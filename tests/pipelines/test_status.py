@@ -7,6 +7,7 @@ from rich.console import Console
 from infra import units
 from infra.ledger import Ledger
 from infra.store import Store
+from pipelines import stages
 from pipelines.status import tables
 from tests.infra.test_runner import run, toy_job
 
@@ -34,3 +35,20 @@ def test_a_stage_shows_done_left_failed_pace_workers_and_slowest(tmp_path, monke
     (curve,) = [line for line in text.splitlines() if "runs/first" in line]
     assert "step 7" in curve
     assert "loss 1.500" in curve
+
+
+def test_flows_that_end_together_both_count_what_they_took(tmp_path, monkeypatch):
+    store = Store(str(tmp_path))
+    read, others = store.read_json, iter([0.5, 0.25])
+
+    def meanwhile(path: str) -> dict[str, float]:
+        value = read(path)
+        if (seconds := next(others, None)) is not None:
+            stages._spend(Store(store.url), "label", seconds)
+        return value
+
+    stages._spend(store, "fetch", 2.0)
+    monkeypatch.setattr(store, "read_json", meanwhile)
+    stages._spend(store, "publish", 1.0)
+    monkeypatch.undo()
+    assert stages.seconds_spent(store) == {"fetch": 2.0, "label": 0.75, "publish": 1.0}
