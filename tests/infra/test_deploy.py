@@ -7,6 +7,7 @@ use them: a misspelt or misplaced field is found without a cluster and without a
 from __future__ import annotations
 
 import ast
+import json
 import re
 import tomllib
 from collections.abc import Iterator
@@ -175,6 +176,8 @@ def test_ray_clusters_run_the_locked_ray_within_their_bounds(name: str) -> None:
     spec = documents(DEPLOY / name)[0]["spec"]
     assert spec.get("rayClusterSpec", spec)["rayVersion"] == locked("ray")
     for group in _groups(DEPLOY / name)[1:]:
+        cluster = spec.get("rayClusterSpec", spec)
+        assert cluster.get("enableInTreeAutoscaling") or group["replicas"], "it would never start"
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     for group in _groups(DEPLOY / name):
         for container in group["template"]["spec"]["containers"]:
@@ -196,6 +199,17 @@ def test_compose_is_whole() -> None:
             assert volume.split(":")[0] in value["volumes"]
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), f"{name} would be open to everybody"
+
+
+def test_volumes_of_our_image_belong_to_its_user() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    text = (DEPLOY / "Dockerfile").read_text()
+    owned = re.search(r"chown fourm (.+)$", text, re.M)
+    assert owned
+    folders = [volume.split(":")[1] for service in services.values()
+               if service["image"].startswith("fourm:") for volume in service.get("volumes", [])]
+    assert folders
+    assert set(folders) <= set(owned[1].split())
 
 
 def test_the_server_of_compose_has_postgres_and_redis() -> None:
@@ -281,3 +295,31 @@ def test_flow_runs_on_kubernetes_may_do_what_the_code_does() -> None:
             binding = named[kind, name]
             assert (binding["roleRef"]["kind"], binding["roleRef"]["name"]) in named
             assert all((s["kind"], s["name"]) in named for s in binding["subjects"])
+
+
+def test_a_flow_run_on_kubernetes_has_the_stores_secret_and_may_reach_ray() -> None:
+    template = json.loads((DEPLOY / "k8s/pool.json").read_text())
+    variables = template["variables"]["properties"]
+    asked = set(re.findall(r"{{ (\w+) }}", json.dumps(template["job_configuration"])))
+    assert asked == set(variables)
+    value = yaml.safe_load((DEPLOY / "k8s/prefect.yaml").read_text())
+    assert value["definitions"]["pool"]["job_variables"].keys() <= variables.keys()
+    pod = template["job_configuration"]["job_manifest"]["spec"]["template"]
+    head = _groups(DEPLOY / "rayjob.yaml")[0]["template"]["spec"]["containers"][0]
+    assert pod["spec"]["containers"][0]["envFrom"] == head["envFrom"]
+    (policy,) = (body for body in documents(DEPLOY / "k8s/raycluster.yaml")
+                 if body["kind"] == "NetworkPolicy")  # fmt: skip
+    allowed = [each["podSelector"]["matchLabels"] for each in policy["spec"]["ingress"][0]["from"]]
+    assert pod["metadata"]["labels"] in allowed
+
+
+def test_the_worker_on_kubernetes_looks_only_where_its_role_lets_it() -> None:
+    (worker,) = (body for body in documents(DEPLOY / "k8s/worker.yaml")
+                 if body["kind"] == "Deployment")  # fmt: skip
+    (container,) = worker["spec"]["template"]["spec"]["containers"]
+    template = container["args"][container["args"].index("--base-job-template") + 1]
+    path = ROOT / template.removeprefix("/app/")
+    pool = json.loads(path.read_text())["variables"]["properties"]
+    env = {each["name"]: each["value"] for each in container["env"]}
+    watched = env["PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES"]
+    assert watched == pool["namespace"]["default"]
