@@ -137,13 +137,19 @@ def _sentences(code: int = 2) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, *_of_services()) as error:
         typer.secho(f"fourm: {error}", fg="red", err=True)
         raise typer.Exit(code) from None
     except KeyboardInterrupt:
         again = shlex.join(["fourm", *sys.argv[1:]])
         typer.secho(f"\nStopped. What is committed is kept; resume with:  {again}", err=True)
         raise typer.Exit(130) from None
+
+
+def _of_services() -> tuple[type[Exception], ...]:
+    """What S3's client raises where a list lies there; it is imported where it was needed."""
+    errors = sys.modules.get("botocore.exceptions")
+    return (errors.BotoCoreError,) if errors else ()
 
 
 def _validated(form: type[_Form], values: dict[str, Any]) -> _Form:

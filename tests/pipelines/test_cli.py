@@ -89,6 +89,43 @@ def test_what_is_wrong_is_said_in_one_sentence_before_any_work(
     assert not list(tmp_path.iterdir()), "work has begun"
 
 
+@pytest.mark.parametrize(
+    ("text", "words", "sentence"),
+    [
+        ("a cat\thttp://h/1\n", [], "'a cat' is no URL"),
+        ("http://h/1\ta cat\n", ["--url-column", "3"], "2 fields, column 3 is wanted"),
+        ("http://h/1\ta cat\n" * 2, ["--format", "jsonl"], "none of the first 2 rows"),
+        ("http://h/1\ta cat\n".encode("utf-16").decode("latin-1"), [], "is no URL"),
+    ],
+)
+def test_a_list_whose_first_rows_are_all_of_no_use_is_refused_before_any_work(
+    tmp_path: Path, text: str, words: list[str], sentence: str
+) -> None:
+    file = tmp_path / "list.tsv"
+    file.write_text(text, encoding="latin-1")
+    code, output = _run("ingest", "--root", f"{tmp_path}/d", "--source", str(file), *words)
+    assert code == 2
+    assert sentence in " ".join(output.split())
+    assert "url_column" in output
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_service_that_cannot_be_reached_is_told_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    where = "s3://a-bucket/place"
+    source = ["--source", f"{where}.csv"]
+    for command in (["status", "--root", where], ["plan", "--root", "x", *source]):
+        code, output = _run(*command)
+        assert code == 2
+        assert "Unable to locate credentials" in " ".join(output.split())
+
+
 def test_generate_takes_the_words_of_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
     import tasks.checks
     import tasks.generate
