@@ -32,6 +32,7 @@ from infra.machine import commit_hash
 from infra.shards import key_digest, member_keys, scan_tar, shard_name
 from infra.stages import Commit, ShardData, Stage
 from infra.store import Store, json_bytes
+from infra.tables import read_table
 
 MAX_ATTEMPTS = 3
 """Attempts after which a unit that never commits is quarantined."""
@@ -278,8 +279,7 @@ def read_keys(tar: bytes, source: str) -> list[str]:
 
 def read_statuses(store: Store, commit: Commit, columns: Sequence[str] | None = None) -> pa.Table:
     """Statuses of one shard, one row for each sample; only some of the columns if so asked."""
-    data = pa.BufferReader(store.read(commit.status["path"]))
-    return pq.read_table(data, columns=None if columns is None else list(columns))
+    return read_table(store.read(commit.status["path"]), columns)
 
 
 def count_drops(reasons: Iterable[str]) -> dict[str, int]:

@@ -256,7 +256,7 @@ def _parquet(source: Source) -> Iterator[Row]:
             for name in columns:
                 _known(name, table.schema_arrow.names, file["name"])
             try:
-                for batch in table.iter_batches(batch_size=1024, columns=columns):
+    XX
                     for value in _records(batch):
                         if isinstance(value, str):
                             yield _mapped(source, ["", ""], value)
