@@ -256,7 +256,8 @@ def _parquet(source: Source) -> Iterator[Row]:
             for name in columns:
                 _known(name, table.schema_arrow.names, file["name"])
             try:
-    XX
+                batches = table.iter_batches(1024, columns=columns, use_threads=False)
+                for batch in batches:
                     for value in _records(batch):
                         if isinstance(value, str):
                             yield _mapped(source, ["", ""], value)
