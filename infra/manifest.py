@@ -158,7 +158,12 @@ def load_manifest(store: Store, name: str, version: int | None = None) -> Manife
         ManifestError: the object is not the manifest it should be.
     """
     if version is None:
-        version = int(store.read_json(_current_path(name))["version"])
+        try:
+            version = int(store.read_json(_current_path(name))["version"])
+        except FileNotFoundError as error:
+            names = ", ".join(manifest_names(store))
+            there = f"there is {names}" if names else "`fourm publish` makes one"
+            raise FileNotFoundError(f"{store.url} has no manifest {name!r}; {there}") from error
     manifest = Manifest.from_dict(store.read_json(_version_path(name, version)))
     if (manifest.name, manifest.version) != (name, version):
         where = store.full(_version_path(name, version))

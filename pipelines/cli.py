@@ -228,6 +228,29 @@ def verify(
     typer.echo("everything that is committed is there and whole")
 
 
+@app.command(epilog="Example:  fourm quarantine --root data/mine --release")
+def quarantine(
+    root: Root = "data/demo",
+    release: Annotated[
+        bool, typer.Option(help="Let them go: the next run of their stage tries them again.")
+    ] = False,
+) -> None:
+    """Show the shards that were set aside after three attempts each, and why."""
+    from infra.ledger import Ledger
+
+    with _sentences():
+        ledger = Ledger(_open(root))
+        found = [(each, ledger.quarantined(each)) for each in ledger.quarantines()]
+        for stage, shards in found:
+            for shard, reason in shards.items():
+                typer.echo(f"{stage} shard {shard}: {reason}")
+                if release:
+                    ledger.release(stage, shard)
+    number = sum(len(shards) for _, shards in found)
+    note = "released" if release else "--release tries them again" if number else "nothing to do"
+    typer.echo(f"shards in quarantine: {number}; {note}")
+
+
 @app.command(epilog="Example:  fourm automations --apply --notify slack-webhook/ops")
 def automations(
     apply: Annotated[bool, typer.Option(help="Make the changes; else only list them.")] = False,

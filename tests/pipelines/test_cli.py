@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from infra.ledger import Ledger, Stage
+from infra.store import Store
 from pipelines.cli import app
 from pipelines.params import COMMANDS, TOOLS
 
@@ -108,6 +110,30 @@ def test_a_list_whose_first_rows_are_all_of_no_use_is_refused_before_any_work(
     assert sentence in " ".join(output.split())
     assert "url_column" in output
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_is_in_quarantine_is_shown_with_its_reason_and_released_on_request(
+    tmp_path: Path,
+) -> None:
+    ledger = Ledger(Store(str(tmp_path)))
+    ledger.write_plan({"num_shards": 3})
+    stage = Stage("fetch", 1, {}, ("rgb",))
+    for _ in range(3):
+        ledger.attempt(stage, 1)
+    ledger.quarantine(stage, 1, "3 attempts failed: ValueError: it is odd")
+    code, output = _run("quarantine", "--root", str(tmp_path))
+    assert code == 0
+    assert f"{stage.id} shard 1: 3 attempts failed: ValueError: it is odd" in output
+    assert ledger.todo(stage, range(3)) == [0, 2]
+    assert "shards in quarantine: 1; released" in _run(
+        "quarantine", "--root", str(tmp_path), "--release"
+    )[1]
+    assert ledger.todo(stage, range(3)) == [0, 1, 2]
+    assert ledger.attempts(stage, 1) == 0
+    code, output = _run("export", "--root", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert "has no manifest 'main'; `fourm publish` makes one" in " ".join(output.split())
+    assert "shards in quarantine: 0" in _run("quarantine", "--root", str(tmp_path))[1]
 
 
 def test_a_service_that_cannot_be_reached_is_told_in_one_sentence(
