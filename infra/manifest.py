@@ -163,7 +163,8 @@ def load_manifest(store: Store, name: str, version: int | None = None) -> Manife
         except FileNotFoundError as error:
             names = ", ".join(manifest_names(store))
             there = f"there is {names}" if names else "`fourm publish` makes one"
-            raise FileNotFoundError(f"{store.url} has no manifest {name!r}; {there}") from error
+            where = store.full(_current_path(name))
+            raise FileNotFoundError(f"no manifest {name!r} at {where}; {there}") from error
     manifest = Manifest.from_dict(store.read_json(_version_path(name, version)))
     if (manifest.name, manifest.version) != (name, version):
         where = store.full(_version_path(name, version))

@@ -132,7 +132,8 @@ def test_what_is_in_quarantine_is_shown_with_its_reason_and_released_on_request(
     assert ledger.attempts(stage, 1) == 0
     code, output = _run("export", "--root", str(tmp_path), "--out", str(tmp_path / "out"))
     assert code == 2
-    assert "has no manifest 'main'; `fourm publish` makes one" in " ".join(output.split())
+    assert "no manifest 'main' at" in output
+    assert "CURRENT; `fourm publish` makes one" in " ".join(output.split())
     assert "shards in quarantine: 0" in _run("quarantine", "--root", str(tmp_path))[1]
 
 
