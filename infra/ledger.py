@@ -32,6 +32,7 @@ from infra.machine import commit_hash
 from infra.shards import key_digest, member_keys, scan_tar, shard_name
 from infra.stages import Commit, ShardData, Stage
 from infra.store import Store, json_bytes
+from infra.tables import read_table
 
 MAX_ATTEMPTS = 3
 """Attempts after which a unit that never commits is quarantined."""
@@ -209,17 +210,21 @@ class Ledger:
         path = f"quarantine/{stage.id}/{shard_name(shard)}.json"
         self.store.write_json(path, {"reason": reason, "created": _now()})
 
+    def quarantines(self) -> list[str]:
+        """Ids of all stages with at least one shard set aside."""
+        return sorted({path.split("/")[1] for path in self.store.list("quarantine/")})
+
     def quarantined(self, stage: Stage | str) -> dict[int, str]:
         """Shard -> reason of what was set aside."""
         paths = self._numbered(f"quarantine/{_id(stage)}/")
         read = _stream(lambda item: self.store.read_json(item[1]), sorted(paths.items()))
         return {n: entry["reason"] for n, entry in zip(sorted(paths), read, strict=True)}
 
-    def release(self, stage: Stage, shard: int) -> None:
+    def release(self, stage: Stage | str, shard: int) -> None:
         """Forgets a shard's attempts and quarantine, so that it is tried again."""
-        for path in self.store.list(f"attempts/{stage.id}/{shard_name(shard)}."):
+        for path in self.store.list(f"attempts/{_id(stage)}/{shard_name(shard)}."):
             self.store.delete(path)
-        self.store.delete(f"quarantine/{stage.id}/{shard_name(shard)}.json")
+        self.store.delete(f"quarantine/{_id(stage)}/{shard_name(shard)}.json")
 
     def todo(self, stage: Stage, shards: Iterable[int]) -> list[int]:
         """What is left of `shards`, in their order: neither committed nor quarantined."""
@@ -278,8 +283,7 @@ def read_keys(tar: bytes, source: str) -> list[str]:
 
 def read_statuses(store: Store, commit: Commit, columns: Sequence[str] | None = None) -> pa.Table:
     """Statuses of one shard, one row for each sample; only some of the columns if so asked."""
-    data = pa.BufferReader(store.read(commit.status["path"]))
-    return pq.read_table(data, columns=None if columns is None else list(columns))
+    return read_table(store.read(commit.status["path"]), columns)
 
 
 def count_drops(reasons: Iterable[str]) -> dict[str, int]:

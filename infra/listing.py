@@ -79,7 +79,7 @@ def _format_of(path: str) -> Format:
 def _by_extension(path: str) -> Format:
     parts = path.lower().rstrip("*").split(".")
     packed = parts.pop() if parts[-1] in COMPRESSED else ""
-    if packed and _FORMATS.get(parts[-1]) in ("parquet", "webdataset"):
+    if packed and _FORMATS.get(parts[-1]) == "webdataset":
         raise ValueError(f"{path} is read as it lies, not out of .{packed}; decompress it first")
     if "." not in path.rpartition("/")[2]:
         return "tsv"  # a bare name has always been one

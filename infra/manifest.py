@@ -158,7 +158,13 @@ def load_manifest(store: Store, name: str, version: int | None = None) -> Manife
         ManifestError: the object is not the manifest it should be.
     """
     if version is None:
-        version = int(store.read_json(_current_path(name))["version"])
+        try:
+            version = int(store.read_json(_current_path(name))["version"])
+        except FileNotFoundError as error:
+            names = ", ".join(manifest_names(store))
+            there = f"there is {names}" if names else "`fourm publish` makes one"
+            where = store.full(_current_path(name))
+            raise FileNotFoundError(f"no manifest {name!r} at {where}; {there}") from error
     manifest = Manifest.from_dict(store.read_json(_version_path(name, version)))
     if (manifest.name, manifest.version) != (name, version):
         where = store.full(_version_path(name, version))

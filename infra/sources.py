@@ -7,7 +7,7 @@
     folder     pictures below a folder, captions in .txt or .json files of the same name
     webdataset tars of pictures with .txt and .json members; a row is a whole tar
 
-Text is plain or compressed (.gz, .bz2, .zst), and every path may be local or any fsspec URL; a
+Lists are plain or compressed (.gz, .bz2, .zst), and every path may be local or any fsspec URL; a
 `*` in a path stands for several files, read in the order of their names. A row that cannot be
 used is a row with a `problem`, never an exception: its place in the list, hence its key, stays.
 """
@@ -17,6 +17,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -248,7 +250,7 @@ def _parquet(source: Source) -> Iterator[Row]:
     wanted = _wanted(source, ("url", "caption"))
     columns = list(dict.fromkeys(name for name in wanted if name != NONE))
     for fs, file in files_of(source):
-        with fs.open(file["name"], "rb") as raw:
+        with _whole(fs, file["name"]) as raw:
             try:
                 table = pq.ParquetFile(raw, pre_buffer=False)
             except (pa.ArrowException, OSError) as error:
@@ -256,7 +258,8 @@ def _parquet(source: Source) -> Iterator[Row]:
             for name in columns:
                 _known(name, table.schema_arrow.names, file["name"])
             try:
-                for batch in table.iter_batches(batch_size=1024, columns=columns):
+                batches = table.iter_batches(1024, columns=columns, use_threads=False)
+                for batch in batches:
                     for value in _records(batch):
                         if isinstance(value, str):
                             yield _mapped(source, ["", ""], value)
@@ -264,6 +267,21 @@ def _parquet(source: Source) -> Iterator[Row]:
                             yield _mapped(source, [value.get(name) for name in wanted])
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"{file['name']} cannot be read: {error}") from error
+
+
+@contextmanager
+def _whole(fs: Any, name: str) -> Iterator[Any]:
+    """A file that can be read from anywhere; one that is compressed is unpacked on the disk."""
+    with fs.open(name, "rb") as raw, tempfile.TemporaryFile() as unpacked:
+        codec = COMPRESSED.get(name.rpartition(".")[2].lower())
+        if codec is None:
+            yield raw
+            return
+        try:
+            shutil.copyfileobj(pa.CompressedInputStream(pa.PythonFile(raw, "r"), codec), unpacked)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{name} cannot be read: {error}") from error
+        yield unpacked
 
 
 def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:

@@ -68,7 +68,7 @@ def status(store: Store, stages: Collection[str] | None = None) -> list[StageSta
     ledger = Ledger(store)
     total = int(ledger.read_plan()["num_shards"])
     if stages is None:
-        stages = {path.split("/")[1] for path in store.list("quarantine/")} | {*ledger.stage_ids()}
+        stages = {*ledger.quarantines(), *ledger.stage_ids()}
     folds = {stage: _Fold() for stage in stages}
     for stage, fold in folds.items():
         for commit in ledger.each_commit(stage):

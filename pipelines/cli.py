@@ -137,13 +137,19 @@ def _sentences(code: int = 2) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, *_of_services()) as error:
         typer.secho(f"fourm: {error}", fg="red", err=True)
         raise typer.Exit(code) from None
     except KeyboardInterrupt:
         again = shlex.join(["fourm", *sys.argv[1:]])
         typer.secho(f"\nStopped. What is committed is kept; resume with:  {again}", err=True)
         raise typer.Exit(130) from None
+
+
+def _of_services() -> tuple[type[Exception], ...]:
+    """What S3's client raises where a list lies there; it is imported where it was needed."""
+    errors = sys.modules.get("botocore.exceptions")
+    return (errors.BotoCoreError,) if errors else ()
 
 
 def _validated(form: type[_Form], values: dict[str, Any]) -> _Form:
@@ -220,6 +226,29 @@ def verify(
         typer.secho(f"{len(report.problems)} problems", fg="red", err=True)
         raise typer.Exit(1)
     typer.echo("everything that is committed is there and whole")
+
+
+@app.command(epilog="Example:  fourm quarantine --root data/mine --release")
+def quarantine(
+    root: Root = "data/demo",
+    release: Annotated[
+        bool, typer.Option(help="Let them go: the next run of their stage tries them again.")
+    ] = False,
+) -> None:
+    """Show the shards that were set aside after three attempts each, and why."""
+    from infra.ledger import Ledger
+
+    with _sentences():
+        ledger = Ledger(_open(root))
+        found = [(each, ledger.quarantined(each)) for each in ledger.quarantines()]
+        for stage, shards in found:
+            for shard, reason in shards.items():
+                typer.echo(f"{stage} shard {shard}: {reason}")
+                if release:
+                    ledger.release(stage, shard)
+    number = sum(len(shards) for _, shards in found)
+    note = "released" if release else "--release tries them again" if number else "nothing to do"
+    typer.echo(f"shards in quarantine: {number}; {note}")
 
 
 @app.command(epilog="Example:  fourm automations --apply --notify slack-webhook/ops")

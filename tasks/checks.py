@@ -7,6 +7,8 @@ from typing import Any
 from infra.store import Store
 from tasks.chain import Chain, labelers, tokenizer_recipes
 
+FIRST_ROWS = 100
+"""Rows of a list of which one at least must be good, before work starts."""
 _UPSTREAM = {
     "retry": ("ingest",),
     "label": ("ingest",),
@@ -112,7 +114,8 @@ def _check_compiles(name: str, device: str, ray: str) -> None:
 
 
 def _check_source(choices: dict[str, Any]) -> None:
-    """Read the first row of the list: its columns are there, or the error names them."""
+    """Read the first rows of the list: its columns are there and hold what they should, or the
+    error says what they do."""
     from infra.sources import Source, detect, read_rows
 
     source = Source(
@@ -123,9 +126,21 @@ def _check_source(choices: dict[str, Any]) -> None:
         extra=tuple(choices["extra_columns"]),
     )
     try:
-        next(read_rows(detect(source), 1), None)
+        source = detect(source)
+        rows = list(read_rows(source, FIRST_ROWS))
     except FileNotFoundError:
         raise ValueError(f"there is nothing at {source.path}") from None
+    files = source.format in ("folder", "webdataset")
+    odd = [
+        row.problem or f"{row.url[:200]!r} is no URL"
+        for row in rows
+        if row.problem or not (files or row.url.lower().startswith(("http://", "https://")))
+    ]
+    if odd and len(odd) == len(rows):
+        raise ValueError(
+            f"{source.path}: none of the first {len(odd)} rows can be used: {odd[0]}; "
+            "url_column says where the URLs are"
+        )
 
 
 def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from infra.ledger import OK, Commit, Ledger, ShardData, Stage, read_statuses
 from infra.runner import StageJob
 from infra.shards import read_tar, split_name, write_tar
 from infra.store import Store
+from infra.tables import read_table
 
 Drop = Literal["drop_exact", "drop_near"]
 NEAR_BITS = 3
@@ -64,7 +65,7 @@ def mark_duplicates(store: Store, download: Stage) -> tuple[str, pa.Table]:
     about = hashlib.sha256(json.dumps([NEAR_BITS, MIN_BITS, *commits]).encode()).hexdigest()
     path = f"reports/duplicates@{download.fingerprint[:8]}.{about[:12]}.parquet"
     if store.exists(path):
-        return path, pq.read_table(pa.BufferReader(store.read(path)))
+        return path, read_table(store.read(path))
     keys, digests, hashes = _hashes(store, commits)
     first, bits = find_duplicates(digests, hashes)
     marked = np.flatnonzero(first >= 0)
@@ -207,7 +208,7 @@ class DistinctWork:
     def __init__(self, store: Store, stage: Stage, marks: str) -> None:
         self._ledger, self._stage = Ledger(store), stage
         kinds = {_EXACT, _NEAR} if stage.params["drop"] == "drop_near" else {_EXACT}
-        table = pq.read_table(pa.BufferReader(store.read(marks)))
+        table = read_table(store.read(marks))
         self._marks = table.filter(pc.is_in(table["kind"], pa.array(sorted(kinds))))
 
     def run(self, shard: int) -> ShardData:

@@ -34,7 +34,7 @@ from infra.turns import turns_of_run
 from models import modalities
 from tasks.arrivals import UNREADABLE, from_files, from_tar
 from tasks.pictures import BadPicture, Picture, PicturePolicy, cleaned
-from tasks.plans import MAX_CAPTION, Plan, make_plan
+from tasks.plans import MAX_CAPTION, WITNESSES, Plan, make_plan
 
 __all__ = ["FetchConfig", "FetchWork", "fetch_job", "fetch_stage", "make_plan"]
 
@@ -157,6 +157,7 @@ class FetchWork:
         self._plan = Plan(store)
         self._pictures = pictures
         self._downloads = downloads
+        self._answered: dict[str, str] = {}
         # A worker has one core; a second thread would only make the two wait for the interpreter.
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="clean")
         # Bodies that wait for a thread occupy memory: when they are many, no more are taken.
@@ -224,6 +225,7 @@ class FetchWork:
         async for download in arrivals:
             row = wanted[download.index]
             if download.reason == OK:
+                self._remember(state.rows[row]["url"])
                 with waits.on("cleaning"):
                     await self._room.enter(len(download.body))
                 settling.append(asyncio.create_task(self._settle(state, row, download.body)))
@@ -277,11 +279,22 @@ class FetchWork:
         )
 
     async def _somebody_answers(self, shard: int) -> bool:
-        """Whether URLs that once worked do: in a pass over failed rows nearly all may be dead."""
+        """Whether URLs that once worked do: in a pass over failed rows nearly all may be dead, and
+        of a list that is sorted all rows of a shard may name one dead host."""
         again = self._plan.retry_of(shard)
-        witnesses = again["witnesses"] if again else []
+        witnesses = [*(again["witnesses"] if again else ()), *self._answered.values()]
         arrivals = [download.reason async for download in self._downloader.each(witnesses)]
         return any(reason not in NETWORK for reason in arrivals)
+
+    def _remember(self, url: str) -> None:
+        """The last URLs that worked, of different hosts; there are none of files."""
+        host = url.partition("://")[2].partition("/")[0]
+        if self._plan.format in ("folder", "webdataset") or not host:
+            return
+        self._answered.pop(host, None)
+        self._answered[host] = url
+        if len(self._answered) > WITNESSES:
+            del self._answered[next(iter(self._answered))]
 
 
 async def _each(downloads: list[Download]) -> AsyncIterator[Download]:

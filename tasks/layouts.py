@@ -25,6 +25,7 @@ from PIL import Image
 from infra.blocks import BlockReader, BlockWriter, Column
 from infra.shards import MISSING_EXT, read_tar, split_name, write_tar
 from infra.store import Store
+from infra.tables import read_table
 from models.crops import CropPolicy, crop_box
 
 LayoutName = Literal["ml-4m", "webdataset", "parquet"]
@@ -349,7 +350,7 @@ def _to_parquet(parts: Sequence[Part], shard: Shard) -> bytes:
 
 
 def _from_parquet(data: bytes, parts: Sequence[Part]) -> Shard:
-    table = pq.read_table(pa.BufferReader(data))
+    table = read_table(data)
     shard = Shard(table["key"].to_pylist())
     for part in parts:
         values = table[part.name].to_pylist()

@@ -29,6 +29,7 @@ from infra.ledger import OK, PASSES, Commit, Ledger, Stage, read_statuses
 from infra.shards import MAX_SHARDS, sample_key, shard_name
 from infra.sources import Row, Source, detect, read_rows
 from infra.store import Store
+from infra.tables import read_table
 
 MAX_CAPTION = 4000
 """Longest alt text that is kept, in characters."""
@@ -206,7 +207,7 @@ class Plan:
         again = self.retry_of(shard)
         folder = f"plan/passes/{again['name']}" if again else "plan/rows"
         data = self._store.read(f"{folder}/{shard_name(shard)}.parquet")
-        rows = pq.read_table(pa.BufferReader(data)).to_pylist()
+        rows = read_table(data).to_pylist()
         return [dict.fromkeys(_COLUMNS) | row for row in rows]
 
     def retry_of(self, shard: int) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ import json
 import os
 import tracemalloc
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -205,11 +206,23 @@ def test_a_parquet_file_that_is_damaged_within_is_named(tmp_path: Path) -> None:
         rows(file)
 
 
-@pytest.mark.parametrize("name", ["set.tar.gz", "l.parquet.zst"])
-def test_what_is_not_read_compressed_is_refused_before_work(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(gzip.compress(b"x"))
+def test_compressed_tars_are_refused_before_work(tmp_path: Path) -> None:
+    (tmp_path / "set.tar.gz").write_bytes(gzip.compress(b"x"))
     with pytest.raises(ValueError, match="decompress it first"):
-        rows(tmp_path / name)
+        rows(tmp_path / "set.tar.gz")
+
+
+@pytest.mark.parametrize(("end", "pack"), [("gz", gzip.compress), ("zst", zstd)])
+def test_parquet_that_was_compressed_as_a_whole_gives_the_same_rows(
+    tmp_path: Path, end: str, pack: Callable[[bytes], bytes]
+) -> None:
+    pq.write_table(pa.table({"url": URLS, "caption": TEXTS}), tmp_path / "l.parquet")
+    file = tmp_path / f"l.parquet.{end}"
+    file.write_bytes(pack((tmp_path / "l.parquet").read_bytes()))
+    assert rows(file) == rows(tmp_path / "l.parquet")
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=f"parquet.{end} "):
+        rows(file)
 
 
 def test_an_endless_line_is_one_bad_row_in_bounded_memory(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from infra.ledger import Ledger, Stage
+from infra.store import Store
 from pipelines import cli
 from pipelines.cli import app
 from pipelines.params import COMMANDS, TOOLS
@@ -101,6 +103,68 @@ def test_trouble_with_store_or_packages_is_one_sentence(
         raise error
     assert ended.value.exit_code == 1
     assert capsys.readouterr().err == f"fourm: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "sentence"),
+    [
+        ("a cat\thttp://h/1\n", [], "'a cat' is no URL"),
+        ("http://h/1\ta cat\n", ["--url-column", "3"], "2 fields, column 3 is wanted"),
+        ("http://h/1\ta cat\n" * 2, ["--format", "jsonl"], "none of the first 2 rows"),
+        ("http://h/1\ta cat\n".encode("utf-16").decode("latin-1"), [], "is no URL"),
+    ],
+)
+def test_a_list_whose_first_rows_are_all_of_no_use_is_refused_before_any_work(
+    tmp_path: Path, text: str, words: list[str], sentence: str
+) -> None:
+    file = tmp_path / "list.tsv"
+    file.write_text(text, encoding="latin-1")
+    code, output = _run("ingest", "--root", f"{tmp_path}/d", "--source", str(file), *words)
+    assert code == 2
+    assert sentence in " ".join(output.split())
+    assert "url_column" in output
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_is_in_quarantine_is_shown_with_its_reason_and_released_on_request(
+    tmp_path: Path,
+) -> None:
+    ledger = Ledger(Store(str(tmp_path)))
+    ledger.write_plan({"num_shards": 3})
+    stage = Stage("fetch", 1, {}, ("rgb",))
+    for _ in range(3):
+        ledger.attempt(stage, 1)
+    ledger.quarantine(stage, 1, "3 attempts failed: ValueError: it is odd")
+    code, output = _run("quarantine", "--root", str(tmp_path))
+    assert code == 0
+    assert f"{stage.id} shard 1: 3 attempts failed: ValueError: it is odd" in output
+    assert ledger.todo(stage, range(3)) == [0, 2]
+    assert "shards in quarantine: 1; released" in _run(
+        "quarantine", "--root", str(tmp_path), "--release"
+    )[1]
+    assert ledger.todo(stage, range(3)) == [0, 1, 2]
+    assert ledger.attempts(stage, 1) == 0
+    code, output = _run("export", "--root", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert "no manifest 'main' at" in output
+    assert "CURRENT; `fourm publish` makes one" in " ".join(output.split())
+    assert "shards in quarantine: 0" in _run("quarantine", "--root", str(tmp_path))[1]
+
+
+def test_a_service_that_cannot_be_reached_is_told_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    where = "s3://a-bucket/place"
+    source = ["--source", f"{where}.csv"]
+    for command in (["status", "--root", where], ["plan", "--root", "x", *source]):
+        code, output = _run(*command)
+        assert code == 2
+        assert "Unable to locate credentials" in " ".join(output.split())
 
 
 def test_generate_takes_the_words_of_a_form(monkeypatch: pytest.MonkeyPatch) -> None:

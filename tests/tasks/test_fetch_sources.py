@@ -26,7 +26,7 @@ from infra.store import Store
 from tasks import fetch
 from tasks.fetch import FetchConfig, FetchWork, _Room, fetch_stage, make_plan
 from tasks.pictures import PicturePolicy
-from tasks.plans import Plan, plan_retry
+from tasks.plans import WITNESSES, Plan, plan_retry
 
 CONFIG = FetchConfig(pictures=PicturePolicy(size=64))
 
@@ -236,6 +236,19 @@ def test_dead_hosts_of_a_retry_do_not_pass_for_a_dead_network_while_others_answe
     web.fates = dict.fromkeys(urls, "dns")
     with pytest.raises(SystemicFailure, match="30 of 30 rows"):
         work(store).run(1)
+
+
+def test_a_shard_of_dead_hosts_does_not_stop_the_run_while_others_answer(tmp_path, monkeypatch):
+    store, urls = planned(tmp_path, 90, 30)
+    web = Web(monkeypatch)
+    web.fates = dict.fromkeys(urls[30:60], "dns")
+    worker = work(store)
+    assert set(fates(worker.run(0)).values()) == {"ok"}
+    assert set(fates(worker.run(1)).values()) == {"dns"}
+    assert len(web.asked) == 60 + WITNESSES
+    web.fates = dict.fromkeys(urls, "dns")
+    with pytest.raises(SystemicFailure, match="30 of 30 rows"):
+        worker.run(2)
 
 
 def test_files_that_vanish_all_at_once_stop_the_run(tmp_path):
