@@ -77,9 +77,7 @@ class Trainer:
         self, store: Store, path: str, task: Task, config: TrainConfig, *, rank: int = 0,
         world: int = 1, asked: Asked = lambda: (False, False),
     ) -> None:
-        if config.batch_size % (world * config.accumulate):
-            raise ValueError(f"batch_size {config.batch_size} is no multiple of {world} workers x "
-                             f"{config.accumulate} accumulated parts")
+        config.check_workers(world)
         require_wandb(config.wandb)
         self.store, self.path, self.task, self.config = store, path, task, config
         self.rank, self.world, self.asked, self.warned = rank, world, asked, 0
