@@ -152,7 +152,8 @@ class Generator(Translator):
             guides: Weighted conditions, any number of them.
             settings: How to decode a target; the released sampler's settings where absent.
             num_samples: Samples a row, combined in `Generated.values`.
-            seeds: One a row, by default its number. A row's result depends on its seed alone.
+            seeds: One a row, by default its number. A row's result depends on its seed alone, in
+                bf16 up to the rounding of products, which may differ between batches.
             chain: Whether a generated target is a condition of those after it.
             batch_size: Rows run together, samples included.
             similarity: Likeness of two captions, to choose among samples.

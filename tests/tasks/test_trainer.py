@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from infra.store import Store
-from tasks.distributed import RESULT, STOP, _told, _worker
+from tasks.distributed import RESULT, STOP, _scaling, _told, _worker, fit_distributed
 from tasks.flops import Load, peak_flops
 from tasks.optim import learning_rate_scale
 from tasks.preemption import Stopped
-from tasks.run_store import Checkpoints, read_curve
+from tasks.run_store import Checkpoints, Curve, read_curve
 from tasks.trainer import Task, TrainConfig, Trainer
 
 
@@ -232,9 +232,27 @@ def test_tensorboard_gets_every_point_and_what_it_measures(tmp_path):
     assert [event.step for event in events.Scalars("lr")] == [2, 4, 6, 8, 10, 12]
 
 
-@pytest.mark.parametrize("field", ["ema_decay", "accumulate", "parallel"])
-def test_settings_of_the_layout_are_checked(field):
-    wrong = {"ema_decay": 1.0, "accumulate": 0, "parallel": "zero"}[field]
+def test_steps_that_are_done_again_after_a_crash_are_shown_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    store = Store(str(tmp_path))
+    for begun, steps in ((0, (2, 4, 6)), (2, (4, 6, 8))):
+        curve = Curve(store, "run", begun)
+        for step in steps:
+            curve.add(step, {"loss": float(begun)})
+        curve.close()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] \
+        == [(2, 0.0), (4, 2.0), (6, 2.0), (8, 2.0)]
+    assert [line["step"] for line in read_curve(store, "run")] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(("field", "wrong"), [
+    ("ema_decay", 1.0), ("accumulate", 0), ("parallel", "zero"), ("clip_norm", -1.0),
+    ("warmup_steps", -1), ("min_lr_ratio", 1.5), ("eval_every", -5),
+])
+def test_settings_of_the_layout_are_checked(field, wrong):
     with pytest.raises(ValueError, match=field):
         dataclasses.replace(CONFIG, **{field: wrong})
 
@@ -269,6 +287,24 @@ def test_sigterm_of_the_driver_ends_its_workers_after_a_checkpoint(tmp_path):
         Trainer(store, "run", Regression(), config,
                 asked=lambda: (False, store.exists(f"run/{STOP}"))).fit()
     assert Checkpoints(store, "run").steps() == [2]
+
+
+@pytest.mark.parametrize(("there", "each", "on_gpu"), [
+    ({"CPU": 9.0, "GPU": 8.0}, None, True), ({"CPU": 9.0}, {"CPU": 4}, False),
+])
+def test_workers_take_the_gpus_of_the_cluster_whatever_the_driver_has(
+    monkeypatch, there, each, on_gpu
+):
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: there)
+    found = _scaling(2)
+    assert (found.num_workers, found.use_gpu, found.resources_per_worker) == (2, on_gpu, each)
+
+
+def test_workers_that_cannot_share_a_batch_are_refused_before_any_starts(tmp_path):
+    with pytest.raises(ValueError, match="batch_size 8 is no multiple of 3 workers x 1"):
+        fit_distributed(Store(str(tmp_path)), "run", Regression(), CONFIG, num_workers=3)
 
 
 def test_a_worker_whose_node_is_about_to_go_keeps_one_checkpoint_at_once(tmp_path, monkeypatch):
