@@ -172,7 +172,7 @@ class Generator(Translator):
         specs = [self.spec(name, target=True) for name in targets]
         if not specs:
             raise ValueError(f"nothing to generate; choose from {', '.join(self.targets)}")
-        seeds = list(range(rows)) if seeds is None else list(seeds)
+        seeds = list(range(rows)) if seeds is None else [int(seed) for seed in seeds]
         plan = _Plan(specs=specs, settings=settings or {}, copies=num_samples, chain=chain)
         # What a row is given decides how it is decoded, so it never depends on rows beside it.
         groups = alike([conditions, *guided], rows, max(1, batch_size // num_samples))
