@@ -117,8 +117,10 @@ class Trainer:
         self, signal: StopSignal, curve: Curve | None, on_progress: ProgressCallback | None
     ) -> dict[str, float] | None:
         """Steps to the end; returns the last metrics, or None if it was asked to stop before."""
+        from tasks.parallel import everyone
+
         config, metrics, saved = self.config, dict[str, float](), time.monotonic()
-        meter = Meter(self.world, self._peak)
+        meter = Meter(self._peak, lambda own: everyone(own, self.world, self.device))
         steps = range(self.step, config.steps)
         with closing(prefetch(map(self._parts, steps), wait=True)) as batches:
             while not self._ended():

@@ -16,6 +16,7 @@ from torch import nn
 from infra.store import Store
 from tasks.distributed import RESULT, STOP, _scaling, _told, _worker, fit_distributed
 from tasks.flops import Load, peak_flops
+from tasks.meter import Meter
 from tasks.optim import learning_rate_scale
 from tasks.preemption import Stopped
 from tasks.run_store import Checkpoints, Curve, read_curve
@@ -218,6 +219,20 @@ def test_rates_of_tokens_and_utilisation_are_points_of_the_curve(tmp_path):
     # 8 samples and 3e6 operations a step.
     peak = peak_flops(torch.device("cpu"), "fp32")
     assert line["mfu"] == pytest.approx(3e6 * line["samples_per_second"] / 8 / peak)
+
+
+def test_points_are_means_over_the_steps_and_samples_of_all_workers():
+    def everyone(own):
+        return [own, [{"loss": 9.0, "loss/b": 4.0}, {"loss": 2, "loss/b": 1}, {"x": 5}, 30.0]]
+
+    meter = Meter(lambda: 1e9, everyone)
+    meter.add({"loss": torch.tensor(1.0)}, 8, [Load({"x": 2, "y": 1}, 4, 5.0)])
+    meter.add({"loss": torch.tensor(2.0), "loss/a": torch.tensor(3.0)}, 8)
+    found = meter.take()
+    assert (found["loss"], found["loss/a"], found["loss/b"]) == (3.0, 3.0, 4.0)
+    shares = [found[f"tokens_per_second/{name}"] / found["tokens_per_second"] for name in "xy"]
+    assert shares == pytest.approx([7 / 8, 1 / 8])
+    assert found["mfu"] / found["samples_per_second"] == pytest.approx(45 / 16 / 2 / 1e9)
 
 
 def test_tensorboard_gets_every_point_and_what_it_measures(tmp_path):
