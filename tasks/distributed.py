@@ -21,6 +21,8 @@ from tasks.run_store import read_curve
 from tasks.trainer import ProgressCallback, Task, TrainConfig, Trainer, TrainResult
 
 if TYPE_CHECKING:
+    from ray.train import ScalingConfig
+
     from infra.store import Store
 
 STOP, RESULT = "stop", "result.json"
@@ -42,15 +44,13 @@ def fit_distributed(
 
     Raises:
         Stopped: SIGTERM came; the workers have kept a checkpoint.
+        ValueError: the batch does not divide into parts of the workers.
     """
-    import ray
-    import torch
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
+    config.check_workers(num_workers)
     arguments = {"store": store, "path": path, "task": task, "config": config}
-    on_gpu = torch.cuda.is_available()
-    share = max(1, int(ray.cluster_resources().get("CPU", 1)) // num_workers)
     for name in (STOP, RESULT):
         store.delete(f"{path}/{name}")
     with (
@@ -62,10 +62,7 @@ def fit_distributed(
         TorchTrainer(
             _worker,
             train_loop_config=arguments,
-            scaling_config=ScalingConfig(
-                num_workers=num_workers, use_gpu=on_gpu,
-                resources_per_worker=None if on_gpu else {"CPU": share},
-            ),
+            scaling_config=_scaling(num_workers),
             run_config=RunConfig(
                 storage_path=scratch, failure_config=FailureConfig(max_failures=2)
             ),
@@ -74,6 +71,19 @@ def fit_distributed(
         signal.hand_on()
         raise Stopped(f"{path}: the workers have kept a checkpoint; the same call goes on from it")
     return TrainResult(**store.read_json(f"{path}/{RESULT}"))
+
+
+def _scaling(num_workers: int) -> ScalingConfig:
+    """What each worker gets. Where there are GPUs is the cluster's to say: the machine that waits
+    for the workers often has none."""
+    import ray
+    from ray.train import ScalingConfig
+
+    there = ray.cluster_resources()
+    if there.get("GPU", 0):
+        return ScalingConfig(num_workers=num_workers, use_gpu=True)
+    share = max(1, int(there.get("CPU", 1)) // num_workers)
+    return ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": share})
 
 
 def _worker(arguments: dict[str, Any]) -> None:

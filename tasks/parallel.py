@@ -7,6 +7,7 @@ block's weights travel as bf16 and gradients are summed in fp32.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,23 @@ def agree(flags: Iterable[bool], device: torch.device) -> list[bool]:
     raised = torch.tensor([int(flag) for flag in flags], device=device)
     torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX)
     return [bool(flag) for flag in raised.tolist()]
+
+
+def everyone(own: Any, world: int, device: torch.device) -> list[Any]:
+    """The JSON values of all workers in their order; all of them call it alike."""
+    if world == 1:
+        return [own]
+    import torch
+
+    text = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world)]
+    torch.distributed.all_gather(sizes, torch.tensor([len(text)], device=device))
+    longest = int(torch.cat(sizes).max())
+    texts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in range(world)]
+    padded = torch.nn.functional.pad(text, (0, longest - len(text)))
+    torch.distributed.all_gather(texts, padded.to(device))
+    return [json.loads(bytes(one[: int(size)].tolist()))
+            for one, size in zip(texts, sizes, strict=True)]
 
 
 def first_says(number: int, device: torch.device) -> int:

@@ -172,7 +172,7 @@ class Curve:
         """Keeps the lines an earlier part of the run wrote before `step`."""
         self._store, self._path, self._mirror = store, path, mirror
         self._lines: list[dict[str, Any]] = []
-        self._events = tempfile.TemporaryDirectory(prefix="fourm-events-")
+        self._events, self._step = tempfile.TemporaryDirectory(prefix="fourm-events-"), step
         if step:
             self._lines = [line for line in read_curve(store, path) if line["step"] <= step]
         self._writer: Any = None
@@ -183,7 +183,9 @@ class Curve:
         from torch.utils.tensorboard import SummaryWriter
 
         if self._writer is None:
-            self._writer = SummaryWriter(self._events.name)
+            # Readers drop what the part before showed of steps that are done again.
+            purge = self._step + 1 if self._step else None
+            self._writer = SummaryWriter(self._events.name, purge_step=purge)
         self._lines.append({"step": step, **metrics})
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)

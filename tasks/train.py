@@ -155,7 +155,7 @@ class FourMTask(Task):
             value = sum(float(loss) for loss in found.values())  # one target: the others are 0
             sums[name] = sums.get(name, 0.0) + value * count
             rows[name] = rows.get(name, 0) + count
-        return {name: sums[name] / max(1, rows[name]) for name in sums}
+        return {name: sums[name] / rows[name] for name in sums if rows[name]}
 
     def is_hidden(self, name: str) -> bool:
         """Matrices of the blocks, where the recipe gives them to Muon."""

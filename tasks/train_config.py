@@ -88,6 +88,12 @@ class TrainConfig:
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got "
                                  f"{getattr(self, name)!r}")
+        for name in ("warmup_steps", "weight_decay", "clip_norm", "checkpoint_seconds",
+                     "eval_every", "threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"min_lr_ratio must be in 0..1, got {self.min_lr_ratio}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in 0..1 and below 1, got {self.ema_decay}")
         if self.finish_with_ema and not self.ema_decay:
@@ -95,3 +101,9 @@ class TrainConfig:
         if self.tokens < 0 or not 0 <= self.warmup_tokens <= self.tokens:
             raise ValueError(f"tokens and warmup_tokens must be 0 <= warmup <= tokens, got "
                              f"{self.tokens} and {self.warmup_tokens}")
+
+    def check_workers(self, world: int) -> None:
+        """Raises ValueError where a batch does not divide into parts of `world` workers."""
+        if world < 1 or self.batch_size % (world * self.accumulate):
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of {world} workers x "
+                             f"{self.accumulate} accumulated parts")

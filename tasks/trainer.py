@@ -77,9 +77,7 @@ class Trainer:
         self, store: Store, path: str, task: Task, config: TrainConfig, *, rank: int = 0,
         world: int = 1, asked: Asked = lambda: (False, False),
     ) -> None:
-        if config.batch_size % (world * config.accumulate):
-            raise ValueError(f"batch_size {config.batch_size} is no multiple of {world} workers x "
-                             f"{config.accumulate} accumulated parts")
+        config.check_workers(world)
         require_wandb(config.wandb)
         self.store, self.path, self.task, self.config = store, path, task, config
         self.rank, self.world, self.asked, self.warned = rank, world, asked, 0
@@ -119,8 +117,10 @@ class Trainer:
         self, signal: StopSignal, curve: Curve | None, on_progress: ProgressCallback | None
     ) -> dict[str, float] | None:
         """Steps to the end; returns the last metrics, or None if it was asked to stop before."""
+        from tasks.parallel import everyone
+
         config, metrics, saved = self.config, dict[str, float](), time.monotonic()
-        meter = Meter(self.world, self._peak)
+        meter = Meter(self._peak, lambda own: everyone(own, self.world, self.device))
         steps = range(self.step, config.steps)
         with closing(prefetch(map(self._parts, steps), wait=True)) as batches:
             while not self._ended():

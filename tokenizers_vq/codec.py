@@ -137,8 +137,13 @@ class ValueCodec:
         return (output - low) / (high - low).clamp(min=_EPS)
 
 
-def _pack_rgb(value: NDArray[Any]) -> NDArray[Any]:
-    return value.astype(np.uint8, copy=False)
+def _pack_bytes(value: NDArray[Any]) -> NDArray[Any]:
+    if value.dtype == np.uint8:
+        return value
+    if value.dtype.kind == "f" or (value.size and not 0 <= value.min() <= value.max() <= 255):
+        raise ValueError(f"values must be whole numbers in 0..255, not {value.dtype} in "
+                         f"{value.min()}..{value.max()}")
+    return value.astype(np.uint8)
 
 
 def _pack_depth(value: NDArray[Any]) -> NDArray[Any]:
@@ -163,19 +168,20 @@ def _pack_mask(value: NDArray[Any]) -> NDArray[Any]:
 
 _CHANNELS_LAST = ("feature", "vector")
 _PACK = {
-    "rgb": _pack_rgb,
+    "rgb": _pack_bytes,
     "depth": _pack_depth,
     "normal": _pack_normal,
-    "semseg": _pack_rgb,
+    "semseg": _pack_bytes,
     "feature": _pack_feature,
     "vector": _pack_vector,
-    "edge": _pack_rgb,
+    "edge": _pack_bytes,
     "mask": _pack_mask,
 }
 
 
 def pack_value(kind: Kind, value: NDArray[Any]) -> NDArray[Any]:
-    """One value [H, W(, C)] in its smallest form."""
+    """One value [H, W(, C)] in its smallest form. Raises ValueError for colours, classes or edges
+    that are not whole numbers in 0..255."""
     return _PACK[kind](np.asarray(value))
 
 

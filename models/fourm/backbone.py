@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.fourm.conditions import Shown, gather_inputs
@@ -119,6 +120,8 @@ class Backbone(nn.Module):
 
     modality: nn.Parameter
     positions: Tensor
+    drop_rate = 0.0
+    """Share of features that training hides from the head."""
 
     def __init__(
         self, config: FourMConfig, name: str | None = None, *, num_classes: int = 0,
@@ -185,6 +188,7 @@ class Backbone(nn.Module):
         """Pools tokens without registers, and applies the head unless `pre_logits`."""
         if self.global_pool == "avg":
             x = x[:, self.num_prefix_tokens :].mean(1)
+        x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
     def forward_intermediates(

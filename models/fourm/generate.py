@@ -152,7 +152,8 @@ class Generator(Translator):
             guides: Weighted conditions, any number of them.
             settings: How to decode a target; the released sampler's settings where absent.
             num_samples: Samples a row, combined in `Generated.values`.
-            seeds: One a row, by default its number. A row's result depends on its seed alone.
+            seeds: One a row, by default its number. A row's result depends on its seed alone, in
+                bf16 up to the rounding of products, which may differ between batches.
             chain: Whether a generated target is a condition of those after it.
             batch_size: Rows run together, samples included.
             similarity: Likeness of two captions, to choose among samples.
@@ -171,7 +172,7 @@ class Generator(Translator):
         specs = [self.spec(name, target=True) for name in targets]
         if not specs:
             raise ValueError(f"nothing to generate; choose from {', '.join(self.targets)}")
-        seeds = list(range(rows)) if seeds is None else list(seeds)
+        seeds = list(range(rows)) if seeds is None else [int(seed) for seed in seeds]
         plan = _Plan(specs=specs, settings=settings or {}, copies=num_samples, chain=chain)
         # What a row is given decides how it is decoded, so it never depends on rows beside it.
         groups = alike([conditions, *guided], rows, max(1, batch_size // num_samples))

@@ -132,7 +132,9 @@ def transfer_batch(
     full_out[:, [config.index(name) for name in targets]] = np.iinfo(np.int32).max
     state.set_inputs(np.minimum(full_in, state.input_limit()), none(size), np.full(size[0], "all"))
     state.set_targets(np.minimum(full_out, state.target_limit()), none(size))
-    return state.batch(int(state.inputs.sum(1).max()), int(state.targets.sum(1).max()))
+    # One slot at least, where all samples lack what is asked for.
+    return state.batch(*(max(1, int(counts.sum(1).max())) for counts in
+                         (state.inputs, state.targets)))
 
 
 class _Masks:

@@ -36,7 +36,7 @@ def uniform(seeds: Sequence[int], stream: int, count: int) -> Tensor:
         count: Numbers a row.
     """
     with np.errstate(over="ignore"):
-        rows = np.asarray([seed % (1 << 64) for seed in seeds], np.uint64) * np.uint64(_GOLDEN)
+        rows = np.asarray([int(seed) % (1 << 64) for seed in seeds], np.uint64) * np.uint64(_GOLDEN)
         rows = _mixed(rows + np.uint64(stream % (1 << 64)))
         columns = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
         bits = _mixed(rows[:, None] + columns[None, :]) >> np.uint64(40)

@@ -31,7 +31,7 @@ class FourMViT(Backbone):
         self, *, embed_dim: int, depth: int, num_heads: int, img_size: int = 224,
         patch_size: int = 16, in_chans: int = 3, num_classes: int = 0, global_pool: str = "avg",
         mlp_ratio: float = 4.0, qk_norm: bool = False, bias: bool = False, gated_mlp: bool = True,
-        num_registers: int = 0,
+        num_registers: int = 0, drop_rate: float = 0.0,
     ) -> None:
         """
         Args:
@@ -48,6 +48,7 @@ class FourMViT(Backbone):
             bias: Whether norms, attention and MLP have biases.
             gated_mlp: SwiGLU rather than GELU.
             num_registers: Register tokens in front.
+            drop_rate: Share of pooled features that training hides from the head.
         """
         pixels = ModalitySpec(name=PIXELS, kind="pixels", patch_size=patch_size, is_target=False,
                               channels=in_chans, max_tokens=(img_size // patch_size) ** 2)
@@ -57,6 +58,7 @@ class FourMViT(Backbone):
             gated_mlp=gated_mlp, num_register_tokens=num_registers,
         )
         super().__init__(config, num_classes=num_classes, global_pool=global_pool)
+        self.drop_rate = drop_rate
 
 
 def encoder_weights(released: dict[str, Tensor], model: Backbone) -> dict[str, Tensor]:

@@ -155,6 +155,15 @@ def test_timm_creates_every_size_and_its_features():
 
 
 @torch.no_grad()
+def test_timm_hides_features_from_the_head_in_training_alone():
+    plain, dropped = (timm.create_model("fourm_base_patch16_224", num_classes=7, drop_rate=rate,
+                                        **SMALL) for rate in (0.0, 0.5))
+    dropped.load_state_dict(plain.state_dict())
+    assert (dropped.forward_head(torch.ones(8, 4, 16), pre_logits=True) == 0).any()
+    assert torch.equal(dropped.eval()(pictures()), plain.eval()(pictures()))
+
+
+@torch.no_grad()
 def test_timm_takes_the_encoder_of_a_released_file_and_refuses_another(tmp_path):
     specs = (dataclasses.replace(SPECS[0], name="rgb@224"), ModalitySpec(
         name="tok_rgb@224", kind="img", max_tokens=4, vocab_size=9))

@@ -248,6 +248,15 @@ def test_rows_that_lack_a_condition_come_out_as_alone(
             assert np.array_equal(found.tokens, whole[name].tokens[2 * row : 2 * row + 2])
 
 
+def test_seeds_may_be_numbers_of_numpy(generator: Generator) -> None:
+    image = np.full((64, 64, 3), 90, np.uint8)
+    found = [generator.generate({"rgb": image}, ["depth", "caption"], seeds=seeds)
+             for seeds in ([7], np.array([7], np.int32), np.array([7]))]  # fmt: skip
+    for name in ("depth", "caption"):
+        assert all(np.array_equal(one[name].tokens, found[0][name].tokens) for one in found)
+    assert torch.equal(uniform([7], 0, 3), uniform(np.array([7]), 0, 3))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("asked", "sentence"), [
     ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
     ({"batch_size": -2}, "batch_size must be at least 1, got -2"),

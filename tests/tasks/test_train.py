@@ -50,6 +50,19 @@ def test_a_run_ends_with_a_loadable_model_and_losses_of_every_target(token_set):
     assert (again, steps) == (info, [])
 
 
+def test_losses_are_of_the_samples_that_have_the_target(token_set, monkeypatch):
+    task = FourMTask(*token_set, TINY)
+    model = task.build_model()
+    with torch.no_grad():
+        wanted = task.evaluate(model)
+        monkeypatch.setattr("tasks.train._VAL_BATCH", 1)  # the fourth sample has no depth
+        task = FourMTask(*token_set, TINY)
+        assert task.evaluate(model) == pytest.approx(wanted, abs=1e-5)
+        task.validation[:] = [one for one in task.validation if not sum(one[1].counts)]
+        assert len(task.validation) == 1
+        assert task.evaluate(model) == {}
+
+
 def test_a_run_of_other_settings_needs_another_name(token_set):
     store, manifest = token_set
     train_fourm(store, manifest, TINY, run="taken")

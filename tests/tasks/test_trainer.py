@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from infra.store import Store
-from tasks.distributed import RESULT, STOP, _told, _worker
+from tasks.distributed import RESULT, STOP, _scaling, _told, _worker, fit_distributed
 from tasks.flops import Load, peak_flops
+from tasks.meter import Meter
 from tasks.optim import learning_rate_scale
 from tasks.preemption import Stopped
-from tasks.run_store import Checkpoints, read_curve
+from tasks.run_store import Checkpoints, Curve, read_curve
 from tasks.trainer import Task, TrainConfig, Trainer
 
 
@@ -220,6 +221,20 @@ def test_rates_of_tokens_and_utilisation_are_points_of_the_curve(tmp_path):
     assert line["mfu"] == pytest.approx(3e6 * line["samples_per_second"] / 8 / peak)
 
 
+def test_points_are_means_over_the_steps_and_samples_of_all_workers():
+    def everyone(own):
+        return [own, [{"loss": 9.0, "loss/b": 4.0}, {"loss": 2, "loss/b": 1}, {"x": 5}, 30.0]]
+
+    meter = Meter(lambda: 1e9, everyone)
+    meter.add({"loss": torch.tensor(1.0)}, 8, [Load({"x": 2, "y": 1}, 4, 5.0)])
+    meter.add({"loss": torch.tensor(2.0), "loss/a": torch.tensor(3.0)}, 8)
+    found = meter.take()
+    assert (found["loss"], found["loss/a"], found["loss/b"]) == (3.0, 3.0, 4.0)
+    shares = [found[f"tokens_per_second/{name}"] / found["tokens_per_second"] for name in "xy"]
+    assert shares == pytest.approx([7 / 8, 1 / 8])
+    assert found["mfu"] / found["samples_per_second"] == pytest.approx(45 / 16 / 2 / 1e9)
+
+
 def test_tensorboard_gets_every_point_and_what_it_measures(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -232,9 +247,27 @@ def test_tensorboard_gets_every_point_and_what_it_measures(tmp_path):
     assert [event.step for event in events.Scalars("lr")] == [2, 4, 6, 8, 10, 12]
 
 
-@pytest.mark.parametrize("field", ["ema_decay", "accumulate", "parallel"])
-def test_settings_of_the_layout_are_checked(field):
-    wrong = {"ema_decay": 1.0, "accumulate": 0, "parallel": "zero"}[field]
+def test_steps_that_are_done_again_after_a_crash_are_shown_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    store = Store(str(tmp_path))
+    for begun, steps in ((0, (2, 4, 6)), (2, (4, 6, 8))):
+        curve = Curve(store, "run", begun)
+        for step in steps:
+            curve.add(step, {"loss": float(begun)})
+        curve.close()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] \
+        == [(2, 0.0), (4, 2.0), (6, 2.0), (8, 2.0)]
+    assert [line["step"] for line in read_curve(store, "run")] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(("field", "wrong"), [
+    ("ema_decay", 1.0), ("accumulate", 0), ("parallel", "zero"), ("clip_norm", -1.0),
+    ("warmup_steps", -1), ("min_lr_ratio", 1.5), ("eval_every", -5),
+])
+def test_settings_of_the_layout_are_checked(field, wrong):
     with pytest.raises(ValueError, match=field):
         dataclasses.replace(CONFIG, **{field: wrong})
 
@@ -269,6 +302,24 @@ def test_sigterm_of_the_driver_ends_its_workers_after_a_checkpoint(tmp_path):
         Trainer(store, "run", Regression(), config,
                 asked=lambda: (False, store.exists(f"run/{STOP}"))).fit()
     assert Checkpoints(store, "run").steps() == [2]
+
+
+@pytest.mark.parametrize(("there", "each", "on_gpu"), [
+    ({"CPU": 9.0, "GPU": 8.0}, None, True), ({"CPU": 9.0}, {"CPU": 4}, False),
+])
+def test_workers_take_the_gpus_of_the_cluster_whatever_the_driver_has(
+    monkeypatch, there, each, on_gpu
+):
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: there)
+    found = _scaling(2)
+    assert (found.num_workers, found.use_gpu, found.resources_per_worker) == (2, on_gpu, each)
+
+
+def test_workers_that_cannot_share_a_batch_are_refused_before_any_starts(tmp_path):
+    with pytest.raises(ValueError, match="batch_size 8 is no multiple of 3 workers x 1"):
+        fit_distributed(Store(str(tmp_path)), "run", Regression(), CONFIG, num_workers=3)
 
 
 def test_a_worker_whose_node_is_about_to_go_keeps_one_checkpoint_at_once(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from models.fourm.model import FourM
 from tasks.finetune import modality_of
 from tasks.frozen import held_rows, hold_rows
 from tasks.parallel import blocks, restore_forwards, spread
-from tasks.run_store import Checkpoints
+from tasks.run_store import Checkpoints, read_curve
 from tasks.task import Task
 from tasks.train import FourMTask, train_fourm
 from tasks.train_config import TrainConfig
@@ -132,6 +132,9 @@ def test_shards_train_what_one_process_trains(trained, tmp_path):
     kept, state = Checkpoints(trained, "whole").newest()
     single, _ = Checkpoints(one_store, "one").newest()
     assert len(state["sha256"]) == 6  # three groups of tensors, each in two parts
+    ours, alone_losses = ([line["loss"] for line in read_curve(store, run) if "grad_norm" in line]
+                          for store, run in ((trained, "whole"), (one_store, "one")))
+    assert ours == pytest.approx(alone_losses, abs=2e-3)  # of both workers' samples
     for group in ("model", "ema"):
         assert kept[group].keys() == dict(one.model.named_parameters()).keys()
         for name, value in single[group].items():

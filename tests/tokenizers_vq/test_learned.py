@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokenizers_vq.codec import ValueCodec, feature_statistics
+from tokenizers_vq.codec import ValueCodec, feature_statistics, pack_value
 from tokenizers_vq.losses import LOSSES, perceptual_network
 from tokenizers_vq.quality import picture_quality, reconstruction_quality
 from tokenizers_vq.quantizers import FiniteScalar, Whitening, code_statistics
@@ -91,6 +91,17 @@ def test_standardised_depth_drops_the_tails_before_its_statistics():
     plain, spoilt = contract.to_tensor(depth), contract.to_tensor(outlier)
     assert torch.allclose(plain[0, 0, :9], spoilt[0, 0, :9])
     assert abs(plain.mean()) < 0.05
+
+
+@pytest.mark.parametrize("value", [
+    np.zeros((4, 4, 3), np.float32), np.full((4, 4), -1), np.full((4, 4), 256),
+])
+def test_bytes_are_not_made_of_other_numbers(value):
+    with pytest.raises(ValueError, match=r"whole numbers in 0..255, not \w+ in"):
+        pack_value("rgb" if value.ndim == 3 else "semseg", value)
+    whole = np.full((4, 4), 255)
+    assert pack_value("semseg", whole).dtype == np.uint8
+    assert (pack_value("semseg", whole) == whole).all()
 
 
 @pytest.mark.parametrize("quantizer", ["fsq", "vq"])
