@@ -12,8 +12,9 @@ R = TypeVar("R")
 Items = Any
 """A sequence, or an array whose first axis counts items: whatever has a length and slices."""
 
-_SIGNS = ("can't allocate memory", "ALLOC_FAILED")
-"""What torch says on a CPU, and what cuBLAS and cuDNN say, in errors of no kind of their own."""
+_SIGNS = ("can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory")
+"""What torch says on a CPU, and what cuBLAS, cuDNN and CUDA say, in errors of no kind of their own.
+"""
 
 
 class FittingBatches:
@@ -73,6 +74,19 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def gpu_lost(error: BaseException) -> bool:
+    """Whether this process can use its GPU no more: after a failed assertion or a wrong access on
+    the device every further call fails, until the process has ended."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, torch.AcceleratorError) or out_of_memory(error):
+        return False
+    try:
+        torch.cuda.synchronize()
+    except (AssertionError, RuntimeError):
+        return True
+    return False  # such as a kernel that could not be started
 
 
 def _release() -> None:

@@ -337,7 +337,7 @@ def _dataset(
             max_concurrent_calls_per_actor=at_once,
             enable_true_multi_threading=at_once > 1,
         ),
-        fn_constructor_kwargs=arguments,
+        fn_constructor_kwargs={**arguments, "replaced": True},
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus or None,
         **({"accelerator_type": resources.accelerator} if resources.accelerator else {}),

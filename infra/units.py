@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
+from infra.fitting import gpu_lost
 from infra.ledger import MAX_ATTEMPTS, Commit, Ledger, ShardData, Stage
 from infra.machine import keep_freed_memory
 from infra.store import Store
@@ -98,9 +99,14 @@ class UnitRunner:
         store: where inputs and the ledger lie.
         jobs: the stages that units refer to by position.
         threads: torch and OpenMP threads.
+        replaced: whether another process takes over when this one ends. It does so where its GPU is
+            lost; without another to take over the run stops.
     """
 
-    def __init__(self, store: Store, jobs: list[StageJob], threads: int) -> None:
+    def __init__(
+        self, store: Store, jobs: list[StageJob], threads: int, *, replaced: bool = False
+    ) -> None:
+        self._replaced = replaced
         self._store, self._jobs, self._threads = store, jobs, threads
         self._ledger = Ledger(store)
         self._works: dict[int, Work] = {}
@@ -215,12 +221,22 @@ class UnitRunner:
             raise
         except Exception as error:
             log.exception("%s shard %d, attempt %d", stage.name, shard, number)
+            if gpu_lost(error):
+                self._end(error)
             return f"{type(error).__name__}: {error}"
         try:
             return self._commit(job, shard, data)
         except ValueError as error:
             # The work handed over outputs that do not agree; a failing store raises otherwise.
             return f"{type(error).__name__}: {error}"
+
+    def _end(self, error: Exception) -> NoReturn:
+        """End this process: whatever it tried with a lost GPU would fail, whosever fault it was."""
+        if self._replaced:
+            log.error("the GPU is lost to this worker, which ends: %s", error)
+            logging.shutdown()
+            os._exit(1)
+        raise SystemicFailure(f"the GPU is lost to this process, start it again: {error}") from error
 
     def _tried(self, job: int, shard: int, before: int) -> bool:
         """Whether this run began with it already, here or in a worker that died."""

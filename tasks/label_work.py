@@ -20,6 +20,7 @@ from itertools import chain, islice
 from typing import Any
 
 from infra.buckets import Buckets
+from infra.fitting import gpu_lost
 from infra.ledger import Ledger, ShardData, Stage
 from infra.overlap import Lane, Waits
 from infra.shards import MISSING_EXT, TarIndex, hole, read_tar, split_name, write_tar
@@ -51,7 +52,8 @@ class Sample:
     done: bool = False
 
     def fail(self, reason: str, error: Exception | str) -> None:
-        self.reason, self.detail = reason, str(error)[:500]
+        kind = "" if isinstance(error, (str, ValueError)) else f"{type(error).__name__}: "
+        self.reason, self.detail = reason, f"{kind}{error}"[:500]
 
 
 @dataclass
@@ -204,7 +206,9 @@ class LabelWork:
             for name, each in others.items():
                 inputs[name] = read_label(name, sample.key, each)
             sample.inputs = inputs
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:
+            if not isinstance(error, OSError):  # which is what a broken picture is to Pillow
+                _accept(error)
             sample.fail("undecodable", error)
 
     def _buckets(self) -> Buckets[Sample]:
@@ -213,11 +217,16 @@ class LabelWork:
         return Buckets(size=size, most=MOST_PIXELS)
 
     def _put(self, buckets: Buckets[Sample], sample: Sample) -> list[list[Sample]]:
-        if sample.reason != "ok":
-            sample.done = True
-            return []
-        pixels = sample.inputs["rgb"].size // 3 if "rgb" in sample.inputs else 0
-        return buckets.add(sample, kind=self._labeler.alike(sample.inputs), cost=pixels)
+        if sample.reason == "ok":
+            try:
+                kind = self._labeler.alike(sample.inputs)
+                pixels = sample.inputs["rgb"].size // 3 if "rgb" in sample.inputs else 0
+                return buckets.add(sample, kind=kind, cost=pixels)
+            except Exception as error:
+                _accept(error)
+                sample.fail("unlabelled", error)
+        sample.done = True
+        return []
 
     def _prepared(self, samples: list[Sample]) -> Iterator[Batch]:
         """Batches of alike samples as the network takes them, as far as it takes them prepared."""
@@ -257,13 +266,16 @@ class LabelWork:
         try:
             with self._labeler.inference():
                 return part(*given)
-        except (RuntimeError, ValueError, MemoryError):
+        except Exception as error:
+            if not isinstance(error, MemoryError):
+                _accept(error)
             return None
 
     def _label_whole(self, samples: list[Sample]) -> None:
         try:
             self._label_together(samples)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:
+            _accept(error)
             logger.warning("%s: a batch failed, one at a time: %s", self._stage.id, error)
             for sample in samples:
                 self._label_alone(sample)
@@ -274,20 +286,27 @@ class LabelWork:
     def _label_alone(self, sample: Sample) -> None:
         try:
             self._label_together([sample])
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:
+            _accept(error)
             sample.fail("unlabelled", error)
 
     def _encode(self, samples: list[Sample]) -> None:
         for sample in samples:
             try:
-                sample.members = {
-                    name: modalities.get(name).encode(value)
-                    for name, value in sample.values.items()
-                }
-            except ValueError as error:  # such as a number that is not finite
+                values = sample.values.items()
+                sample.members = {name: modalities.get(name).encode(each) for name, each in values}
+            except Exception as error:  # such as a number that is not finite
+                _accept(error)
                 sample.fail("unlabelled", error)
             sample.values = {}
             sample.done = True
+
+
+def _accept(error: Exception) -> None:
+    """Raise again what no picture is to blame for: too little memory, a disk, a lost GPU. All else,
+    of whatever kind, is a hole at the place of the picture that it met."""
+    if isinstance(error, (MemoryError, OSError, SystemicFailure)) or gpu_lost(error):
+        raise error
 
 
 def _spread(labels: dict[str, list[Any]], samples: list[Sample]) -> None:
@@ -367,7 +386,7 @@ def _finished(step: tuple[list[Any], list[Batch]]) -> list[Any]:
 
 
 def _refuse_if_hopeless(stage: Stage, shard: int, reasons: Counter[str], detail: str) -> None:
-    if reasons["unlabelled"] == reasons.total() > 0:
+    if reasons["unlabelled"] and not reasons["ok"]:
         raise RuntimeError(f"{stage.id} labelled no picture of shard {shard}; the first: {detail}")
 
 

@@ -35,6 +35,10 @@ class ToyWork:
             os.kill(os.getpid(), signal.SIGKILL)
         if shard in config.get("fail", []):
             raise ValueError(f"shard {shard} is broken")
+        if shard in config.get("lost_gpu", []):
+            import torch
+
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
         if shard in config.get("systemic", []):
             raise SystemicFailure("the network is down")
         if shard in config.get("fail_once", []) and not self.marked(shard):

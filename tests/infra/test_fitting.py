@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.fitting import FittingBatches
+from infra.fitting import FittingBatches, gpu_lost
 
 
 class Network:
@@ -29,6 +29,7 @@ ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    torch.AcceleratorError("CUDA error: out of memory"),
     MemoryError(),
 ]
 
@@ -69,3 +70,19 @@ def test_other_errors_pass_at_once():
 def test_batches_hold_at_least_one_item():
     with pytest.raises(ValueError, match="batches of 0 for test"):
         FittingBatches(0, "test")
+
+
+LOST = torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+
+def test_a_gpu_that_answers_no_more_is_lost_and_one_that_refused_a_kernel_is_not(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not gpu_lost(LOST)
+
+    def dead() -> None:
+        raise LOST
+
+    monkeypatch.setattr(torch.cuda, "synchronize", dead)
+    assert gpu_lost(LOST)
+    for error in (*ERRORS, ValueError("odd"), torch.AcceleratorError("CUDA error: out of memory")):
+        assert not gpu_lost(error)

@@ -307,6 +307,24 @@ def test_works_that_share_are_built_once_and_closed_before_others(store, tmp_pat
     ]  # fmt: skip
 
 
+def test_a_lost_gpu_ends_its_worker_and_where_nobody_takes_over_the_run(store, monkeypatch):
+    """Tried again in the same process it would fail whatever shard came next."""
+    class Ended(BaseException):
+        pass
+
+    def end(status: int) -> None:
+        raise Ended(status)
+
+    monkeypatch.setattr(units.os, "_exit", end)
+    job = toy_job(3, lost_gpu=[0])
+    with pytest.raises(Ended):
+        UnitRunner(store, [job], threads=1, replaced=True).run(0, "[[0, 0]]")
+    assert Ledger(store).attempts(job.stage, 0) == 1
+    with pytest.raises(SystemicFailure, match=r"the GPU is lost.*device-side assert"):
+        run(store, job)
+    assert Ledger(store).quarantined(job.stage) == {}
+
+
 # --- units that overlap in a worker ---------------------------------------------------------------
 
 
