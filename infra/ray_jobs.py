@@ -264,7 +264,8 @@ class JobsApi:
 
     def running(self) -> dict[str, str]:
         """Job id -> owner of every job of ours that has not ended."""
-        ours = [job for job in self._client.list_jobs() if (job.submission_id or "").startswith(OURS)]
+        jobs = self._client.list_jobs()
+        ours = [job for job in jobs if (job.submission_id or "").startswith(OURS)]
         found = {job.submission_id: _info(job) for job in ours}
         return {job_id: info.owner for job_id, info in found.items()
                 if info.state in ALIVE and info.owner}

@@ -148,7 +148,7 @@ def _sentences(code: int = 2) -> Iterator[None]:
 
 def _of_services() -> tuple[type[Exception], ...]:
     """What S3's client raises where a list lies there; it is imported where it was needed."""
-    errors = sys.modules.get("botocore.exceptions")
+    errors: Any = sys.modules.get("botocore.exceptions")
     return (errors.BotoCoreError,) if errors else ()
 
 

@@ -206,7 +206,7 @@ class LabelWork:
             for name, each in others.items():
                 inputs[name] = read_label(name, sample.key, each)
             sample.inputs = inputs
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - see `_accept`
             if not isinstance(error, OSError):  # which is what a broken picture is to Pillow
                 _accept(error)
             sample.fail("undecodable", error)
@@ -222,7 +222,7 @@ class LabelWork:
                 kind = self._labeler.alike(sample.inputs)
                 pixels = sample.inputs["rgb"].size // 3 if "rgb" in sample.inputs else 0
                 return buckets.add(sample, kind=kind, cost=pixels)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - see `_accept`
                 _accept(error)
                 sample.fail("unlabelled", error)
         sample.done = True
@@ -266,7 +266,7 @@ class LabelWork:
         try:
             with self._labeler.inference():
                 return part(*given)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - see `_accept`
             if not isinstance(error, MemoryError):
                 _accept(error)
             return None
@@ -274,7 +274,7 @@ class LabelWork:
     def _label_whole(self, samples: list[Sample]) -> None:
         try:
             self._label_together(samples)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - see `_accept`
             _accept(error)
             logger.warning("%s: a batch failed, one at a time: %s", self._stage.id, error)
             for sample in samples:
@@ -286,7 +286,7 @@ class LabelWork:
     def _label_alone(self, sample: Sample) -> None:
         try:
             self._label_together([sample])
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - see `_accept`
             _accept(error)
             sample.fail("unlabelled", error)
 
@@ -295,7 +295,7 @@ class LabelWork:
             try:
                 values = sample.values.items()
                 sample.members = {name: modalities.get(name).encode(each) for name, each in values}
-            except Exception as error:  # such as a number that is not finite
+            except Exception as error:  # noqa: BLE001 - such as a number that is not finite
                 _accept(error)
                 sample.fail("unlabelled", error)
             sample.values = {}
