@@ -137,7 +137,7 @@ def _sentences(code: int = 2) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, ImportError, RuntimeError, *_of_services()) as error:
+    except _failures() as error:
         typer.secho(f"fourm: {error}", fg="red", err=True)
         raise typer.Exit(code) from None
     except KeyboardInterrupt:
@@ -146,10 +146,11 @@ def _sentences(code: int = 2) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _of_services() -> tuple[type[Exception], ...]:
-    """What S3's client raises where a list lies there; it is imported where it was needed."""
+def _failures() -> tuple[type[Exception], ...]:
+    """What is expected; also of S3's client, which is imported where a list or a store needs it."""
     errors: Any = sys.modules.get("botocore.exceptions")
-    return (errors.BotoCoreError,) if errors else ()
+    of_s3 = (errors.BotoCoreError,) if errors else ()
+    return (ValueError, OSError, ImportError, RuntimeError, *of_s3)
 
 
 def _validated(form: type[_Form], values: dict[str, Any]) -> _Form:

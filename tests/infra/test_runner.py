@@ -320,7 +320,7 @@ def test_a_lost_gpu_ends_its_worker_and_where_nobody_takes_over_the_run(store, m
     with pytest.raises(Ended):
         UnitRunner(store, [job], threads=1, replaced=True).run(0, "[[0, 0]]")
     assert Ledger(store).attempts(job.stage, 0) == 1
-    with pytest.raises(SystemicFailure, match=r"the GPU is lost.*device-side assert"):
+    with pytest.raises(SystemicFailure, match=r"has lost its GPU.*device-side assert"):
         run(store, job)
     assert Ledger(store).quarantined(job.stage) == {}
 
