@@ -91,9 +91,14 @@ def test_what_is_wrong_is_said_in_one_sentence_before_any_work(
     assert not list(tmp_path.iterdir()), "work has begun"
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "/data"),
-                                   ConnectionError("s3://b cannot be reached: no credentials"),
-                                   ModuleNotFoundError("pip install 'fourm[kubernetes]'")])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied", "/data"),
+        ConnectionError("s3://b cannot be reached: no credentials"),
+        ModuleNotFoundError("pip install 'fourm[kubernetes]'"),
+    ],
+)
 def test_trouble_with_store_or_packages_is_one_sentence(
     error: Exception, capsys: pytest.CaptureFixture[str]
 ) -> None:
