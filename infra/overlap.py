@@ -15,7 +15,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from itertools import chain, islice
 from typing import Any, TypeVar
@@ -125,7 +125,8 @@ def prefetch(
 
     An exception of the source is raised here in its place. Closing the iterator, or letting go
     of it, ends the thread after the item it is making; with `wait` closing returns after that, for
-    a process that ends while the thread is inside native code is aborted.
+    a process that ends while the thread is inside native code is aborted. A source that is a
+    generator is closed by the thread, before its exception is raised here.
     """
     items: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
     stop = threading.Event()
@@ -140,13 +141,15 @@ def prefetch(
     def fill() -> None:
         end: tuple[bool, Any] = (True, None)
         try:
-            for item in source:
-                put((False, item))
-                if stop.is_set():
-                    return
+            with closing(source) if isinstance(source, Generator) else nullcontext():
+                for item in source:
+                    put((False, item))
+                    if stop.is_set():
+                        return
         except BaseException as error:  # noqa: BLE001 - raised by the consumer
             end = (True, error)
         put(end)
+        del end  # an error holds on to this frame, and what the frame holds to the error
 
     thread = threading.Thread(target=fill, name="prefetch", daemon=True)
     thread.start()
@@ -160,9 +163,18 @@ def prefetch(
             else:
                 return
     finally:
+        item = None
         stop.set()
         if wait:
             thread.join()
+
+
+def applied(call: Callable[[T], R], source: Iterable[T]) -> Generator[R, None, None]:
+    """Like `map`, but a source that is a generator ends with it, however it ends: who waits for
+    what such a source holds would otherwise wait for the collector of garbage."""
+    with closing(source) if isinstance(source, Generator) else nullcontext():
+        for item in source:
+            yield call(item)
 
 
 def trailing(
@@ -231,7 +243,7 @@ class Lane:
         `OUTPUT`.
         """
         waits = waits or Waits()
-        ready = prefetch(map(_aside(before, self._threads), source), depth)
+        ready = prefetch(applied(_aside(before, self._threads), source), depth)
         with closing(self._through(work, ready, waits)) as made:
             yield from trailing(_aside(after, self._threads), made, depth, waits=waits)
 

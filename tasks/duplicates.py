@@ -34,7 +34,8 @@ MIN_BITS = 5
 """Pictures with fewer set (or unset) bits are nearly flat: their hashes tell nothing."""
 
 _BANDS, _BAND_BITS = 4, 16
-_CHUNK = 2048
+_AT_ONCE = 1 << 24
+"""Hashes that are compared at once, 128 MB: of a list of millions some bands are very common."""
 _READERS = 16
 _EXACT, _NEAR = "duplicate", "near_duplicate"
 _MARKS = pa.schema(
@@ -167,8 +168,9 @@ def _alike(values: np.ndarray, speaker: np.ndarray) -> Iterator[list[int]]:
 
 def _pairs(values: np.ndarray, speaker: np.ndarray, bucket: np.ndarray) -> Iterator[np.ndarray]:
     """Pairs of one bucket within `NEAR_BITS`, int64 [m, 3]: later, earlier, bits apart."""
-    for at in range(0, len(bucket), _CHUNK):
-        some = bucket[at : at + _CHUNK]
+    step = max(1, _AT_ONCE // len(bucket))
+    for at in range(0, len(bucket), step):
+        some = bucket[at : at + step]
         apart = np.bitwise_count(values[some][:, None] ^ values[bucket][None, :])
         rows, columns = np.nonzero(apart <= NEAR_BITS)
         later, earlier = speaker[some[rows]], speaker[bucket[columns]]

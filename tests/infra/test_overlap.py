@@ -1,5 +1,6 @@
 """Prefetching keeps order, passes errors on, and ends its thread."""
 
+import gc
 import os
 import sys
 import threading
@@ -239,3 +240,28 @@ def test_threads_beside_the_lane_give_way_to_it(lane):
     beside = min(own + GIVE_WAY, 19)
     assert found == [[beside, own, beside]] * 2
     assert os.getpriority(os.PRIO_PROCESS, 0) == own
+
+
+def test_a_lane_is_left_although_what_comes_behind_it_fails():
+    """A lane that feeds another one, as of labels that are tokenized in passing."""
+    inner, outer = Lane(), Lane()
+
+    def same(item: int) -> int:
+        return item
+
+    def fails(item: int) -> int:
+        raise ValueError("no crop fits")
+
+    failure = ""
+    gc.disable()  # it would free what is left behind some day, and with it the lane
+    try:
+        try:
+            list(outer.pipelined(inner.pipelined(range(9), same, same, same), fails, same, same))
+        except ValueError as error:
+            failure = str(error)
+        assert failure == "no crop fits"
+        assert inner._turn.acquire(timeout=20)
+    finally:
+        gc.enable()
+    inner.close()
+    outer.close()
