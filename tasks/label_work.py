@@ -11,6 +11,7 @@ thread has nothing but the network to run.
 from __future__ import annotations
 
 import logging
+import struct
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -195,7 +196,7 @@ class LabelWork:
             for name, each in others.items():
                 inputs[name] = read_label(name, sample.key, each)
             sample.inputs = inputs
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, IndexError, struct.error) as error:
             sample.fail("undecodable", error)
 
     def _buckets(self) -> Buckets[Sample]:
