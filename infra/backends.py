@@ -18,7 +18,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from infra.cache import make_room, used
+from infra import cache
 
 _LOG = logging.getLogger("fourm.store")
 _T = TypeVar("_T")
@@ -258,17 +258,17 @@ class S3Backend:
         version = sha256 or self.version(path)
         if version is None:
             raise FileNotFoundError(path)
-        cache = Path(os.environ.get("FOURM_CACHE") or "~/.cache/fourm").expanduser()
+        folder = Path(os.environ.get("FOURM_CACHE") or "~/.cache/fourm").expanduser()
         origin = hashlib.sha256(f"{self.root}/{path}@{version}".encode()).hexdigest()
-        target = cache / (sha256 or origin)[:2] / f"{sha256 or origin}{Path(path).suffix}"
-        if used(target):
+        target = cache.path_of(folder, sha256 or origin, Path(path).suffix)
+        if cache.found(target):
             return target
         data = self.read(path)
         if sha256 and hashlib.sha256(data).hexdigest() != sha256:
             raise ValueError(f"s3://{self._key(path)} does not have sha256 {sha256}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        make_room(cache, len(data))
-        with _temporary(cache / PRIVATE, data) as temporary:
+        cache.make_room(folder, len(data))
+        with _temporary(folder / cache.UNFINISHED, data) as temporary:
             os.replace(temporary, target)
         return target
 

@@ -1,58 +1,65 @@
-"""Room for copies of a bucket's objects on this machine's disk, whatever a run goes through.
+"""Copies of objects on the disk: where it gets full, those go that were not used for longest.
 
-A dataset is larger than the disks of those who work on it. Copies stay for as long as there is
-room; then what was longest unused goes. A copy that is still mapped somewhere stays readable there.
+    <cache>/ab/ab12...34.tar     by the hash of the content, or of the object's name and version
+
+Whoever has opened or mapped a copy keeps it, although it is removed meanwhile.
 """
 
 from __future__ import annotations
 
-import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
-_LOG = logging.getLogger("fourm.store")
+UNFINISHED = ".fourm"
+"""Folder of copies that are being made."""
+SPARE = 0.1
+"""Share of the disk that copies leave free."""
+YOUNG = 3600.0
+"""Seconds after its last use in which a copy stays: somebody may be about to open it."""
+_COPY = re.compile(r"[0-9a-f]{64}(\..*)?")
 
-FREE_SHARE = 0.1
-"""Of the disk: so much is left for others. Kubernetes removes pods from a fuller one."""
-RECENT_SECONDS = 3600.0
-"""A copy that was asked for since is not removed: who asked may not have opened it yet."""
+
+def path_of(cache: Path, digest: str, suffix: str) -> Path:
+    """Where the copy of an object lies, or will."""
+    return cache / digest[:2] / f"{digest}{suffix}"
 
 
-def used(copy: Path) -> bool:
-    """Whether there is a copy; if so, it counts as used now."""
-    try:
+def found(copy: Path) -> bool:
+    """Whether there is a copy; it counts as used."""
+    with suppress(OSError):  # a cache of somebody else's may be read only
         os.utime(copy)
-    except FileNotFoundError:
-        return False
-    except PermissionError:  # another user's, in a folder for all
-        return True
-    return True
+    return copy.is_file()
 
 
-def make_room(folder: Path, size: int) -> None:
-    """Removes copies so that `FREE_SHARE` of the disk stays free when so many bytes more lie there,
-    as far as there are copies that nobody used for `RECENT_SECONDS`."""
-    disk = shutil.disk_usage(folder)
-    lack = FREE_SHARE * disk.total + size - disk.free
-    if lack <= 0:
+def make_room(cache: Path, size: int) -> None:
+    """Remove copies until `size` bytes more leave `SPARE` of the disk, as far as they are old.
+
+    The next objects should not have to ask for room again, so that twice as much is left.
+    """
+    disk = shutil.disk_usage(cache)
+    if disk.free - size >= SPARE * disk.total:
         return
-    removed = 0
-    for unused_since, path, freed in sorted(_files(folder)):
-        if lack <= 0 or unused_since > time.time() - RECENT_SECONDS:
-            break
-        path.unlink(missing_ok=True)
-        lack, removed = lack - freed, removed + 1
-    if removed:
-        _LOG.info("%s: the disk is full, %d old copies were removed", folder, removed)
+    missing = 2 * SPARE * disk.total + size - disk.free
+    for _, bytes_freed, copy in sorted(_old(cache)):
+        if missing <= 0:
+            return
+        with suppress(OSError):  # gone already, or of somebody else
+            copy.unlink()
+            missing -= bytes_freed
 
 
-def _files(folder: Path) -> Iterator[tuple[float, Path, int]]:
-    for path in folder.glob("*/*"):
-        try:
-            about = path.stat()
-        except FileNotFoundError:  # another process makes room too
-            continue
-        yield about.st_mtime, path, about.st_size
+def _old(cache: Path) -> Iterator[tuple[float, int, Path]]:
+    """Last use, size and path of the copies that may go, and of those that a kill left half made."""
+    before = time.time() - YOUNG
+    copies = (file for file in cache.glob("[0-9a-f][0-9a-f]/*") if _COPY.fullmatch(file.name))
+    for file in chain(cache.glob(f"{UNFINISHED}/*"), copies):
+        with suppress(FileNotFoundError):  # another process makes room too
+            about = file.stat()
+            if about.st_mtime < before:
+                yield about.st_mtime, about.st_size, file

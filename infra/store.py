@@ -159,8 +159,8 @@ class Store:
 
         A file store answers with the file itself. An S3 store downloads once into `$FOURM_CACHE`
         (default `~/.cache/fourm`) under the content's hash or version, so that a changed object
-        is never served from the cache; delete the folder at will. A tenth of its disk is kept free:
-        copies that were longest unused go, see `infra.cache`.
+        is never served from the cache. Where the disk gets full, copies that were not used for
+        longest are removed (`infra.cache`); delete the folder at will.
 
         Args:
             sha256: hex digest of the content: saves a request on a cache hit, and a download that

@@ -64,6 +64,8 @@ def open_image(data: bytes, formats: tuple[str, ...]) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:  # which names the place in memory, another in each run
         raise ValueError(f"no picture of the format {' or '.join(formats)}") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"picture of {image.width} x {image.height} exceeds {MAX_PIXELS} pixels")
     return image

@@ -7,11 +7,9 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from infra import cache
 from infra.store import Store, StoreConflict
 
 
@@ -104,26 +102,6 @@ def test_a_download_that_differs_from_its_digest_is_refused(s3_url: str) -> None
     store.write("x", b"tampered")
     with pytest.raises(ValueError, match="does not have sha256"):
         store.local("x", "0" * 64)
-
-
-def test_copies_that_were_longest_unused_make_room_and_recent_ones_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hours = {"ab/ab1": 5, ".fourm/killed": 9, "cd/cd1": 7, "cd/cd2": 0.5}
-    for name, age in hours.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(bytes(40))
-        os.utime(tmp_path / name, (time.time() - age * 3600,) * 2)
-
-    def left(free: int, size: int) -> set[str]:
-        usage = SimpleNamespace(total=1000, free=free)
-        monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: usage)
-        cache.make_room(tmp_path, size)
-        return {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")}
-
-    assert left(150, 50) == hours.keys(), "a tenth of the disk is free"
-    assert left(150, 100) == {"ab/ab1", "cd/cd2"}
-    assert left(0, 10**6) == {"cd/cd2"}
 
 
 def test_a_copy_that_is_asked_for_again_counts_as_used(s3_url: str) -> None:

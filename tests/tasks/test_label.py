@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import struct
 import time
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +67,23 @@ def run(store: Store) -> ShardData:
     data = LabelWork(store, stage, Brightness(SPEC)).run(0)
     Ledger(store).commit(stage, 0, data)
     return data
+
+
+def png_chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def test_bytes_at_which_a_decoder_raises_whatever_it_likes_are_one_hole(tmp_path):
+    buffer = io.BytesIO()
+    Pillow.fromarray(np.zeros((16, 16, 3), np.uint8)).save(buffer, "PNG")
+    start, _, end = buffer.getvalue().partition(b"\0\0\0\0IEND")
+    size = struct.pack(">II", 100_000, 100_000) + b"\x08\x02\0\0\0"
+    commit_pictures(store := Store(str(tmp_path)), [
+        ("00000000001.jpg", jpeg(100)),
+        ("00000000002.png", start + png_chunk(b"iCCP", b"") + b"\0\0\0\0IEND" + end),
+        ("00000000003.png", start[:8] + png_chunk(b"IHDR", size) + png_chunk(b"IDAT", b"0000")),
+    ])  # fmt: skip
+    assert [r for _, r, _ in run(store).statuses] == ["ok", "undecodable", "undecodable"]
 
 
 def test_labels_have_the_pictures_keys_and_order_and_failures_are_holes(tmp_path):
