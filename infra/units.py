@@ -236,7 +236,8 @@ class UnitRunner:
             log.error("the GPU is lost to this worker, which ends: %s", error)
             logging.shutdown()
             os._exit(1)
-        raise SystemicFailure(f"the GPU is lost to this process, start it again: {error}") from error
+        what = "the GPU is lost to this process, start it again"
+        raise SystemicFailure(f"{what}: {error}") from error
 
     def _tried(self, job: int, shard: int, before: int) -> bool:
         """Whether this run began with it already, here or in a worker that died."""
