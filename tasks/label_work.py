@@ -14,6 +14,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
@@ -201,15 +202,11 @@ class LabelWork:
         sample.data, sample.others = b"", {}
         if sample.reason != "ok":
             return
-        try:
+        with _hole(sample, "undecodable", OSError):  # which is what broken pictures are to Pillow
             inputs = {"rgb": picture(data)} if "rgb" in self._labeler.reads else {}
             for name, each in others.items():
                 inputs[name] = read_label(name, sample.key, each)
             sample.inputs = inputs
-        except Exception as error:  # noqa: BLE001 - see `_accept`
-            if not isinstance(error, OSError):  # which is what a broken picture is to Pillow
-                _accept(error)
-            sample.fail("undecodable", error)
 
     def _buckets(self) -> Buckets[Sample]:
         """Of samples that the network sees in one shape, which meet across others."""
@@ -218,13 +215,10 @@ class LabelWork:
 
     def _put(self, buckets: Buckets[Sample], sample: Sample) -> list[list[Sample]]:
         if sample.reason == "ok":
-            try:
+            with _hole(sample, "unlabelled"):
                 kind = self._labeler.alike(sample.inputs)
                 pixels = sample.inputs["rgb"].size // 3 if "rgb" in sample.inputs else 0
                 return buckets.add(sample, kind=kind, cost=pixels)
-            except Exception as error:  # noqa: BLE001 - see `_accept`
-                _accept(error)
-                sample.fail("unlabelled", error)
         sample.done = True
         return []
 
@@ -266,15 +260,14 @@ class LabelWork:
         try:
             with self._labeler.inference():
                 return part(*given)
-        except Exception as error:  # noqa: BLE001 - see `_accept`
-            if not isinstance(error, MemoryError):
-                _accept(error)
+        except Exception as error:  # noqa: BLE001 - of the network's, any kind
+            _accept(error, MemoryError)
             return None
 
     def _label_whole(self, samples: list[Sample]) -> None:
         try:
             self._label_together(samples)
-        except Exception as error:  # noqa: BLE001 - see `_accept`
+        except Exception as error:  # noqa: BLE001 - of the network's, any kind
             _accept(error)
             logger.warning("%s: a batch failed, one at a time: %s", self._stage.id, error)
             for sample in samples:
@@ -284,28 +277,33 @@ class LabelWork:
         _spread(self._labeler.label_samples([sample.inputs for sample in samples]), samples)
 
     def _label_alone(self, sample: Sample) -> None:
-        try:
+        with _hole(sample, "unlabelled"):
             self._label_together([sample])
-        except Exception as error:  # noqa: BLE001 - see `_accept`
-            _accept(error)
-            sample.fail("unlabelled", error)
 
     def _encode(self, samples: list[Sample]) -> None:
         for sample in samples:
-            try:
+            with _hole(sample, "unlabelled"):  # such as a number that is not finite
                 values = sample.values.items()
                 sample.members = {name: modalities.get(name).encode(each) for name, each in values}
-            except Exception as error:  # noqa: BLE001 - such as a number that is not finite
-                _accept(error)
-                sample.fail("unlabelled", error)
             sample.values = {}
             sample.done = True
 
 
-def _accept(error: Exception) -> None:
-    """Raise again what no picture is to blame for: too little memory, a disk, a lost GPU. All else,
-    of whatever kind, is a hole at the place of the picture that it met."""
-    if isinstance(error, (MemoryError, OSError, SystemicFailure)) or gpu_lost(error):
+@contextmanager
+def _hole(sample: Sample, reason: str, *also: type[Exception]) -> Iterator[None]:
+    """What goes wrong within, of whatever kind, is a hole at the place of the sample."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - one picture must not be the end of its shard
+        _accept(error, *also)
+        sample.fail(reason, error)
+
+
+def _accept(error: Exception, *also: type[Exception]) -> None:
+    """Raise again what no picture is to blame for: too little memory, a disk, a lost GPU; but not
+    what is `also` accepted."""
+    theirs = not isinstance(error, (MemoryError, OSError, SystemicFailure))
+    if not (theirs or isinstance(error, also)) or gpu_lost(error):
         raise error
 
 

@@ -17,12 +17,18 @@ if TYPE_CHECKING:
 EDGE = 64
 """Strength from which a pixel of an edge map counts as an edge; codes blur thin lines."""
 
+NEAREST = 0.01
+"""Depth that nearer ones count as, in their own unit, where what depth codes tell apart begins.
+Depth without a scale is 0 at a picture's nearest pixel: relative errors beside it have no bound.
+"""
+
 Detections = dict[str, Any]
 """A "det" value: {"instances": [{"box", "class_name", "score"}]}."""
 
 
 def depth_metrics(predicted: ArrayLike, truth: ArrayLike) -> dict[str, float]:
-    """Compare depths in the same unit; pixels whose truth is not positive do not count.
+    """Compare depths in the same unit; pixels whose truth is not positive do not count, and those
+    nearer than `NEAREST` count as that near.
 
     Args:
         predicted: Any shape.
@@ -34,7 +40,7 @@ def depth_metrics(predicted: ArrayLike, truth: ArrayLike) -> dict[str, float]:
     """
     guess, fact = np.asarray(predicted, np.float64).ravel(), np.asarray(truth, np.float64).ravel()
     valid = fact > 0
-    guess, fact = np.maximum(guess[valid], 1e-6), fact[valid]
+    guess, fact = np.maximum(guess[valid], NEAREST), np.maximum(fact[valid], NEAREST)
     ratio = np.maximum(guess / fact, fact / guess)
     return {
         "abs_rel": float(np.mean(np.abs(guess - fact) / fact)),
@@ -114,7 +120,7 @@ def recall(predicted: ArrayLike, gallery: ArrayLike, at: Sequence[int] = (1, 5))
     sides = [np.asarray(side, np.float64) for side in (predicted, gallery)]
     guess, fact = (s / np.maximum(np.linalg.norm(s, axis=1, keepdims=True), 1e-9) for s in sides)
     likeness = guess @ fact.T
-    rank = (likeness >= np.diag(likeness)[:, None]).sum(1)
+    rank = (~(likeness < np.diag(likeness)[:, None])).sum(1)  # what is no number finds nothing
     return [float((rank <= place).mean()) for place in at]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,20 +106,39 @@ def load_crops(
 
     ledger = Ledger(store)
     share = -(-recipe.max_samples // max(1, len(shards) - 1))
-    train: list[np.ndarray] = []  # packed at once: as floats they would take four times the memory
-    for shard in shards[:-1]:
-        crops = _cropped(ledger, name, stage, recipe, shard, share)
-        train += [pack_value(recipe.kind, value) for value in crops]
     several = len(shards) > 1
     limit = held_out if several else share
-    last = list(_cropped(ledger, name, stage, recipe, shards[-1], limit, centred=several))
+    crops = _cropped(ledger, name, stage, recipe, shards[-1], limit, centred=several)
+    last = list(crops)
+    values = chain.from_iterable(
+        _cropped(ledger, name, stage, recipe, shard, share) for shard in shards[:-1]
+    )
     if not several:
         cut = max(1, len(last) * 9 // 10)
-        train = [pack_value(recipe.kind, value) for value in last[:cut]]
-        last = last[cut:] or last
-    if not train or not last:
+        values, last = iter(last[:cut]), last[cut:] or last
+    # Packed at once: as floats they would take four times the memory.
+    packed = (pack_value(recipe.kind, value) for value in islice(values, recipe.max_samples))
+    train = _stacked(packed)
+    if not len(train) or not last:
         raise ValueError(f"{stage.id} holds no {name} in shards {list(shards)}")
-    return np.stack(train[: recipe.max_samples]), last[:held_out]
+    return train, last[:held_out]
+
+
+def _stacked(values: Iterator[np.ndarray]) -> np.ndarray:
+    """Values of one shape as one array. It grows where it lies, as far as the system can let it: a
+    list of them and its copy would take the memory twice."""
+    rows, count = np.empty(0), 0
+    for value in values:
+        if not count:
+            rows = np.empty((64, *value.shape), value.dtype)
+        if value.shape != rows.shape[1:]:
+            raise ValueError(f"values of one modality have shapes {rows.shape[1:]}, {value.shape}")
+        if count == len(rows):
+            rows.resize((count + count // 8, *value.shape), refcheck=False)
+        rows[count] = value
+        count += 1
+    rows.resize((count, *rows.shape[1:]), refcheck=False)
+    return rows
 
 
 def _cropped(
@@ -130,6 +150,15 @@ def _cropped(
     limit: int,
     *,
     centred: bool = False,
+) -> Iterator[np.ndarray]:
+    """Crops of the first `limit` pictures, or so many masks: a picture has hundreds of them."""
+    crops = _crops(ledger, name, stage, recipe, shard, limit, centred)
+    return islice(crops, limit)
+
+
+def _crops(
+    ledger: Ledger, name: str, stage: Stage, recipe: TokenizerRecipe, shard: int, limit: int,
+    centred: bool,
 ) -> Iterator[np.ndarray]:
     policy, modality = recipe.crops, modalities.get(name)
     aspects = Aspects(ledger, stage, shard)

@@ -17,7 +17,7 @@ truncated standardisation; depth in metric units keeps its scale under `log` ins
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -186,6 +186,15 @@ def pack_value(kind: Kind, value: NDArray[Any]) -> NDArray[Any]:
 
 
 def feature_statistics(features: Values) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over feature maps [h, w, C]."""
-    flat = np.concatenate([np.asarray(f, np.float32).reshape(-1, f.shape[-1]) for f in features])
-    return tuple(flat.mean(0).tolist()), tuple(np.maximum(flat.std(0), 1e-4).tolist())
+    """Mean and standard deviation of each channel over feature maps [h, w, C].
+
+    Maps are widened one at a time: all of them as float32 would take twice the memory that they do,
+    and a float32 sum over millions of cells forgets the small ones.
+    """
+    def cells() -> Iterator[NDArray[np.float64]]:
+        return (np.asarray(each, np.float64).reshape(-1, each.shape[-1]) for each in features)
+
+    count = sum(len(each) for each in cells())
+    mean = sum(each.sum(0) for each in cells()) / count
+    std = np.sqrt(sum(np.square(each - mean).sum(0) for each in cells()) / count)
+    return tuple(mean.tolist()), tuple(np.maximum(std, 1e-4).tolist())

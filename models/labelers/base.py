@@ -315,6 +315,17 @@ def resize(maps: Any, images: Sequence[Image]) -> Any:
     return maps if maps.shape[-2:] == size else interpolate(maps, size, mode="bilinear")
 
 
+def sure_of(*outputs: Any) -> None:
+    """Look for NaN in what a network gave, before it becomes what cannot hold one: classes, boxes
+    or masks.
+
+    Raises:
+        ValueError: there is one, as where a network's activations have overflowed.
+    """
+    if any(bool(output.isnan().any()) for output in outputs):
+        raise ValueError("the network's output is not a number")
+
+
 def options_of(spec: LabelerSpec, **defaults: Any) -> dict[str, Any]:
     """Return a specification's options over their defaults.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from models.labelers.base import Image, LabelerSpec, options_of
+from models.labelers.base import Image, LabelerSpec, options_of, sure_of
 from models.labelers.inputs import InParts, Inputs
 
 
@@ -55,6 +55,7 @@ class DetectionLabeler(InParts):
     def finish(self, outputs: Any, images: Sequence[Image]) -> dict[str, list[Any]]:
         import torch
 
+        sure_of(outputs.logits, outputs.pred_boxes)
         # The boxes of an image of 1 x 1 pixels are relative ones.
         found = self.inputs.processor.post_process_object_detection(
             outputs, threshold=self.threshold, target_sizes=torch.ones(len(images), 2)

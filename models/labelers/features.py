@@ -29,6 +29,10 @@ class Tower(Protocol):
         """Say how large the square is that images are squeezed into."""
         ...
 
+    def project(self) -> None:
+        """Say that features are to go through the projection that texts are compared by."""
+        ...
+
     def prepare(self, images: Sequence[Image]) -> Any:
         """Images as pixels [B, 3, size, size]."""
         ...
@@ -42,18 +46,21 @@ class FeatureLabeler(InParts):
     """Writes the modality of its kind, float16 [h, w, C], and where it is asked for its `_global`
     vector, float16 [C], in one pass.
 
-    The map holds the last hidden state of every patch. It covers the whole image: where processors
-    would cut out its middle, the image is squeezed into the network's square instead. The vector is
-    what the network pools: the class token after the last norm (CLIP, DINOv2), the attention pool
-    (SigLIP), see `models.labelers.imagebind` for ImageBind.
+    The map holds the last hidden state of every patch, or what CLIP would compare with texts. It
+    covers the whole image: where processors would cut out its middle, the image is squeezed into the
+    network's square instead. The vector is what the network pools: the class token after the last
+    norm (CLIP, DINOv2), the attention pool (SigLIP), see `models.labelers.imagebind` for ImageBind.
 
     Options:
         image_size: Side in pixels of that square; 0 is the checkpoint's own. Another than the
             checkpoint's interpolates its position embeddings (0).
         scale: How many times larger than that the side is (1).
+        projected: Whether patches and vector go through CLIP's last norm and its projection, as the
+            features of 4M do: 512 numbers instead of the 768 of ViT-B (False).
 
     Raises:
-        ValueError: The size is no multiple of the network's patches.
+        ValueError: The size is no multiple of the network's patches, or the network has no such
+            projection.
     """
 
     compiles: ClassVar[bool] = True
@@ -64,12 +71,14 @@ class FeatureLabeler(InParts):
         from models.labelers.imagebind import ImageBindTower, is_imagebind
 
         super().__init__(spec)
-        options = options_of(spec, image_size=0, scale=1.0)
+        options = options_of(spec, image_size=0, scale=1.0, projected=False)
         config, _ = PretrainedConfig.get_config_dict(**self.pretrained())
         build: Callable[[Labeler], Tower] = (
             ImageBindTower if is_imagebind(config) else _HubTower
         )
         self.tower = build(self)
+        if options["projected"]:
+            self.tower.project()
         side = int(options["image_size"]) or self.tower.image_size
         self.size = round(side * float(options["scale"]))
         if self.size % self.tower.patch_size:
@@ -121,6 +130,7 @@ class _HubTower:
         self.labeler, self.processor = labeler, AutoImageProcessor.from_pretrained(**source)
         model = AutoModel.from_pretrained(**source, dtype=torch.float32)
         self.model = labeler.compiled(labeler.place(getattr(model, "vision_model", model)))
+        self.projection, self.projected = getattr(model, "visual_projection", None), False
         self.image_size, self.patch_size = (
             self.model.config.image_size, self.model.config.patch_size,
         )  # fmt: skip
@@ -130,6 +140,12 @@ class _HubTower:
     def see(self, size: int) -> None:
         square = {"height": size, "width": size}
         self.inputs = Inputs(self.labeler, self.processor, do_center_crop=False, size=square)
+
+    def project(self) -> None:
+        if self.projection is None or not hasattr(self.model, "post_layernorm"):
+            source = self.labeler.spec.model_id
+            raise ValueError(f"projected=True: {source} has no projection, as CLIP's have")
+        self.projection, self.projected = self.labeler.place(self.projection), True
 
     def prepare(self, images: Sequence[Image]) -> Any:
         return self.inputs(images)["pixel_values"]
@@ -142,4 +158,8 @@ class _HubTower:
         # The class token, where there is one, and registers come before the patches.
         patches = (size // self.patch_size) ** 2
         hidden = out.last_hidden_state
-        return hidden[:, hidden.shape[1] - patches :], out.pooler_output
+        hidden = hidden[:, hidden.shape[1] - patches :]
+        if self.projected:  # what is pooled has gone through the norm
+            hidden = self.projection(self.model.post_layernorm(hidden))
+            return hidden, self.projection(out.pooler_output)
+        return hidden, out.pooler_output

@@ -136,6 +136,9 @@ class ImageBindTower:
         self.image_size = int((self.model.positions.shape[1] - 1) ** 0.5) * self.patch_size
         self.device = labeler.device
 
+    def project(self) -> None:
+        raise ValueError("projected=True: ImageBind's features are those before its projection")
+
     def see(self, size: int) -> None:
         self.square = (size, size)
 

@@ -171,7 +171,11 @@ RELEASED: dict[str, Network] = {
         MODERN["caption"],
         note="4M kept the captions of the list: leave this labeler out to do the same",
     ),
-    "clip": replace(MODERN["clip"], note="the network of 4M"),
+    "clip": replace(
+        MODERN["clip"],
+        note="the network of 4M, and its 512 numbers a patch: normed and projected",
+        options={"projected": True},
+    ),
     "dinov2": replace(_DINOV2, note="the network of 4M-21"),
     "imagebind": Network(
         model_id="nielsr/imagebind-huge",

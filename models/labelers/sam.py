@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from models.labelers.base import Image, Labeler, LabelerSpec, options_of
+from models.labelers.base import Image, Labeler, LabelerSpec, options_of, sure_of
 from models.labelers.canny import sobel
 from models.modalities.sam_instance import instance
 
@@ -85,6 +85,7 @@ class SamLabeler(Labeler):
         kept, scores = [], []
         for points in self._points(shape):
             logits, sure = (each.float() for each in self.network.ask(embedding, points))
+            sure_of(logits, sure)
             chosen = sure >= self.options["min_iou"]
             logits, sure = logits[chosen], sure[chosen]
             chosen = _stability(logits) >= self.options["min_stability"]

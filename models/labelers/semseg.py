@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from models.labelers.base import Image, LabelerSpec, options_of
+from models.labelers.base import Image, LabelerSpec, options_of, sure_of
 from models.labelers.inputs import InParts, Inputs, at_sizes
 
 MAX_CLASSES = 255
 """Class ids are bytes, and 255 stands for "unlabelled"."""
+_LOGITS = ("class_queries_logits", "masks_queries_logits", "logits", "pred_masks")
 
 
 class SemsegLabeler(InParts):
@@ -69,6 +70,7 @@ class SemsegLabeler(InParts):
         return {"semseg": at_sizes(outputs.float(), images, _classes)}
 
     def _universal(self, outputs: Any, images: Sequence[Image]) -> list[Any]:
+        sure_of(*(outputs[name] for name in _LOGITS if name in outputs))
         maps = self.inputs.processor.post_process_semantic_segmentation(
             outputs, target_sizes=[image.shape[:2] for image in images]
         )
@@ -76,4 +78,6 @@ class SemsegLabeler(InParts):
 
 
 def _classes(logits: Any) -> Any:
-    return logits.max(1).indices.byte()
+    best = logits.max(1)
+    sure_of(best.values)
+    return best.indices.byte()

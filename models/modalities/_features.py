@@ -8,16 +8,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from models.crops import CropBox
-from models.modalities.base import Modality
+from models.modalities.base import Modality, numbers
 
 GLOBAL_TOKENS = 16
 """Tokens of a vector, as many as in the released models."""
 
 
 def encode(value: np.ndarray) -> bytes:
-    """An array as the bytes of a float16 `.npy` file."""
+    """An array as the bytes of a float16 `.npy` file; what float16 cannot hold is refused."""
     buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(value, dtype=np.float16), allow_pickle=False)
+    with np.errstate(over="ignore"):  # numbers() tells of it
+        half = np.ascontiguousarray(value, dtype=np.float16)
+    np.save(buffer, numbers(half), allow_pickle=False)
     return buffer.getvalue()
 
 

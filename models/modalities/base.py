@@ -71,6 +71,18 @@ def open_image(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     return image
 
 
+def numbers(array: np.ndarray) -> np.ndarray:
+    """The array itself, where all of it are finite numbers.
+
+    Raises:
+        ValueError: as of a network whose activations have overflowed. Cast to pixels or to tokens
+            such values would pass for labels.
+    """
+    if not np.isfinite(array).all():
+        raise ValueError("a value is not a finite number")
+    return array
+
+
 def to_json(value: Any) -> bytes:
     """JSON-like objects as bytes, equal for equal objects."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

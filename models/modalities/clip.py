@@ -1,4 +1,5 @@
-"""CLIP patch features: float16 [h, w, C], the vision tower's last hidden state without CLS."""
+"""CLIP patch features: float16 [h, w, C], the vision tower's last hidden state without CLS; those
+of the released models have gone through its last norm and projection."""
 
 from models.modalities._features import grid
 

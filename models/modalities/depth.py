@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.modalities.base import Modality, crop_float, open_image, png
+from models.modalities.base import Modality, crop_float, numbers, open_image, png
 
 
 def _encode(value: np.ndarray) -> bytes:
-    return png(np.rint(np.clip(value, 0, 1) * 65535).astype(np.uint16))
+    return png(np.rint(numbers(np.clip(value, 0, 1)) * 65535).astype(np.uint16))
 
 
 def _decode(data: bytes) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from models.crops import CropBox
-from models.modalities.base import Modality, crop_float, open_image, png
+from models.modalities.base import Modality, crop_float, numbers, open_image, png
 
 
 def normalise(value: np.ndarray) -> np.ndarray:
@@ -36,7 +36,7 @@ MODALITY = Modality(
     name="normal",
     kind="map",
     ext="png",
-    encode=lambda value: png(_picture(value)),
+    encode=lambda value: png(_picture(numbers(value))),
     decode=_decode,
     crop=_crop,
     render=_picture,

@@ -185,3 +185,44 @@ def test_a_size_between_patches_is_refused(tmp_path):
     dinov2(tmp_path)
     with pytest.raises(ValueError, match="image_size=30 is no multiple of 8"):
         load_labeler(spec("dinov2", tmp_path, "dinov2", image_size=30))
+
+
+def clip(folder: Path) -> None:
+    vision = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 1,
+              "num_attention_heads": HEADS, "image_size": 32, "patch_size": PATCH}  # fmt: skip
+    text = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": HEADS, "vocab_size": 20}  # fmt: skip
+    config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+    hf.CLIPModel(config).save_pretrained(folder)
+    hf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
+
+
+def test_projected_patches_are_those_that_the_released_clip_tokenizer_takes(tmp_path, images):
+    """Through the last norm and the projection: 512 numbers of ViT-B/16 and not its inner 768."""
+    clip(tmp_path)
+    found = load_labeler(spec("clip", tmp_path, "clip", projected=True)).label(images[:1])["clip"]
+    model = hf.CLIPModel.from_pretrained(tmp_path)
+    processor = hf.AutoImageProcessor.from_pretrained(tmp_path)
+    inputs = processor(images=images[:1], return_tensors="pt")
+    with torch.inference_mode():
+        hidden = model.vision_model(**inputs).last_hidden_state[0, 1:]
+        expected = model.visual_projection(model.vision_model.post_layernorm(hidden))
+    assert found[0].shape == (4, 4, 12)
+    np.testing.assert_allclose(found[0].reshape(16, 12), expected, atol=5e-3)
+    plain = load_labeler(spec("clip", tmp_path, "clip")).label(images[:1])["clip"]
+    np.testing.assert_allclose(plain[0].reshape(16, WIDTH), hidden, atol=5e-3)
+
+
+@pytest.mark.parametrize("write", [dinov2, siglip, imagebind])
+def test_a_network_without_a_projection_says_so(tmp_path, write):
+    write(tmp_path)
+    with pytest.raises(ValueError, match="projected=True"):
+        load_labeler(spec("imagebind", tmp_path, "imagebind", projected=True))
+
+
+def test_the_released_preset_labels_clip_as_wide_as_its_tokenizer_takes():
+    from models.labelers import preset
+    from tasks.tokenizer_plan import FEATURES
+
+    assert preset("released")["clip"].options == {"projected": True}
+    assert FEATURES["clip"] == hf.CLIPConfig().projection_dim

@@ -207,6 +207,7 @@ def test_a_search_counts_the_rank_of_the_picture_itself_and_draws_count_as_lost(
     assert metrics.recall(gallery, gallery) == [1, 1]
     assert metrics.recall(np.roll(gallery, 1, 0), gallery) == [0, 0]
     assert metrics.recall(np.ones((6, 6)), gallery) == [0, 0]
+    assert metrics.recall(np.full((6, 6), np.nan), gallery) == [0, 0]
     assert metrics.recall(gallery * 3 + gallery[::-1] * 4, gallery, (1, 2)) == [0, 1]
     assert nearest(np.array([0.1, 0.9, 0.5, 0, 0, 0]), gallery * 7, 3) == [1, 2, 0]
 

@@ -1,4 +1,4 @@
-"""What goes wrong with one picture is a hole of it; what it is not to blame for is none."""
+"""What goes wrong at a picture is a hole of it; what it is not to blame for is none."""
 
 from __future__ import annotations
 

@@ -6,12 +6,22 @@ import numpy as np
 import pytest
 
 from tasks.metrics import confusion, depth_metrics, miou, normal_angle
+from tokenizers_vq.quality import reconstruction_quality
 
 
 def test_depth_metrics_skip_pixels_without_truth():
     scores = depth_metrics([1.1, 2.0, 9.0, 3.0], [1.0, 2.0, 0.0, 4.0])
     assert scores["abs_rel"] == pytest.approx((0.1 + 0 + 0.25) / 3)
     assert scores["delta1"] == pytest.approx(2 / 3)
+
+
+def test_relative_errors_of_depth_are_bounded_where_a_picture_begins():
+    """Depth without a scale begins at 0: one such pixel would outweigh all others."""
+    scores = depth_metrics([0.02, 0.5], [1 / 65535, 0.5])
+    assert scores == pytest.approx({"abs_rel": 0.5, "delta1": 0.5})
+    pair = np.array([[0.02, 0.5]]), np.array([[0.0, 0.5]])
+    bound = reconstruction_quality("depth", [pair[0]], [pair[1]])
+    assert bound == pytest.approx({"abs_rel": 0.5, "delta1": 0.5})
 
 
 def test_angles_between_vectors_of_any_length():

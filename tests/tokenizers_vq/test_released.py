@@ -99,6 +99,13 @@ def test_a_checkpoint_loads_to_the_network_that_wrote_it(tmp_path, family):
     assert loaded.config.num_tokens == tokens[0].numel()
 
 
+def test_a_class_that_a_tokenizer_does_not_know_is_unlabelled_to_it() -> None:
+    """On a GPU an id beyond the table would end the process, not the sample."""
+    net, ids = _net("semseg").eval(), _input("semseg")
+    with torch.no_grad():
+        assert torch.equal(net.encode(ids + 6), net.encode(torch.zeros_like(ids)))
+
+
 def test_the_transformer_in_a_uvit_loads_under_either_name_of_its_convolution(tmp_path):
     net = _net("normal").eval()
     state = net.state_dict()

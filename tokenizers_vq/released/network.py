@@ -120,7 +120,8 @@ class ReleasedVQ(nn.Module):
     def latents(self, x: Tensor) -> Tensor:
         """Values [B, C, H, W] or class ids [B, H, W] to latents [B, D, h, w]."""
         if self.config.num_classes:
-            x = self.cls_emb(x.long()).movedim(-1, 1)
+            ids = x.long()  # classes that it does not know are unlabelled, which is number 0
+            x = self.cls_emb(ids.where(ids < self.config.num_classes, 0)).movedim(-1, 1)
         return self.quant_proj(self.encoder(x))
 
     def encode(self, x: Tensor) -> Tensor:
