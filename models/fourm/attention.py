@@ -20,8 +20,8 @@ from torch.nn import functional as F
 PADDING = -1
 """Modality id of an unused slot."""
 
-_KEPT = 1 << 25
-"""Most weights of an attention in exact fp32 that are kept for a backward pass: 128 MB."""
+_KEPT = 1 << 22
+"""Most weights of an attention in exact fp32 that are kept for a backward pass: 16 MB."""
 
 Mask = Tensor | tuple[tuple[int, Tensor | None], ...] | None
 """An additive mask [B,1,Q or 1,K]; or, where several inputs lie behind one another, the slots of

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from models.fourm.attention import (
@@ -119,28 +117,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.fc3 is None:
             return self.fc2(F.gelu(self.fc1(x)))
-        gate, value = self.fc1(x), self.fc3(x)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return self.fc2(_Gated.apply(gate, value))
-        return self.fc2(F.silu(gate) * value)
-
-
-class _Gated(torch.autograd.Function):
-    """silu(gate) * value, whose backward pass makes one tensor less of what fills a CPU's cache."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, value: Tensor) -> Tensor:
-        opened = F.silu(gate)
-        ctx.save_for_backward(gate, value, opened)
-        return opened * value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, value, opened = ctx.saved_tensors
-        of_gate = grad * value
-        torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
-        return of_gate, grad * opened
+        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
 
 
 class EncoderBlock(nn.Module):

@@ -15,7 +15,7 @@ from infra.machine import fp32_products
 from models.fourm.attention import additive, attention, key_mask, target_mask
 from models.fourm.batch import from_released
 from models.fourm.embeddings import sincos_1d, sincos_2d
-from models.fourm.model import LayerCache, Mlp
+from models.fourm.model import LayerCache
 from models.fourm.spec import ModalitySpec
 from tests.models.tiny import CONFIG, make, released
 
@@ -100,18 +100,6 @@ def test_in_fp32_no_weights_are_kept_where_no_gradient_is_asked_or_where_they_ar
     assert "_Products" not in out.grad_fn.name()
     monkeypatch.setattr("models.fourm.attention._KEPT", 2 * 5 * 5)
     assert "_Products" in attention(q, k, v, None).grad_fn.name()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_gated_mlp_on_a_cpu_has_the_values_and_gradients_of_its_formula(dtype):
-    torch.manual_seed(0)
-    mlp = Mlp(dataclasses.replace(CONFIG, gated_mlp=True)).to(dtype)
-    x = torch.randn(2, 3, CONFIG.dim, dtype=dtype, requires_grad=True)
-    wanted = [x, *mlp.parameters()]
-    plain = mlp.fc2(F.silu(mlp.fc1(x)) * mlp.fc3(x))
-    found = [torch.autograd.grad(out.square().sum(), wanted) for out in (mlp(x), plain)]
-    assert torch.equal(mlp(x), plain)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
 def test_products_keep_the_mask_they_are_given():
