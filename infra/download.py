@@ -218,7 +218,8 @@ class Downloader:
                 return Download(index, pause.reason, detail, retry_after=wait), 0.0
             async with AsyncExitStack() as turn:
                 with self.depths.at("at_hosts"):
-                    await asyncio.sleep(max(wait, 0.0))
+                    if wait > 0:
+                        await asyncio.sleep(wait)
                     last = await turn.enter_async_context(self._turns.at(host))
                 if self._pauses.get(host) is not pause:
                     continue  # somebody else was asked to wait meanwhile
@@ -304,9 +305,10 @@ async def _body(index: int, answer: aiohttp.ClientResponse, max_bytes: int) -> D
     declared = answer.content_length
     if declared is not None and declared > max_bytes:
         return Download(index, "too_large", f"{declared} bytes declared, limit {max_bytes}")
-    body = bytearray()
-    async for piece in answer.content.iter_chunked(1 << 16):
-        body += piece
-        if len(body) > max_bytes:
+    pieces, size = [], 0
+    async for piece in answer.content.iter_any():
+        pieces.append(piece)
+        size += len(piece)
+        if size > max_bytes:
             return Download(index, "too_large", f"more than {max_bytes} bytes")
-    return Download(index, "ok", body=bytes(body))
+    return Download(index, "ok", body=b"".join(pieces))
