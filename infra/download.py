@@ -21,6 +21,7 @@ from yarl import URL
 
 from infra.addresses import AddressPolicy, BlockedAddress, PublicResolver
 from infra.overlap import Depths
+from infra.pauses import Pauses
 from infra.robots import PRODUCT, Answer, Refusal, Robots
 from infra.turns import OwnTurns, Turns
 
@@ -67,15 +68,6 @@ class Download:
     retry_after: float | None = None
 
 
-@dataclass(frozen=True)
-class _Pause:
-    """Which a host asked for."""
-
-    until: float
-    """On the monotonic clock."""
-    reason: str
-
-
 class Downloader:
     """Downloads under one policy, for as many lists at once as there are.
 
@@ -88,12 +80,15 @@ class Downloader:
     Args:
         policy: limits and manners.
         turns: this worker's part of the turns at a host; all of them if it is the only worker.
+        pauses: those that other workers hear of too; its own if it is the only worker.
     """
 
-    def __init__(self, policy: DownloadPolicy, turns: Turns | None = None) -> None:
+    def __init__(
+        self, policy: DownloadPolicy, turns: Turns | None = None, pauses: Pauses | None = None
+    ) -> None:
         self._policy = policy
         self._turns = turns or OwnTurns(policy.per_host)
-        self._pauses: dict[str, _Pause] = {}
+        self._pauses = pauses or Pauses()
         self.depths = Depths()
         """Rows "at_hosts", waiting for their turn, and "requests" that were sent."""
         self._slots = asyncio.Semaphore(policy.concurrency)
@@ -119,6 +114,7 @@ class Downloader:
         """Closes all connections."""
         await self._session.close()
         await self._turns.close()
+        await self._pauses.close()
 
     async def each(self, urls: Sequence[str]) -> AsyncIterator[Download]:
         """Downloads in completion order; ``index`` tells which URL."""
@@ -211,7 +207,7 @@ class Downloader:
         """What a host says, and the seconds it took to; waiting for a turn is no slowness of it."""
         host = url.host or ""
         while True:
-            pause = self._pauses.get(host)
+            pause = self._pauses.at(host)
             wait = pause.until - time.monotonic() if pause else 0.0
             if pause and wait > self._policy.timeout:
                 detail = f"{host} asked for a pause, of which {wait:.0f} s are left"
@@ -221,7 +217,7 @@ class Downloader:
                     if wait > 0:
                         await asyncio.sleep(wait)
                     last = await turn.enter_async_context(self._turns.at(host))
-                if self._pauses.get(host) is not pause:
+                if self._pauses.at(host) is not pause:
                     continue  # somebody else was asked to wait meanwhile
                 began = time.monotonic()
                 with self.depths.at("requests"):
@@ -236,12 +232,8 @@ class Downloader:
         seconds = found.retry_after or 0.0
         if found.reason == "rate_limited":
             seconds = max(seconds, self._policy.backoff)
-        if not seconds or found.reason not in RETRYABLE:
-            return
-        now = time.monotonic()
-        self._pauses = {name: each for name, each in self._pauses.items() if each.until > now}
-        if host not in self._pauses or self._pauses[host].until < now + seconds:
-            self._pauses[host] = _Pause(now + seconds, found.reason)
+        if seconds and found.reason in RETRYABLE:
+            self._pauses.begin(host, seconds, found.reason)
 
     async def _get(self, index: int, url: URL, rules: bool, last: bool) -> Download | URL:
         """What a URL holds, or where it leads; the connection is closed after the last request."""

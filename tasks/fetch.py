@@ -29,7 +29,7 @@ from infra.overlap import Waits
 from infra.runner import StageJob, SystemicFailure
 from infra.shards import sample_key, shard_name, write_tar
 from infra.store import Store
-from infra.turns import turns_of_run
+from infra.turns import pauses_of_run, turns_of_run
 from models import modalities
 from tasks.arrivals import UNREADABLE, from_files, from_tar
 from tasks.pictures import BadPicture, Picture, PicturePolicy, cleaned
@@ -182,7 +182,8 @@ class FetchWork:
 
     async def _open(self) -> Downloader:
         limits = self._downloads
-        return Downloader(limits, turns_of_run(limits.per_host, longest=limits.timeout))
+        turns = turns_of_run(limits.per_host, longest=limits.timeout)
+        return Downloader(limits, turns, pauses_of_run())
 
     async def _shut(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
