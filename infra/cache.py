@@ -55,7 +55,7 @@ def make_room(cache: Path, size: int) -> None:
 
 
 def _old(cache: Path) -> Iterator[tuple[float, int, Path]]:
-    """Last use, size and path of the copies that may go, and of those that a kill left half made."""
+    """Last use, size and path of the copies that may go, and of what a kill left half made."""
     before = time.time() - YOUNG
     copies = (file for file in cache.glob("[0-9a-f][0-9a-f]/*") if _COPY.fullmatch(file.name))
     for file in chain(cache.glob(f"{UNFINISHED}/*"), copies):

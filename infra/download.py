@@ -22,6 +22,7 @@ from yarl import URL
 
 from infra.addresses import AddressPolicy, BlockedAddress, PublicResolver
 from infra.overlap import Depths
+from infra.pauses import Pauses
 from infra.robots import PRODUCT, Answer, Refusal, Robots
 from infra.turns import OwnTurns, Turns
 
@@ -69,15 +70,6 @@ class Download:
     retry_after: float | None = None
 
 
-@dataclass(frozen=True)
-class _Pause:
-    """Which a host asked for."""
-
-    until: float
-    """On the monotonic clock."""
-    reason: str
-
-
 class Downloader:
     """Downloads under one policy, for as many lists at once as there are.
 
@@ -90,12 +82,15 @@ class Downloader:
     Args:
         policy: limits and manners.
         turns: this worker's part of the turns at a host; all of them if it is the only worker.
+        pauses: those that other workers hear of too; its own if it is the only worker.
     """
 
-    def __init__(self, policy: DownloadPolicy, turns: Turns | None = None) -> None:
+    def __init__(
+        self, policy: DownloadPolicy, turns: Turns | None = None, pauses: Pauses | None = None
+    ) -> None:
         self._policy = policy
         self._turns = turns or OwnTurns(policy.per_host)
-        self._pauses: dict[str, _Pause] = {}
+        self._pauses = pauses or Pauses()
         self.depths = Depths()
         """Rows "at_hosts", waiting for their turn, and "requests" that were sent."""
         self._slots = asyncio.Semaphore(policy.concurrency)
@@ -121,6 +116,7 @@ class Downloader:
         """Closes all connections."""
         await self._session.close()
         await self._turns.close()
+        await self._pauses.close()
 
     async def each(self, urls: Sequence[str]) -> AsyncIterator[Download]:
         """Downloads in completion order; ``index`` tells which URL."""
@@ -213,16 +209,17 @@ class Downloader:
         """What a host says, and the seconds it took to; waiting for a turn is no slowness of it."""
         host = url.host or ""
         while True:
-            pause = self._pauses.get(host)
+            pause = self._pauses.at(host)
             wait = pause.until - time.monotonic() if pause else 0.0
             if pause and wait > self._policy.timeout:
                 detail = f"{host} asked for a pause, of which {wait:.0f} s are left"
                 return Download(index, pause.reason, detail, retry_after=wait), 0.0
             async with AsyncExitStack() as turn:
                 with self.depths.at("at_hosts"):
-                    await asyncio.sleep(max(wait, 0.0))
+                    if wait > 0:
+                        await asyncio.sleep(wait)
                     last = await turn.enter_async_context(self._turns.at(host))
-                if self._pauses.get(host) is not pause:
+                if self._pauses.at(host) is not pause:
                     continue  # somebody else was asked to wait meanwhile
                 began = time.monotonic()
                 with self.depths.at("requests"):
@@ -237,12 +234,8 @@ class Downloader:
         seconds = found.retry_after or 0.0
         if found.reason == "rate_limited":
             seconds = max(seconds, self._policy.backoff)
-        if not seconds or found.reason not in RETRYABLE:
-            return
-        now = time.monotonic()
-        self._pauses = {name: each for name, each in self._pauses.items() if each.until > now}
-        if host not in self._pauses or self._pauses[host].until < now + seconds:
-            self._pauses[host] = _Pause(now + seconds, found.reason)
+        if seconds and found.reason in RETRYABLE:
+            self._pauses.begin(host, seconds, found.reason)
 
     async def _get(self, index: int, url: URL, rules: bool, last: bool) -> Download | URL:
         """What a URL holds, or where it leads; the connection is closed after the last request."""
@@ -314,9 +307,10 @@ async def _body(index: int, answer: aiohttp.ClientResponse, max_bytes: int) -> D
     declared = answer.content_length
     if declared is not None and declared > max_bytes:
         return Download(index, "too_large", f"{declared} bytes declared, limit {max_bytes}")
-    body = bytearray()
-    async for piece in answer.content.iter_chunked(1 << 16):
-        body += piece
-        if len(body) > max_bytes:
+    pieces, size = [], 0
+    async for piece in answer.content.iter_any():
+        pieces.append(piece)
+        size += len(piece)
+        if size > max_bytes:
             return Download(index, "too_large", f"more than {max_bytes} bytes")
-    return Download(index, "ok", body=bytes(body))
+    return Download(index, "ok", body=b"".join(pieces))

@@ -3,7 +3,7 @@
 How many workers a run has is known before it begins. Where they are no more than the turns at a
 host, each has a share of its own and nobody asks anybody. Where they are more, a share would be
 less than one: then each turn is lent, to one worker at a time and for a few requests in a row, by
-a keeper in an actor of the run's own.
+a keeper in an actor of the run's own. That actor also passes on the pauses that hosts ask for.
 
 A loan ends by itself. The keeper forgets a worker that it has not heard of for so long that
 nothing can be under way any more, and a worker begins nothing that its keeper could have
@@ -25,6 +25,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from itertools import islice
 from typing import Protocol
 from weakref import WeakValueDictionary
+
+from infra.pauses import Left, Pause, Pauses, extend, left
 
 log = logging.getLogger("fourm.turns")
 
@@ -82,6 +84,8 @@ class OwnTurns:
 class Keeper:
     """Lends turns at hosts to the workers of a run, one to a worker, first come, first served.
 
+    It also passes on the pauses that hosts ask for.
+
     Args:
         turns: at each host.
         clock: seconds that only grow.
@@ -101,6 +105,13 @@ class Keeper:
         self._said: dict[str, tuple[set[str], set[str]]] = {}
         self._holding: dict[str, dict[str, None]] = {}
         self._waiting: dict[str, dict[str, None]] = {}
+        self._pauses: dict[str, Pause] = {}
+
+    def pauses(self, told: Left) -> Left:
+        """Take note of the pauses that a worker was told of; all that workers were told of."""
+        now = self._clock()
+        extend(self._pauses, told, now)
+        return left(self._pauses, now)
 
     def exchange(
         self, worker: str, seconds: float, using: list[str], wanting: list[str]
@@ -278,14 +289,14 @@ class LentTurns:
 
 @contextmanager
 def keeper(turns: int, workers: int) -> Iterator[dict[str, str]]:
-    """Environment of the workers of a run on Ray, which shares out turns at hosts among them.
+    """Environment of the workers of a run on Ray, which share turns and pauses at hosts.
 
     Args:
         turns: at each host; 0 where the run has nothing to do with hosts.
         workers: of the run, at most.
     """
     variables = {WORKERS: str(workers), KEEPER: ""}
-    if not 0 < turns < workers:
+    if not turns or workers < 2:
         yield variables
         return
     import ray
@@ -304,8 +315,18 @@ def turns_of_run(turns: int, longest: float) -> Turns:
         turns: of the whole run.
         longest: seconds that a request may take.
     """
-    if name := os.environ.get(KEEPER, ""):
+    workers = int(os.environ.get(WORKERS, "1"))
+    if turns < workers and (name := os.environ.get(KEEPER, "")):
         import ray
 
         return LentTurns(ray.get_actor(name).exchange.remote, longest)
-    return OwnTurns(max(1, turns // int(os.environ.get(WORKERS, "1"))))
+    return OwnTurns(max(1, turns // workers))
+
+
+def pauses_of_run() -> Pauses:
+    """The pauses at hosts that any worker of this one's run is told of."""
+    if name := os.environ.get(KEEPER, ""):
+        import ray
+
+        return Pauses(ray.get_actor(name).pauses.remote)
+    return Pauses()

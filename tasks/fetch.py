@@ -30,7 +30,7 @@ from infra.runner import StageJob, SystemicFailure
 from infra.shards import sample_key, shard_name, write_tar
 from infra.stages import SHARDS
 from infra.store import Store
-from infra.turns import turns_of_run
+from infra.turns import pauses_of_run, turns_of_run
 from models import modalities
 from tasks.arrivals import UNREADABLE, from_files, from_tar
 from tasks.pictures import BadPicture, Picture, PicturePolicy, cleaned
@@ -46,11 +46,14 @@ SYSTEMIC_MIN_ROWS = 20
 
 UNITS_AT_ONCE = 4
 """Shards of a worker that overlap: the slowest servers take as long as a few shards."""
-WAITING = 64_000_000
+WAITING = 192_000_000
 """Bytes of a worker's pictures that wait for being cleaned: some thousand photographs. So many
-seconds of work are left when the last row is asked for, and pass while slow servers answer."""
+seconds of work are left when the last row is asked for, and pass while slow servers answer: about
+ten, the time after which silent ones are given up."""
 RESOLVERS = 64
 """Threads that ask the name server: dead names take seconds each, and are many."""
+GARBAGE = 20_000
+"""New objects after which a worker looks for garbage: a hundred downloads make so many."""
 
 T = TypeVar("T")
 
@@ -95,8 +98,9 @@ def build_work(store_url: str, stage: Stage, config: dict) -> FetchWork:
     import torch  # noqa: F401 - or the first pictures of each thread would wait for it
 
     # What is loaded by now stays: the collector, which many small objects of downloads keep busy,
-    # need not walk through it each time.
+    # need not walk through it each time, and comes when most of them are gone by themselves.
     gc.freeze()
+    gc.set_threshold(GARBAGE)
     downloads = dict(config["downloads"])
     downloads["addresses"] = AddressPolicy(frozenset(downloads["addresses"]))
     return FetchWork(
@@ -180,7 +184,8 @@ class FetchWork:
 
     async def _open(self) -> Downloader:
         limits = self._downloads
-        return Downloader(limits, turns_of_run(limits.per_host, longest=limits.timeout))
+        turns = turns_of_run(limits.per_host, longest=limits.timeout)
+        return Downloader(limits, turns, pauses_of_run())
 
     async def _shut(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}

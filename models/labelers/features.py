@@ -47,8 +47,8 @@ class FeatureLabeler(InParts):
     vector, float16 [C], in one pass.
 
     The map holds the last hidden state of every patch, or what CLIP would compare with texts. It
-    covers the whole image: where processors would cut out its middle, the image is squeezed into the
-    network's square instead. The vector is what the network pools: the class token after the last
+    covers the whole image: where processors would cut out its middle, the image is squeezed into
+    the network's square instead. The vector is what the network pools: the class token after the last
     norm (CLIP, DINOv2), the attention pool (SigLIP), see `models.labelers.imagebind` for ImageBind.
 
     Options:
@@ -130,7 +130,8 @@ class _HubTower:
         self.labeler, self.processor = labeler, AutoImageProcessor.from_pretrained(**source)
         model = AutoModel.from_pretrained(**source, dtype=torch.float32)
         self.model = labeler.compiled(labeler.place(getattr(model, "vision_model", model)))
-        self.projection, self.projected = getattr(model, "visual_projection", None), False
+        self.projection: Any = getattr(model, "visual_projection", None)
+        self.projected = False
         self.image_size, self.patch_size = (
             self.model.config.image_size, self.model.config.patch_size,
         )  # fmt: skip

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 from aiohttp import web
 
-from infra import turns
+from infra import pauses, turns
 from infra.addresses import AddressPolicy
 from infra.download import Downloader, DownloadPolicy
+from infra.pauses import Left, Pauses
 from infra.turns import Keeper, LentTurns, turns_of_run
 
 ADDRESSES = AddressPolicy(frozenset({"127.0.0.1", "localhost"}))
@@ -360,3 +361,95 @@ def test_a_host_that_asks_for_more_than_a_row_can_wait_is_left_to_a_later_pass()
         return found, len(busy.asked), len(other.asked)
 
     assert asyncio.run(scenario()) == (["rate_limited"] * 6 + ["ok"], 1, 1)
+
+
+def test_a_pause_is_passed_on_until_it_ends_and_the_longest_counts():
+    each, clock = keeper(1)
+    assert each.pauses({}) == {}
+    assert each.pauses({"h": (5.0, "rate_limited")}) == {"h": (5.0, "rate_limited")}
+    clock[0] = 2.0
+    told = each.pauses({"h": (1.0, "server_error"), "g": (4.0, "server_error")})
+    assert told == {"h": (3.0, "rate_limited"), "g": (4.0, "server_error")}
+    clock[0] = 5.0
+    assert each.pauses({"h": (-2.0, "rate_limited")}) == {"g": (1.0, "server_error")}
+
+
+async def learnt(worker: Pauses, host: str) -> None:
+    async with asyncio.timeout(120):
+        while worker.at(host) is None:
+            await asyncio.sleep(0.001)
+
+
+def test_a_pause_that_one_worker_is_asked_for_is_kept_by_the_others(monkeypatch):
+    monkeypatch.setattr(pauses, "SHARE", 0.01)
+    kept = Keeper(8, restarted=lambda: False)
+
+    async def scenario():
+        busy, policy = Busy(429, "3600"), DownloadPolicy(addresses=ADDRESSES)
+        shared = [Pauses(at_once(kept.pauses)) for _ in range(2)]
+        told, other = (Downloader(policy, pauses=each) for each in shared)
+        async with busy.serving() as port:
+            url = f"http://127.0.0.1:{port}/1"
+            first = [each.reason async for each in told.each([url])]
+            await learnt(shared[1], "127.0.0.1")
+            rest = [each async for each in other.each([url] * 5)]
+        for worker in (told, other):
+            await worker.close()
+        return first, rest, len(busy.asked)
+
+    first, rest, asked = asyncio.run(scenario())
+    assert (first, asked) == (["rate_limited"], 1)
+    assert {(each.reason, each.retry_after > 3000) for each in rest} == {("rate_limited", True)}
+
+
+def test_a_pause_is_told_at_once_as_its_worker_may_soon_have_no_rows_left(monkeypatch):
+    monkeypatch.setattr(pauses, "SHARE", 1000.0)
+    kept = Keeper(8, restarted=lambda: False)
+
+    async def scenario():
+        worker = Pauses(at_once(kept.pauses))
+        assert worker.at("h") is None
+        worker.begin("h", 1000.0, "rate_limited")
+        async with asyncio.timeout(120):
+            while not (found := kept.pauses({})):
+                await asyncio.sleep(0.001)
+        await worker.close()
+        return found
+
+    assert list(asyncio.run(scenario())) == ["h"]
+
+
+def test_pauses_are_told_again_when_the_keeper_dies_or_messages_are_lost(monkeypatch):
+    monkeypatch.setattr(pauses, "SHARE", 0.001)
+    drawn = random.Random(0)
+
+    async def lossy(told: Left) -> Left:
+        kept = Keeper(8, restarted=lambda: True) if drawn.random() < 0.5 else living
+        answer = kept.pauses(told)
+        if drawn.random() < 0.5:
+            raise OSError("lost on its way back")
+        return answer
+
+    living = Keeper(8, restarted=lambda: False)
+
+    async def scenario():
+        told, other = Pauses(lossy), Pauses(lossy)
+        told.begin("h", 1000.0, "rate_limited")
+        await asyncio.gather(learnt(told, "h"), learnt(other, "h"))
+        await told.close()
+        await other.close()
+        return other.at("h")
+
+    assert asyncio.run(scenario()).reason == "rate_limited"
+
+
+def test_a_pause_said_again_a_moment_later_is_no_new_one():
+    known: dict[str, pauses.Pause] = {}
+    pauses.extend(known, {"h": (5.0, "rate_limited")}, now=10.0, by=1.0)
+    first = known["h"]
+    pauses.extend(known, {"h": (4.5, "rate_limited")}, now=11.0, by=1.0)
+    assert known["h"] is first
+    pauses.extend(known, {"h": (6.0, "server_error")}, now=11.0, by=1.0)
+    assert known == {"h": pauses.Pause(17.0, "server_error")}
+    pauses.extend(known, {}, now=17.0)
+    assert known == {}
