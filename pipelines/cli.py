@@ -137,7 +137,7 @@ def _sentences(code: int = 2) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, RuntimeError, *_of_services()) as error:
+    except _expected() as error:
         typer.secho(f"fourm: {error}", fg="red", err=True)
         raise typer.Exit(code) from None
     except KeyboardInterrupt:
@@ -146,10 +146,11 @@ def _sentences(code: int = 2) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _of_services() -> tuple[type[Exception], ...]:
-    """What S3's client raises where a list lies there; it is imported where it was needed."""
+def _expected() -> tuple[type[Exception], ...]:
+    """Failures that have a sentence; those of S3's client too where that was needed for a list."""
     errors = sys.modules.get("botocore.exceptions")
-    return (errors.BotoCoreError,) if errors else ()
+    known = (ValueError, OSError, RuntimeError)
+    return (*known, errors.BotoCoreError) if errors else known
 
 
 def _validated(form: type[_Form], values: dict[str, Any]) -> _Form:
