@@ -29,8 +29,9 @@ from infra.store import Store
 from infra.units import SystemicFailure
 from models import modalities
 from models.labelers import Labeler, LabelerSpec, load_labeler
+from models.labelers.base import ORIGINAL_SIZE
 from models.labelers.inputs import InParts
-from tasks.tokenizer_data import read_label
+from tasks.tokenizer_data import original_sizes, read_label
 
 logger = logging.getLogger("fourm.label")
 
@@ -44,6 +45,7 @@ class Sample:
 
     key: str
     data: bytes
+    size: tuple[int, int] | None = None
     others: dict[str, bytes] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
@@ -143,11 +145,7 @@ class LabelWork:
         ]
 
     def samples(self, shard: int) -> Iterator[list[Sample]]:
-        """The labelled pictures of a shard in order, a few batches at a time.
-
-        Raises:
-            As `run`.
-        """
+        """The labelled pictures of a shard in order, a few batches at a time; raises as `run`."""
         reasons, detail = Counter[str](), ""
         for _, group in _one_pass((self,), shard):
             reasons.update(sample.reason for sample in group)
@@ -176,9 +174,11 @@ class LabelWork:
             {name: work._index(stage, shard, name) for name, stage in work._sources.items()}
             for work in works
         ]
+        asked = any(work._labeler.asks_size for work in works)
+        sizes = original_sizes(self._ledger, self._fetch, shard) if asked else {}
         for name, data in read_tar(path, sha256=sha256):
             key, extension = split_name(name)
-            row = [Sample(key, data) for _ in works]
+            row = [Sample(key, data, sizes.get(key)) for _ in works]
             for work, sample, indices in zip(works, row, others, strict=True):
                 if extension == MISSING_EXT:
                     sample.fail("no_picture", "the fetch stage left a hole")
@@ -203,7 +203,8 @@ class LabelWork:
         if sample.reason != "ok":
             return
         with _hole(sample, "undecodable", OSError):  # which is what broken pictures are to Pillow
-            inputs = {"rgb": picture(data)} if "rgb" in self._labeler.reads else {}
+            inputs = {ORIGINAL_SIZE: sample.size} if self._labeler.asks_size else {}
+            inputs |= {"rgb": picture(data)} if "rgb" in self._labeler.reads else {}
             for name, each in others.items():
                 inputs[name] = read_label(name, sample.key, each)
             sample.inputs = inputs

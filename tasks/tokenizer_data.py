@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from infra.ledger import Ledger, Stage
+from infra.ledger import Ledger, Stage, read_statuses
 from infra.shards import MISSING_EXT, TarIndex
 from infra.store import Store
 from models import modalities
@@ -48,6 +48,16 @@ def read_label(name: str, key: str, data: bytes) -> Any:
         raise ValueError(
             f"the {name} of sample {key} is not in the format that this version reads: {error}"
         ) from error
+
+
+def original_sizes(ledger: Ledger, stage: Stage, shard: int) -> dict[str, tuple[int, int]]:
+    """Width and height in which the pictures of a shard came, by key; empty where the stage that
+    stored them does not tell."""
+    table = read_statuses(ledger.store, ledger.read_commit(stage, shard))
+    if not {"width", "height"} <= set(table.column_names):
+        return {}
+    rows = zip(*(table[name].to_pylist() for name in ("key", "width", "height")), strict=True)
+    return {key: (width, height) for key, width, height in rows if width and height}
 
 
 def source_of_pictures(stage: Stage) -> Stage | None:

@@ -26,6 +26,8 @@ SHIPPED = "shipped:"
 COMPUTED = "computed"
 """Model id of labelers that have no weights: they compute, and their class has a `version`."""
 
+ORIGINAL_SIZE = "original_size"
+
 WEIGHTS = Path(__file__).parent / "weights"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -114,6 +116,9 @@ class Labeler(ABC):
     """Modalities without which a sample cannot be labelled."""
     also_reads: ClassVar[tuple[str, ...]] = ()
     """Modalities that are looked at where a sample has them."""
+    asks_size: ClassVar[bool] = False
+    """Whether samples tell it the size in which their pictures came, before they were made smaller
+    to be stored: (width, height) under `ORIGINAL_SIZE`, where that is known."""
     version: ClassVar[int] = 1
     """Raised when the labels change that a class without weights computes."""
     compiles: ClassVar[bool] = False

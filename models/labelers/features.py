@@ -48,8 +48,9 @@ class FeatureLabeler(InParts):
 
     The map holds the last hidden state of every patch, or what CLIP would compare with texts. It
     covers the whole image: where processors would cut out its middle, the image is squeezed into
-    the network's square instead. The vector is what the network pools: the class token after the last
-    norm (CLIP, DINOv2), the attention pool (SigLIP), see `models.labelers.imagebind` for ImageBind.
+    the network's square instead. The vector is what the network pools: the class token after the
+    last norm (CLIP, DINOv2), the attention pool (SigLIP), see `models.labelers.imagebind` for
+    ImageBind.
 
     Options:
         image_size: Side in pixels of that square; 0 is the checkpoint's own. Another than the

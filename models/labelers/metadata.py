@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from models.labelers.base import Image, Labeler, LabelerSpec, options_of
+from models.labelers.base import ORIGINAL_SIZE, Image, Labeler, LabelerSpec, options_of
 from models.labelers.canny import grey
 from models.modalities.metadata import Metadata
 
@@ -42,6 +42,9 @@ class MetadataLabeler(Labeler):
         "caption", "det", "human_poses", "sam_instance", "semseg", "normal", "depth",
     )  # fmt: skip
 
+    asks_size: ClassVar[bool] = True
+    version: ClassVar[int] = 2  # 1 took the stored size for the original one
+
     def __init__(self, spec: LabelerSpec) -> None:
         super().__init__(spec)
         self.options = options_of(
@@ -62,7 +65,17 @@ class MetadataLabeler(Labeler):
         for name, compute in _COMPUTE.items():
             if sample.get(name) is not None:
                 fields |= compute(sample[name], self.options)
-        return fields
+        return fields | _came_as(sample)
+
+
+def _came_as(sample: Mapping[str, Any]) -> Metadata:
+    """The size in which the picture came, where it is known; on its side if it was turned."""
+    if sample.get(ORIGINAL_SIZE) is None:
+        return {}
+    (width, height), stored = sample[ORIGINAL_SIZE], sample["rgb"].shape
+    if (width - height) * (stored[1] - stored[0]) < 0:
+        width, height = height, width
+    return {"original_width": width, "original_height": height}
 
 
 def _of_picture(image: Image, options: dict[str, Any]) -> Metadata:
