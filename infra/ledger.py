@@ -163,7 +163,7 @@ class Ledger:
             model=stage.model,
             revision=stage.revision,
             code_version=commit_hash(),
-            run_id=environ.get("FOURM_RUN_ID", ""),
+            run_id=_run(),
             upstream={
                 f"{c.stage}/{c.shard}": {m: o["sha256"] for m, o in c.outputs.items()}
                 for c in upstream_commits
@@ -184,7 +184,7 @@ class Ledger:
         """
         prefix = f"attempts/{stage.id}/{shard_name(shard)}."
         number = self.attempts(stage, shard) + 1
-        record = {"created": _now(), "writer": uuid.uuid4().hex}
+        record = {"created": _now(), "writer": uuid.uuid4().hex, "run": _run()}
         while not self.store.create_json(f"{prefix}{number}", record):
             # A lost answer is asked for again, and then says that the object, ours, exists.
             if self.store.read_json(f"{prefix}{number}") == record:
@@ -199,6 +199,14 @@ class Ledger:
         while self.store.exists(f"attempts/{stage.id}/{shard_name(shard)}.{number + 1}"):
             number += 1
         return number
+
+    def attempts_of_run(self, stage: Stage, shard: int, after: int) -> int:
+        """How often this run has begun with a shard, of the attempts after so many: another run
+        at the same time counts its own."""
+        prefix = f"attempts/{stage.id}/{shard_name(shard)}."
+        numbers = range(after + 1, self.attempts(stage, shard) + 1)
+        records = (self.store.read_json(f"{prefix}{number}") for number in numbers)
+        return sum(record.get("run", _run()) == _run() for record in records)
 
     def begun(self, stage: Stage | str) -> Counter[int]:
         """Shard -> how often work on it has begun, from one listing."""
@@ -344,6 +352,10 @@ def _stream(call: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
 
 def _id(stage: Stage | str) -> str:
     return stage if isinstance(stage, str) else stage.id
+
+
+def _run() -> str:
+    return environ.get("FOURM_RUN_ID", "")
 
 
 def _now() -> str:

@@ -198,12 +198,19 @@ class UnitRunner:
             time.sleep(pause)
             alone = self._tried(job, shard, before)
             with self._running.one(self._kind([job]), alone=alone):
-                number = self._ledger.attempt(self._jobs[job].stage, shard) - before
+                number = self._begin(job, shard, before)
                 ended = self._once(job, shard, number, reason)
             if isinstance(ended, UnitStatus):
                 return ended
             reason = ended
             pause = RETRY_SECONDS * 2 ** (number - 1) if number < MAX_ATTEMPTS else 0.0
+
+    def _begin(self, job: int, shard: int, before: int) -> int:
+        """The number of the attempt that begins, of those of this run."""
+        stage = self._jobs[job].stage
+        number = self._ledger.attempt(stage, shard) - before
+        # Another run's, which may be cut off as often as it likes, are told apart where it matters.
+        return number if number < 2 else self._ledger.attempts_of_run(stage, shard, before)
 
     def _once(self, job: int, shard: int, number: int, reason: str) -> UnitStatus | str:
         """The end of a unit, or why this attempt was none; the reason given is that of the last."""

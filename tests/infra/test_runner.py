@@ -159,6 +159,16 @@ def test_interrupting_often_quarantines_nothing(store, monkeypatch):
     assert run(store, job)[job.stage.id].done == 2
 
 
+def test_another_run_that_is_cut_off_often_quarantines_nothing(store, monkeypatch):
+    job = toy_job(1)
+    runner = UnitRunner(store, [job], threads=1)
+    monkeypatch.setenv("FOURM_RUN_ID", "another")
+    for _ in range(MAX_ATTEMPTS + 1):
+        Ledger(store).attempt(job.stage, 0)
+    monkeypatch.setenv("FOURM_RUN_ID", "this")
+    assert [row.state for row in runner.run(0, "[[0, 0]]")] == ["committed"]
+
+
 def test_a_worker_keeps_one_work_and_closes_it(store, tmp_path):
     config = {"log": True, "folder": str(tmp_path)}
     run(store, toy_job(2, "label:a", **config), toy_job(2, "label:b", **config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from PIL import Image
 from infra.ledger import Ledger, ShardData, Stage
 from infra.shards import read_tar, sample_key, write_tar
 from infra.store import Store
+from tasks import duplicates
 from tasks.duplicates import (
     NEAR_BITS,
     build_work,
@@ -76,6 +78,18 @@ def test_near_duplicates_agree_with_comparing_all_pairs(flips):
         assert (first[number] >= 0) == bool(alike)
         if not alike:
             kept.append(number)
+
+
+def test_a_very_common_band_takes_no_more_memory(monkeypatch):
+    monkeypatch.setattr(duplicates, "_AT_ONCE", 1 << 14)
+    hashes = np.arange(1, 2001, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) << np.uint64(16)
+    everything = np.arange(len(hashes))
+    tracemalloc.start()
+    for _ in duplicates._pairs(hashes, everything, everything):
+        pass
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4e6, "all with all would take 32 MB"
 
 
 @pytest.fixture
