@@ -143,7 +143,7 @@ def prepare(store: Store, run: str, config: EvaluateConfig) -> Bench:
     from tasks.evaluation.truth import read_centred
 
     chain = Chain(store)
-    generator = load_generator(store, run)
+    generator = load_generator(store, run, bf16=None)
     manifest = load_manifest(store, config.manifest)
     teachers = _load_teachers(chain)
     truth = _truth(chain, teachers, manifest.shards("val"), config)

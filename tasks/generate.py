@@ -83,8 +83,8 @@ def only_run(store: Store) -> str:
     return found[0]
 
 
-def load_generator(store: Store, run: str) -> Generator:
-    """The model of a run with its tokenizers.
+def load_generator(store: Store, run: str, *, bf16: bool | None = False) -> Generator:
+    """The model of a run with its tokenizers; for `bf16` see `Generator`.
 
     Raises:
         ValueError: there is no such finished run; lists those there are.
@@ -109,7 +109,7 @@ def load_generator(store: Store, run: str) -> Generator:
         raise ValueError(f"run {run!r} needs a tokenizer of {missing[0]!r}, which is not there")
     tokenizers = {name: load_tokenizer(store, paths[name]) for name in used}
     text = TextTokenizer.from_bytes(store.read(f"{paths[TEXT]}/{FILE}"))
-    return Generator(model, tokenizers, text)
+    return Generator(model, tokenizers, text, bf16=bf16)
 
 
 def _in_codes(spec: ModalitySpec) -> bool:

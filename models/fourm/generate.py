@@ -113,7 +113,8 @@ class Generator(Translator):
         tokenizers: A tokenizer for each modality of grids and for each text that holds codes, by
             catalogue name.
         text: The tokenizer of all sequences.
-        bf16: Whether to run in bf16; None does so where this machine is fast at it.
+        bf16: Whether to run in bf16, in which a row's result may depend on how many rows there are;
+            None does so where this machine is fast at it.
         forms: Text forms other than those of the catalogue, by catalogue name.
     """
 
@@ -122,7 +123,7 @@ class Generator(Translator):
         model: FourM,
         tokenizers: Mapping[str, Tokenizer],
         text: TextTokenizer,
-        bf16: bool | None = None,
+        bf16: bool | None = False,
         forms: Mapping[str, TextForm] | None = None,
     ) -> None:
         super().__init__(model, tokenizers, text, forms)
