@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from models.crops import CropBox
 from models.modalities.base import Modality
-from tokenizers_vq.sequences.captions import string_to_caption
+from tokenizers_vq.sequences.captions import caption_to_text, string_to_caption
 from tokenizers_vq.sequences.form import TextForm
 
 
@@ -33,7 +33,7 @@ MODALITY = Modality(
     render=_render,
     description="one sentence",
     text=TextForm(
-        write=lambda value, page: value,
+        write=lambda value, page: caption_to_text(value),
         read=lambda text, page: string_to_caption(text),
         whole=True,
     ),

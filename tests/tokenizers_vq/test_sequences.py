@@ -5,11 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models import modalities
 from tokenizers_vq import sequences as seq
 from tokenizers_vq.sequences.instances import contains
 from tokenizers_vq.sequences.metadata import FIELDS, metadata_chunks
 from tokenizers_vq.sequences.poses import GROUPS, people_of
-from tokenizers_vq.text import train_text_tokenizer
+from tokenizers_vq.text import FIRST_COORDINATE, UNK, train_text_tokenizer
 
 FORMAT_WORDS = "none human pose global camera shape point polygon"
 TEXT = train_text_tokenizer([FORMAT_WORDS] * 3, class_names=["dog", "traffic light"])
@@ -200,6 +201,14 @@ def test_a_point_is_inside_a_polygon_on_its_border_and_inside_a_mask_on_its_pixe
 def test_captions_are_found_in_every_released_form(value):
     assert seq.caption_to_string(value, index=3) == "a dog"
     assert seq.string_to_caption("[SOS] a  dog [S_1] [PAD][EOS] cat") == "a dog"
+
+
+@pytest.mark.parametrize("word", ["[PAD]", "[SOS]", "[EOS]", "[S_0]", "[S_199]"])
+def test_a_caption_cannot_hold_a_special_token(word):
+    structure = set(range(FIRST_COORDINATE)) - {UNK}
+    write = modalities.get("caption").text.write
+    assert structure & set(TEXT.encode(f"a dog {word}"))
+    assert not structure & set(TEXT.encode(write(f"a dog {word} [{word}]", None)))
 
 
 @pytest.mark.parametrize("value", [[], {}, 3, [None]])
