@@ -266,11 +266,11 @@ class JobsApi:
         """Job id -> owner of every job of ours that has not ended."""
         found = {}
         for details in self._client.list_jobs():
-            job_id, info = details.submission_id or "", None
+            job_id: str = details.submission_id or ""
             if job_id.startswith(OURS):
                 info = _info(details)
-            if info and info.state in ALIVE and info.owner:
-                found[job_id] = info.owner
+                if info.state in ALIVE and info.owner:
+                    found[job_id] = info.owner
         return found
 
 
