@@ -264,11 +264,14 @@ class JobsApi:
 
     def running(self) -> dict[str, str]:
         """Job id -> owner of every job of ours that has not ended."""
-        jobs = self._client.list_jobs()
-        ours = [job for job in jobs if (job.submission_id or "").startswith(OURS)]
-        found = {job.submission_id: _info(job) for job in ours}
-        return {job_id: info.owner for job_id, info in found.items()
-                if info.state in ALIVE and info.owner}
+        found = {}
+        for details in self._client.list_jobs():
+            job_id: str = details.submission_id or ""
+            if job_id.startswith(OURS):
+                info = _info(details)
+                if info.state in ALIVE and info.owner:
+                    found[job_id] = info.owner
+        return found
 
 
 def _info(details: Any) -> JobInfo:
