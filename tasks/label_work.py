@@ -203,8 +203,9 @@ class LabelWork:
         if sample.reason != "ok":
             return
         with _hole(sample, "undecodable", OSError):  # which is what broken pictures are to Pillow
-            inputs = {ORIGINAL_SIZE: sample.size} if self._labeler.asks_size else {}
-            inputs |= {"rgb": picture(data)} if "rgb" in self._labeler.reads else {}
+            inputs: dict[str, Any] = {"rgb": picture(data)} if "rgb" in self._labeler.reads else {}
+            if self._labeler.asks_size:
+                inputs[ORIGINAL_SIZE] = sample.size
             for name, each in others.items():
                 inputs[name] = read_label(name, sample.key, each)
             sample.inputs = inputs

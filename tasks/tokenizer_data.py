@@ -120,7 +120,7 @@ def load_crops(
     limit = held_out if several else share
     crops = _cropped(ledger, name, stage, recipe, shards[-1], limit, centred=several)
     last = list(crops)
-    values: Iterator[Any] = chain.from_iterable(
+    values: Iterator[np.ndarray] = chain.from_iterable(
         _cropped(ledger, name, stage, recipe, shard, share) for shard in shards[:-1]
     )
     if not several:

@@ -195,6 +195,7 @@ def feature_statistics(features: Values) -> tuple[tuple[float, ...], tuple[float
         return (np.asarray(each, np.float64).reshape(-1, each.shape[-1]) for each in features)
 
     count = sum(len(each) for each in cells())
-    mean = sum(each.sum(0) for each in cells()) / count
-    std = np.sqrt(sum(np.square(each - mean).sum(0) for each in cells()) / count)
+    none = np.zeros(())
+    mean = sum((each.sum(0) for each in cells()), none) / count
+    std = np.sqrt(sum((np.square(each - mean).sum(0) for each in cells()), none) / count)
     return tuple(mean.tolist()), tuple(np.maximum(std, 1e-4).tolist())
