@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import logging
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from ray.train import ScalingConfig
 
     from infra.store import Store
+
+log = logging.getLogger("fourm.train")
 
 STOP, RESULT = "stop", "result.json"
 FOLLOW_SECONDS = 5.0
@@ -80,7 +83,11 @@ def _scaling(num_workers: int) -> ScalingConfig:
     from ray.train import ScalingConfig
 
     there = ray.cluster_resources()
-    if there.get("GPU", 0):
+    kind = "GPU" if there.get("GPU", 0) else "CPU"
+    if there.get(kind, 0) < num_workers:
+        log.warning("%d workers take a %s each, and the cluster has %g as yet: the training waits "
+                    "until it has grown", num_workers, kind, there.get(kind, 0))
+    if kind == "GPU":
         return ScalingConfig(num_workers=num_workers, use_gpu=True)
     share = max(1, int(there.get("CPU", 1)) // num_workers)
     return ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": share})

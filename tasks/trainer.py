@@ -53,9 +53,8 @@ points of the loss curve."""
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What came of a run: where it lies, steps, wall seconds of this call, samples/s of this
-    call, the last metrics, steps skipped for non-finite gradients, and the model (None after
-    `fit_distributed`, whose newest checkpoint holds it)."""
+    """What came of a run: where it lies, steps, wall seconds and samples/s of this call, the last
+    metrics, steps skipped as not finite, and the model (None after `fit_distributed`)."""
 
     path: str
     steps: int

@@ -289,8 +289,9 @@ class TokenDataset:
         tokens, members, keys = dict[str, BlockReader](), dict[str, TarIndex](), list[str]()
         for spec in self.specs:
             name = self._stored_as(spec)
-            path = self.store.local(self.manifest.path(name, number))
-            digest = None if index in self._digested else self.manifest.sha256(name, number)
+            known = self.manifest.sha256(name, number)
+            path = self.store.local(self.manifest.path(name, number), known)
+            digest = None if index in self._digested else known
             if spec.discrete:
                 tokens[spec.name] = BlockReader(path, sha256=digest)
                 found = tokens[spec.name].keys

@@ -317,6 +317,14 @@ def test_workers_take_the_gpus_of_the_cluster_whatever_the_driver_has(
     assert (found.num_workers, found.use_gpu, found.resources_per_worker) == (2, on_gpu, each)
 
 
+def test_more_workers_than_the_cluster_has_room_for_are_told_of(monkeypatch, caplog):
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 9.0, "GPU": 1.0})
+    _scaling(2)
+    assert "2 workers take a GPU each, and the cluster has 1 as yet" in caplog.text
+
+
 def test_workers_that_cannot_share_a_batch_are_refused_before_any_starts(tmp_path):
     with pytest.raises(ValueError, match="batch_size 8 is no multiple of 3 workers x 1"):
         fit_distributed(Store(str(tmp_path)), "run", Regression(), CONFIG, num_workers=3)
