@@ -114,7 +114,8 @@ def _decided(chain: Chain) -> Iterator[Stage]:
 
 def table(found: list[Line], workers: int) -> Table:
     """The lines and their sum."""
-    shown = Table(title=f"To do, with {workers} workers", title_justify="left")
+    hands = "1 worker" if workers == 1 else f"{workers} workers"
+    shown = Table(title=f"To do, with {hands}", title_justify="left")
     shown.add_column("stage", no_wrap=True)
     for name in ("shards", "samples", "bytes", "hours", "GPU-hours", "rate"):
         shown.add_column(name, justify="right")
