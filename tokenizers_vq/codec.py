@@ -79,9 +79,10 @@ class ValueCodec:
         """One value [H, W(, C)] in its smallest form."""
         return pack_value(self.kind, value)
 
-    def to_tensor(self, packed: NDArray[Any]) -> Tensor:
-        """Packed values [N, H, W(, C)] to a tensor [N, C, H, W], or ids [N, H, W]."""
-        tensor = torch.from_numpy(np.ascontiguousarray(packed))
+    def to_tensor(self, packed: NDArray[Any], device: torch.device | str = "cpu") -> Tensor:
+        """Packed values [N, H, W(, C)] to a tensor [N, C, H, W], or ids [N, H, W], on a device: to
+        it they travel packed, and are widened there."""
+        tensor = torch.from_numpy(np.ascontiguousarray(packed)).to(device)
         match self.kind:
             case "rgb":
                 return tensor.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
@@ -95,7 +96,7 @@ class ValueCodec:
                 return tensor[:, None].float().div_(127.5).sub_(1)
             case "mask":
                 return tensor[:, None].float() / 255
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        mean, std = (torch.tensor(each, device=device) for each in (self.mean, self.std))
         scaled = (tensor.float() - mean) / std
         return scaled[:, :, None, None] if self.kind == "vector" else scaled.permute(0, 3, 1, 2)
 

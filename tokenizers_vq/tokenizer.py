@@ -115,7 +115,7 @@ class Tokenizer:
         """
 
         def encode(batch: NDArray[Any]) -> NDArray[np.uint16]:
-            tokens = self.net.encode(self.codec.to_tensor(batch).to(self.device))
+            tokens = self.net.encode(self.codec.to_tensor(batch, self.device))
             return tokens.flatten(1).cpu().numpy().astype(np.uint16)
 
         with self._inference():

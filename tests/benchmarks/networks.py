@@ -15,6 +15,11 @@ torch has threads. Three sides run in turn, and one record holds them all:
 
 A worker with a GPU, or one whose `num_cpus` are above its threads, is of the first kind. `cpu_ms`,
 `cpu_ms_shared` and `cpu_ms_bare` are what each side takes of all cores for a picture or crop.
+
+Two sides never find the machine at one speed: shared ones, and bf16 units above all, change theirs
+several times over from second to second. `busy` and `busy_shared` do not depend on it: the share of
+the engine's own time in which its network's thread was computing in the network. What is missing
+from 1 is what the engine costs; what a ratio is above or below that is the machine.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -129,8 +135,10 @@ def _label(case: Case, options: Options) -> Record:
         images = scenes_shards(store, UNITS, case.pictures, case.size)
         (job,) = label_jobs([spec], FETCH, range(UNITS))
         labeler = load_labeler(spec)
-        bare = _replayed(lambda: labeler.label(images), _network(labeler), labeler.inference)
-        ours, alone, also = _compare(_units(store, job), bare, len(images), options)
+        network = _network(labeler)
+        bare = _replayed(lambda: labeler.label(images), network, labeler.inference)
+        with _Watch().on(type(network), "forward") as watch:
+            ours, alone, also = _compare(_units(store, job), bare, len(images), options, watch)
     shape = {"labeler": case.subject, "units": UNITS, "pictures": case.pictures,
              "batch": spec.batch_size, "size": case.size}
     return Record(name=case.name, unit="images/s", ours=ours, bare=alone, shape=shape,
@@ -197,7 +205,8 @@ def _tokenize(case: Case, options: Options) -> Record:
                 for part in parts:
                     network.encode(part)
 
-        ours, alone, also = _compare(_units(store, job), bare, len(packed), options)
+        with _Watch().on(VQVAE, "encode") as watch:
+            ours, alone, also = _compare(_units(store, job), bare, len(packed), options, watch)
     shape = {"modality": case.subject, "units": UNITS, "pictures": case.pictures, "crops": CROPS,
              "batch": tokenizer.batches.size, "size": recipe.size, "width": recipe.width,
              "depth": recipe.encoder_depth, "tokens": tokenizer.num_tokens}
@@ -222,27 +231,52 @@ def _units(store: Store, job: StageJob) -> Callable[[], None]:
     return run
 
 
+class _Watch:
+    """Seconds of CPU that threads spent in a network, as far as they called it themselves."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def on(self, kind: type, name: str) -> Iterator[_Watch]:
+        """Watches a method of a class of networks during the block."""
+        method = getattr(kind, name)
+
+        def watched(*args: Any, **keywords: Any) -> Any:
+            began = time.thread_time()
+            try:
+                return method(*args, **keywords)
+            finally:
+                self.seconds += time.thread_time() - began
+
+        with patch.object(kind, name, watched):
+            yield self
+
+
 def _compare(
-    ours: Callable[[], None], bare: Callable[[], None], units: int, options: Options
+    ours: Callable[[], None], bare: Callable[[], None], units: int, options: Options, watch: _Watch
 ) -> tuple[float, float, dict[str, float]]:
     """Units/s of the engine beside the network and of the network, and the figures of `also`."""
-    threads, spent = options.threads, dict[str, list[float]]()
+    threads, found = options.threads, dict[str, list[float]]()
 
-    def timed(call: Callable[[], None], name: str, number: int) -> Callable[[], None]:
+    def timed(call: Callable[[], None], side: str, number: int) -> Callable[[], None]:
         def run() -> None:
             with _on_cores(number):
-                began = time.process_time()
+                busy, cpu, wall = watch.seconds, time.process_time(), time.perf_counter()
                 call()
-                taken = (time.process_time() - began) / units * 1e3
-            spent.setdefault(name, []).append(taken)
+                wall = time.perf_counter() - wall
+                figures = {"cpu_ms": (time.process_time() - cpu) / units * 1e3,
+                           "busy": (watch.seconds - busy) / wall}
+            for name, figure in figures.items():
+                found.setdefault(name + side, []).append(figure)
 
         return run
 
-    calls = [timed(ours, "cpu_ms", threads + 1), timed(bare, "cpu_ms_bare", threads)]
+    calls = [timed(ours, "", threads + 1), timed(bare, "_bare", threads)]
     if TASKS.is_dir():
-        calls.append(timed(ours, "cpu_ms_shared", threads))
+        calls.append(timed(ours, "_shared", threads))
     fast, alone, *shared = rates(calls, units, MORE * options.seconds)
-    also = {name: round(statistics.median(each[1:]), 3) for name, each in spent.items()}
+    also = {name: round(statistics.median(each[1:]), 3) for name, each in found.items()}
     for rate in shared:
         also |= {"ours_shared": rate, "ratio_shared": round(rate / alone, 3)}
     return fast, alone, also

@@ -98,7 +98,9 @@ def test_an_engine_has_a_ratio_with_a_core_of_its_own_and_one_on_those_of_its_ne
     assert record["ratio"] == pytest.approx(record["ours"] / record["bare"], abs=1e-3)
     also = record["also"]
     assert also.keys() >= {"cpu_ms", "cpu_ms_bare"}
+    assert 0 < also["busy"] < 1
     if networks.TASKS.is_dir():
+        assert 0 < also["busy_shared"] < 1
         shared = also["ours_shared"] / record["bare"]
         assert also["ratio_shared"] == pytest.approx(shared, abs=1e-3)
         assert also["cpu_ms_shared"] > 0
@@ -109,7 +111,7 @@ def test_sides_of_a_comparison_run_on_the_cores_that_their_names_say():
     found: dict[str, list[int]] = {"ours": [], "bare": []}
     calls = [lambda side=side: found[side].append(len(os.sched_getaffinity(0))) for side in found]
     allowed = os.sched_getaffinity(0)
-    networks._compare(*calls, 1, Options(dtype="fp32", seconds=0))
+    networks._compare(*calls, 1, Options(dtype="fp32", seconds=0), networks._Watch())
     assert found["ours"][:2] == [min(2, len(allowed)), 1]
     assert set(found["bare"]) == {1}
     assert os.sched_getaffinity(0) == allowed
