@@ -36,6 +36,10 @@ REQUESTS = 512
 """Requests under way for each core, at most. img2dataset's are those of two processes a core, its
 fastest on 2 cores among 2 processes with 256 or 512 threads each and 4 with 128 or 256."""
 
+PAUSE = 3.0
+"""Seconds between looks at memory: the kernel counts through all pages of all processes for each,
+and takes a twentieth of a core for it when that is asked every second."""
+
 _PEER = """
 import json, sys
 from img2dataset import download
@@ -175,13 +179,13 @@ def _timed(command: list[str], folder: Path, web: Any, expected: int) -> dict[st
 
 @contextmanager
 def _memory() -> Iterator[list[int]]:
-    """Bytes of memory of what this process starts, the server apart, once a second."""
+    """Bytes of memory of what this process starts, the server apart, every few seconds."""
     samples: list[int] = []
     stop = threading.Event()
     before = {child.pid for child in psutil.Process().children(recursive=True)}
 
     def watch() -> None:
-        while not stop.wait(1):
+        while not stop.wait(PAUSE):
             samples.append(sum(_bytes(p) for p in psutil.Process().children(recursive=True)
                                if p.pid not in before))  # fmt: skip
 
