@@ -40,6 +40,7 @@ from tasks.layouts import (
 ABOUT = "fourm.json"
 VERSION = 1
 _DONE = "fourm/"
+_CLAIM = f"{_DONE}export.json"
 _LABELS = "import:labels"
 SECTION = "import"
 """Section of `dataset.json` that says where imported labels lie."""
@@ -92,8 +93,7 @@ def export_set(
     source = load_manifest(store, manifest)
     places = _chosen(_places(store, source), parts)
     about = _about(store, source, layout, places)
-    if out.exists(ABOUT) and out.read_json(ABOUT)["id"] != about["id"]:
-        raise ValueError(f"{out.url} holds another export; choose another place")
+    _claim(out, about["id"])
     entries = [
         _export_shard(store, out, about, places, number, shard)
         for number, shard in enumerate(source.shards())
@@ -104,6 +104,14 @@ def export_set(
     samples = sum(entry["samples"] for entry in entries)
     left_out = sum(len(entry["left_out"]) for entry in entries)
     return Exported(len(entries), samples, left_out, [place.part for place in places])
+
+
+def _claim(out: Store, export: str) -> None:
+    # From its beginning on: shards of one that was broken off fit no other.
+    if not out.exists(ABOUT):
+        out.create_json(_CLAIM, {"id": export})
+    if any(out.read_json(path)["id"] != export for path in (ABOUT, _CLAIM) if out.exists(path)):
+        raise ValueError(f"{out.url} holds another export; choose another place")
 
 
 def _places(store: Store, manifest: Manifest) -> list[_Place]:

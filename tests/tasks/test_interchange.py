@@ -220,6 +220,22 @@ def test_an_export_goes_on_and_refuses_the_place_of_another(dataset, tmp_path):
         export_set(dataset, Store(str(tmp_path / "x")), layout="parquet", parts=["nose"])
 
 
+def test_an_export_that_was_broken_off_keeps_its_place(dataset, tmp_path, monkeypatch):
+    out = Store(str(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write_json", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            export_set(dataset, out, layout="parquet")
+    with pytest.raises(ValueError, match="holds another export"):
+        export_set(dataset, out, layout="parquet", parts=["rgb"])
+    export_set(dataset, out, layout="parquet")
+    assert contents(imported(Store(str(tmp_path / "back")), out)) == contents(dataset)
+
+
+def _killed(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_tampered_export_is_refused_on_import(dataset, tmp_path):
     out, store = Store(str(tmp_path / "out")), Store(str(tmp_path / "back"))
     export_set(dataset, out, layout="webdataset")
