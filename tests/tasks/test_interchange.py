@@ -236,6 +236,20 @@ def _killed(*arguments: object) -> None:
     raise KeyboardInterrupt
 
 
+def test_labels_that_few_shards_have_are_left_out_unless_asked_for(dataset, tmp_path, caplog):
+    key = sample_key(0, 0)
+    features = Stage("label:clip", 1, {}, ("clip",))
+    data = ShardData([key], {"clip": write_tar([(f"{key}.npy", b"")])}, [(key, "ok", "")], 1.0)
+    Ledger(dataset).commit(features, 0, data)
+    labels = dataset.read_json("dataset.json")["import"]
+    remember(dataset, "import", {**labels, "clip": features.id})
+    done = export_set(dataset, Store(str(tmp_path / "out")), layout="webdataset")
+    assert done.parts == ["caption", "depth", "det", "ids_caption", "rgb", "tok_rgb"]
+    assert "clip is left out: it lacks 1 shards" in caplog.text
+    with pytest.raises(ValueError, match="clip lacks shard 2"):
+        export_set(dataset, Store(str(tmp_path / "x")), layout="parquet", parts=["clip"])
+
+
 def test_a_tampered_export_is_refused_on_import(dataset, tmp_path):
     out, store = Store(str(tmp_path / "out")), Store(str(tmp_path / "back"))
     export_set(dataset, out, layout="webdataset")
