@@ -115,7 +115,7 @@ class Ledger:
             ValueError: a commit of another stage lies in this one's place.
         """
         paths = self._numbered(f"commits/{_id(stage)}/")
-        return _stream(lambda item: self._read(stage, item[1]), sorted(paths.items()))
+        return streamed(lambda item: self._read(stage, item[1]), sorted(paths.items()))
 
     def read_commit(self, stage: Stage | str, shard: int) -> Commit:
         """One commit. Raises FileNotFoundError when the shard is not done."""
@@ -225,7 +225,7 @@ class Ledger:
     def quarantined(self, stage: Stage | str) -> dict[int, str]:
         """Shard -> reason of what was set aside."""
         paths = self._numbered(f"quarantine/{_id(stage)}/")
-        read = _stream(lambda item: self.store.read_json(item[1]), sorted(paths.items()))
+        read = streamed(lambda item: self.store.read_json(item[1]), sorted(paths.items()))
         return {n: entry["reason"] for n, entry in zip(sorted(paths), read, strict=True)}
 
     def release(self, stage: Stage | str, shard: int) -> None:
@@ -339,12 +339,14 @@ def _status_parquet(shard: int, data: ShardData) -> bytes:
 
 
 def _parallel(call: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
-    return list(_stream(call, items))
+    return list(streamed(call, items))
 
 
-def _stream(call: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
-    """Results in order; at most `_AHEAD` of them are waiting at a time."""
-    with ThreadPoolExecutor(_READERS) as pool:
+def streamed(
+    call: Callable[[_T], _R], items: Iterable[_T], readers: int = _READERS
+) -> Iterator[_R]:
+    """Results in order, of so many threads; at most `_AHEAD` of them are waiting at a time."""
+    with ThreadPoolExecutor(readers) as pool:
         rest = iter(items)
         while batch := list(islice(rest, _AHEAD)):
             yield from pool.map(call, batch)

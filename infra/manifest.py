@@ -16,12 +16,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any
 
 from infra.ledger import Ledger, first_difference, read_keys
 from infra.stages import Commit, Stage
 from infra.store import Store, StoreConflict, json_bytes
+
+_OUTPUT = ("path", "sha256", "bytes")
+"""What a manifest keeps of an output."""
 
 
 class ManifestError(ValueError):
@@ -141,11 +143,11 @@ def publish(
         },
         "entries": _entries(ledger, stages, shards),
         "splits": _checked_splits(cut, shards),
-        "tokenizers": dict(tokenizers or {}),
-        "meta": dict(meta or {}),
+        # As JSON gives it back, so that tuples do not make equal content look new.
+        "tokenizers": json.loads(json_bytes(dict(tokenizers or {}))),
+        "meta": json.loads(json_bytes(dict(meta or {}))),
     }
-    # As JSON gives it back, so that tuples in `meta` do not make equal content look new.
-    manifest = _write_version(ledger.store, name, json.loads(json_bytes(content)))
+    manifest = _write_version(ledger.store, name, content)
     _move_current(ledger.store, name, manifest.version)
     return manifest
 
@@ -191,43 +193,42 @@ def versions(store: Store, name: str) -> list[int]:
 def _entries(
     ledger: Ledger, stages: Mapping[str, Stage], shards: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
-    # One listing and one read for each commit, also where a stage writes several modalities.
-    by_stage = {stage.id: ledger.commits(stage) for stage in set(stages.values())}
-    entries: dict[str, dict[str, Any]] = {}
-    for shard in shards:
-        commits: dict[str, Commit] = {}
-        for modality, stage in sorted(stages.items()):
-            stage.directory(output_of(modality))  # refuses what the stage does not write
-            if shard not in by_stage[stage.id]:
-                raise ManifestError(
-                    f"shard {shard} lacks {modality}: {stage.id} has not committed it; "
-                    "finish the stage, or publish without this shard"
-                )
-            commits[modality] = by_stage[stage.id][shard]
-        _check_aligned(ledger.store, shard, commits)
-        first = next(iter(commits.values()))
-        entries[str(shard)] = {
-            "samples": first.samples,
-            "key_digest": first.key_digest,
-            "outputs": {
-                modality: commit.outputs[output_of(modality)]
-                for modality, commit in commits.items()
-            },
-        }
+    # Stage by stage and commit by commit: many commits take more memory than what is kept of them.
+    entries: dict[str, dict[str, Any]] = {str(shard): {"outputs": {}} for shard in shards}
+    written: dict[Stage, list[str]] = {}
+    for modality, stage in sorted(stages.items()):
+        stage.directory(output_of(modality))  # refuses what the stage does not write
+        written.setdefault(stage, []).append(modality)
+    for stage, modalities in written.items():
+        left = set(shards)
+        for commit in ledger.each_commit(stage):
+            if commit.shard in left:
+                left.remove(commit.shard)
+                _enter(ledger.store, entries[str(commit.shard)], commit, modalities)
+        if left:
+            raise ManifestError(
+                f"shard {min(left)} lacks {modalities[0]}: {stage.id} has not committed it; "
+                "finish the stage, or publish without this shard"
+            )
     return entries
 
 
-def _check_aligned(store: Store, shard: int, commits: Mapping[str, Commit]) -> None:
-    for (left, a), (right, b) in combinations(commits.items(), 2):
-        if a.key_digest != b.key_digest:
-            sides = [
-                read_keys(store.read(commit.outputs[output_of(modality)]["path"]), modality)
-                for modality, commit in ((left, a), (right, b))
-            ]
-            raise ManifestError(
-                f"shard {shard}: {left} ({a.stage}) and {right} ({b.stage}) hold other keys: "
-                f"{first_difference(*sides)} ({left} here, {right} there)"
-            )
+def _enter(store: Store, entry: dict[str, Any], commit: Commit, modalities: list[str]) -> None:
+    """Take up what a commit says of its shard, after a check that its keys are those of others."""
+    made = {
+        modality: {name: commit.outputs[output_of(modality)][name] for name in _OUTPUT}
+        for modality in modalities
+    }
+    if entry.setdefault("key_digest", commit.key_digest) != commit.key_digest:
+        sides = [next(iter(outputs.items())) for outputs in (entry["outputs"], made)]
+        (left, a), (right, b) = ((name, output["path"]) for name, output in sides)
+        keys = [read_keys(store.read(path), path) for path in (a, b)]
+        raise ManifestError(
+            f"shard {commit.shard}: {left} ({a}) and {right} ({b}) hold other keys: "
+            f"{first_difference(*keys)} ({left} here, {right} there)"
+        )
+    entry["samples"] = commit.samples
+    entry["outputs"].update(made)
 
 
 def _checked_splits(
@@ -246,15 +247,19 @@ def _checked_splits(
 
 
 def _write_version(store: Store, name: str, content: dict[str, Any]) -> Manifest:
-    latest = max(versions(store, name), default=0)
-    if latest:
-        published = load_manifest(store, name, latest)
-        if published == Manifest.from_dict(content | {"version": latest}):
-            return published
-    manifest = Manifest.from_dict(content | {"version": latest + 1})
-    if store.create_json(_version_path(name, manifest.version), manifest.to_dict()):
-        return manifest
-    return _write_version(store, name, content)  # somebody else took the number: look again
+    """The latest version where it has this content, else the next one."""
+    version = max(versions(store, name), default=0)
+    while not (version and _is_version(store, name, version, content)):
+        # A number that is taken, though the listing did not tell of it, is looked at next.
+        version += 1
+        if store.create_json(_version_path(name, version), content | {"version": version}):
+            break
+    return Manifest.from_dict(content | {"version": version})
+
+
+def _is_version(store: Store, name: str, version: int, content: dict[str, Any]) -> bool:
+    # By their bytes: two manifests of a large set take much memory as objects.
+    return store.read(_version_path(name, version)) == json_bytes(content | {"version": version})
 
 
 def _move_current(store: Store, name: str, version: int) -> None:

@@ -21,7 +21,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -65,20 +65,49 @@ a block each; of more, a worker takes several in a row."""
 class Resources:
     """Workers of a run and what each occupies."""
 
-    workers: int = 1
-    """0 runs in this process without Ray."""
+    workers: int | None = 1
+    """0 runs in this process without Ray; None: as many as Ray's nodes have room for."""
     num_cpus: float = 1
     num_gpus: float = 0
     threads: int = 1
-    """Torch and OpenMP threads a worker. Keep it at num_cpus: more threads than cores are slow."""
+    """Torch and OpenMP threads a worker. Keep it at num_cpus: more threads than cores are slow.
+    0: both as Ray's nodes have cores for each worker."""
     accelerator: str = ""
     """Type of accelerator, as Ray names it, of the nodes that workers are placed on; empty: any."""
 
     def __post_init__(self) -> None:
-        if self.workers < 0 or self.threads < 1 or self.num_cpus < 0 or self.num_gpus < 0:
-            raise ValueError(f"resources must not be negative and threads be at least 1: {self}")
+        if min(self.workers or 0, self.threads, self.num_cpus, self.num_gpus) < 0:
+            raise ValueError(f"resources must not be negative: {self}")
+        if self.workers == 0 and self.threads == 0:
+            raise ValueError(f"without Ray's nodes threads must be at least 1: {self}")
         if self.accelerator and not self.num_gpus:
             raise ValueError(f"accelerator {self.accelerator!r} without num_gpus: {self}")
+
+    def on(self, nodes: Sequence[Mapping[str, float]]) -> Resources:
+        """The same with what was left open filled in, as these nodes have room: at least one
+        worker with one core, since a cluster may have to grow for it.
+
+        Args:
+            nodes: of each what Ray calls its resources, such as {"CPU": 16, "GPU": 2}.
+        """
+        one = replace(self, threads=1, num_cpus=1)
+        workers = self.workers or max(1, (self if self.threads else one).room(nodes))
+        if self.threads:
+            return replace(self, workers=workers)
+        most = max((int(node.get("CPU", 0)) for node in nodes), default=1)
+        shares = (replace(one, threads=n, num_cpus=n) for n in range(most, 1, -1))
+        share = next((share for share in shares if share.room(nodes) >= workers), one)
+        return replace(share, workers=workers)
+
+    def room(self, nodes: Iterable[Mapping[str, float]]) -> int:
+        """Workers that the nodes have room for, however many are asked for."""
+        kind = f"accelerator_type:{self.accelerator}"
+        needs = [("CPU", self.num_cpus), ("GPU", self.num_gpus)]
+        return sum(
+            min((int(node.get(name, 0) / need) for name, need in needs if need), default=1 << 20)
+            for node in nodes
+            if not self.accelerator or kind in node
+        )
 
 
 @dataclass
@@ -295,9 +324,15 @@ def _run_on_ray(
     import ray
 
     with ray_session(target):
-        workers = min(len(units), resources.workers)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        resources = resources.on(nodes)
+        workers = min(len(units), resources.workers or 1)
         if isinstance(target, Embedded):
             workers = _that_fit(workers, resources, ray.cluster_resources())
+        elif (room := resources.room(nodes)) < workers:
+            log.warning("the cluster has room for %d of %d workers as yet; the others wait until "
+                        "it has grown", room, workers)
+        arguments = arguments | {"threads": resources.threads}
         with keeper(max(job.turns for job in arguments["jobs"]), workers) as turns:
             variables = worker_variables(resources.threads, _run_id(), turns)
             rows = _dataset(units, arguments, resources, workers, variables)

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -198,7 +199,13 @@ class Store:
 
 def json_bytes(value: Any) -> bytes:
     """Canonical JSON: sorted keys, so that equal values are equal bytes in every process."""
-    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+    data = io.BytesIO()
+    # Piece by piece: all pieces of a large manifest at once are several times its size.
+    text = io.TextIOWrapper(data, "utf-8", newline="\n")
+    json.dump(value, text, sort_keys=True, indent=1, ensure_ascii=False)
+    text.write("\n")
+    text.flush()
+    return data.getvalue()
 
 
 def _checked(path: str, *, empty: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import logging
@@ -24,6 +25,8 @@ from infra.store import Store
 log = logging.getLogger("fourm.runner")
 T = TypeVar("T")
 
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+"""Of a disk that is full or cannot be written: no unit is to blame for it, and none succeeds."""
 RETRY_SECONDS = 1.0
 """Wait before the second attempt of a failed unit; doubled before each further one."""
 
@@ -230,6 +233,8 @@ class UnitRunner:
             log.exception("%s shard %d, attempt %d", stage.name, shard, number)
             if gpu_lost(error):
                 self._end(error)
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                raise
             return f"{type(error).__name__}: {error}"
         try:
             return self._commit(job, shard, data)

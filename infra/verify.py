@@ -8,14 +8,14 @@ keys out of order, and statuses that do not match the counts.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
-from infra.ledger import OK, commit_path, count_drops, read_keys, read_statuses
+from infra.ledger import OK, commit_path, count_drops, read_keys, read_statuses, streamed
 from infra.manifest import Manifest, load_manifest, manifest_names, output_of, versions
 from infra.shards import key_digest
 from infra.stages import Commit
@@ -51,37 +51,68 @@ class Report:
         return not self.problems
 
 
+Made = dict[tuple[str, str], dict[int, bytes]]
+"""(Stage, output) to shard to a short hash of what its commit says of the output."""
+
+
+@dataclass
+class _Checked:
+    """What is kept of one commit."""
+
+    problems: list[Problem]
+    paths: list[str] = field(default_factory=list)
+    """Objects that it names."""
+    made: Made = field(default_factory=dict)
+
+
 def verify(store: Store, deep: bool = False) -> Report:
     """Checks every commit, every object it names, and every manifest; never raises for damage.
+
+    Commits are read one by one, so that no more than a line of each object is held at a time. What
+    is committed meanwhile is not looked at.
 
     Args:
         deep: also re-read and re-hash all objects.
     """
     report = Report()
-    sizes = store.sizes("shards/") | store.sizes("status/")
+    # Commits first: the objects of those that are found were there before them.
     paths = store.list("commits/")
-    with ThreadPoolExecutor(_READERS) as pool:
-        commits = list(pool.map(lambda path: _read_commit(store, path), paths))
-    good: list[Commit] = []
-    for path, commit in zip(paths, commits, strict=True):
-        if isinstance(commit, str):
-            report.problems.append((path, commit))
-        else:
-            good.append(commit)
-    named = {entry["path"]: entry for c in good for entry in (*c.outputs.values(), c.status)}
-    report.problems += [problem for c in good for problem in _check_sizes(c, sizes)]
-    if deep:
-        with ThreadPoolExecutor(_READERS) as pool:
-            found = pool.map(lambda commit: _check_content(store, commit, sizes), good)
-            report.problems += [problem for problems in found for problem in problems]
+    sizes = store.sizes("shards/") | store.sizes("status/")
+    orphans, made = set(sizes), Made()
+    for checked in streamed(lambda path: _check(store, path, sizes, deep), paths, _READERS):
+        report.problems += checked.problems
+        orphans.difference_update(checked.paths)
+        for output, shards in checked.made.items():
+            made.setdefault(output, {}).update(shards)
     for name in manifest_names(store):
         report.manifests += len(versions(store, name))
-        report.problems += _check_manifests(store, name, good)
+        report.problems += _check_manifests(store, name, made)
     report.commits = len(paths)
-    report.bytes = sum(sizes[path] for path in named if path in sizes)
-    report.orphans = sorted(sizes.keys() - named.keys())
+    report.bytes = sum(size for path, size in sizes.items() if path not in orphans)
+    report.orphans = sorted(orphans)
     report.problems.sort()
     return report
+
+
+def _check(store: Store, path: str, sizes: Mapping[str, int], deep: bool) -> _Checked:
+    commit = _read_commit(store, path)
+    if isinstance(commit, str):
+        return _Checked([(path, commit)])
+    problems = list(_check_sizes(commit, sizes))
+    if deep:
+        problems += _check_content(store, commit, sizes)
+    paths = [entry["path"] for entry in (*commit.outputs.values(), commit.status)]
+    made = {
+        (commit.stage, modality): {commit.shard: _told(output, commit.samples, commit.key_digest)}
+        for modality, output in commit.outputs.items()
+    }
+    return _Checked(problems, paths, made)
+
+
+def _told(output: Any, samples: Any, key_digest: Any) -> bytes:
+    """Equal for what a commit and a manifest say of an output if it is the same."""
+    said = json.dumps([output, samples, key_digest], sort_keys=True)
+    return hashlib.blake2b(said.encode(), digest_size=16).digest()
 
 
 def _read_commit(store: Store, path: str) -> Commit | str:
@@ -156,18 +187,13 @@ def _hash_problem(data: bytes, entry: Mapping[str, Any]) -> str | None:
     return None if found == entry["sha256"] else f"sha256 is {found}, not {entry['sha256']}"
 
 
-def _check_manifests(store: Store, name: str, commits: list[Commit]) -> Iterator[Problem]:
-    outputs = {
-        (commit.stage, commit.shard, modality): (output, commit.samples, commit.key_digest)
-        for commit in commits
-        for modality, output in commit.outputs.items()
-    }
+def _check_manifests(store: Store, name: str, made: Made) -> Iterator[Problem]:
     available = versions(store, name)
     for version in available:
         path = f"manifests/{name}/v{version:04d}.json"
         try:
             manifest = load_manifest(store, name, version)
-            yield from ((path, p) for p in _manifest_problems(manifest, outputs))
+            yield from ((path, p) for p in _manifest_problems(manifest, made))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             yield path, f"not a manifest: {error!r}"
     try:
@@ -180,13 +206,12 @@ def _check_manifests(store: Store, name: str, commits: list[Commit]) -> Iterator
         yield f"manifests/{name}/CURRENT", f"not a version: {error!r}"
 
 
-def _manifest_problems(manifest: Manifest, outputs: Mapping[tuple, tuple]) -> Iterator[str]:
+def _manifest_problems(manifest: Manifest, made: Made) -> Iterator[str]:
     for shard, entry in manifest.entries.items():
         for modality, about in manifest.modalities.items():
-            committed = outputs.get((about["stage"], shard, output_of(modality)))
+            committed = made.get((about["stage"], output_of(modality)), {}).get(shard)
+            output = entry["outputs"].get(modality)
             if committed is None:
                 yield f"shard {shard} of {modality} has no valid commit"
-            elif committed != (
-                entry["outputs"].get(modality), entry["samples"], entry["key_digest"]
-            ):
+            elif committed != _told(output, entry["samples"], entry["key_digest"]):
                 yield f"shard {shard} of {modality} differs from its commit"

@@ -308,7 +308,7 @@ def _plan(values: params.PlanParams) -> None:
 
     with _sentences():
         found = lines(values)
-    Console(width=max(Console().width, 100)).print(table(found, resources(values).workers))
+    Console(width=max(Console().width, 100)).print(table(found, resources(values).workers or 1))
     if any(line.basis == "assumed" for line in found):
         typer.echo(
             "assumed: nothing is measured yet; run the chain over a thousand rows and ask again."

@@ -41,7 +41,7 @@ def fetch_rows(params: IngestParams | RetryParams) -> list[dict[str, Any]]:
     job = fetch.fetch_job(dataset.plan, dataset.fetch_config)
     rows = run_jobs(store, [job], params, "fetch")
     fates: Counter[str] = Counter()
-    for commit in dataset.ledger.commits(dataset.download).values():
+    for commit in dataset.ledger.each_commit(dataset.download):
         fates.update({OK: commit.samples, **commit.drops})
     table = [{"fate": fate, "rows": number} for fate, number in fates.most_common()]
     ui.table("fetch-fates", table, "What became of the rows")

@@ -52,7 +52,7 @@ def lines(params: PlanParams) -> list[Line]:
         shards=shards,
         done=_done(chain) if planned else {},
         measured=rates(store) if planned else {},
-        workers=max(1, compute.workers),
+        workers=compute.workers or 1,  # of a cluster that says how many only once it is asked, 1
         gpus=params.gpus,
     )
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+import mmap
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import fsspec
 
 from infra.download import Download
-from infra.shards import scan_tar, split_name
+from infra.shards import Member, map_file, scan_tar, split_name
 from infra.sources import PICTURES, encodable
 
 MAX_SIDECAR = 1 << 20
@@ -97,53 +99,66 @@ def _tell(row: dict[str, Any], name: str, data: bytes) -> None:
     row["extra"] = encodable(extra)
 
 
-def from_tar(path: str, max_bytes: int) -> tuple[list[dict[str, Any]], list[Download]]:
-    """Rows of a WebDataset tar in its order, and their pictures.
+def from_tar(path: str, max_bytes: int) -> tuple[list[dict[str, Any]], Iterator[Download]]:
+    """Rows of a WebDataset tar in its order, and their pictures, read one at a time.
 
     A sample has one picture and, as far as they are there, a `.txt` caption and a `.json` with
-    further columns; its key in the tar becomes the column `__key__`.
+    further columns; its key in the tar becomes the column `__key__`. A tar that is not on this
+    machine is copied into a temporary file meanwhile, so that memory does not grow with it.
 
     Raises:
         TornShard: the tar is truncated or damaged, or another file.
         ValueError: it holds more samples than a shard may.
     """
-    fs, name = fsspec.core.url_to_fs(path)
-    data = fs.cat_file(name)
-    samples: dict[str, list[tuple[str, bytes]]] = {}
+    data = _mapped(path)
+    samples: dict[str, list[tuple[str, Member]]] = {}
     for member in scan_tar(data, path):
         key, extension = split_name(member.name)
-        payload = data[member.offset : member.offset + member.size]
-        samples.setdefault(key, []).append((extension.lower(), payload))
+        samples.setdefault(key, []).append((extension.lower(), member))
     if len(samples) > MAX_ROWS:
         raise ValueError(f"{path} holds {len(samples)} samples, a shard at most {MAX_ROWS}")
     rows: list[dict[str, Any]] = []
-    arrived: list[Download] = []
-    for index, (key, members) in enumerate(samples.items()):
-        row, download = _sample(path, index, key, members, max_bytes)
+    found: list[Member | tuple[str, str]] = []
+    for key, members in samples.items():
+        row = {"url": f"{path}#{key}", "caption": "", "extra": json.dumps({"__key__": key})}
         rows.append(row)
-        arrived.append(download)
-    return rows, arrived
+        found.append(_sample(data, row, key, members, max_bytes))
+    return rows, _pictures(data, found)
+
+
+def _mapped(path: str) -> mmap.mmap:
+    fs, name = fsspec.core.url_to_fs(path)
+    if "file" in fs.protocol:
+        return map_file(name)
+    with tempfile.NamedTemporaryFile(suffix=".tar") as copy:
+        fs.get_file(name, copy.name)
+        return map_file(copy.name)  # it stays readable without its name
 
 
 def _sample(
-    path: str, index: int, key: str, members: list[tuple[str, bytes]], max_bytes: int
-) -> tuple[dict[str, Any], Download]:
-    row: dict[str, Any] = {
-        "url": f"{path}#{key}",
-        "caption": "",
-        "extra": json.dumps({"__key__": key}),
-    }
-    pictures = [data for name, data in members if name.rpartition(".")[2] in PICTURES]
+    data: mmap.mmap, row: dict[str, Any], key: str, members: list[tuple[str, Member]], most: int
+) -> Member | tuple[str, str]:
+    """The picture of a sample, whose texts go into its row, or why there is none."""
+    pictures = [member for name, member in members if name.rpartition(".")[2] in PICTURES]
     try:
         # Texts first: what they hold goes before a caption inside the JSON.
-        for name, data in sorted(members, key=lambda member: not member[0].endswith("txt")):
+        for name, member in sorted(members, key=lambda each: not each[0].endswith("txt")):
             if name in ("txt", "json"):
-                _tell(row, f".{name}", data)
+                size = min(member.size, MAX_SIDECAR + 1)
+                _tell(row, f".{name}", data[member.offset : member.offset + size])
     except ValueError as error:
-        return row, Download(index, "bad_row", f"{key}: {error}")
+        return "bad_row", f"{key}: {error}"
     if len(pictures) != 1:
         found = ", ".join(name for name, _ in members)
-        return row, Download(index, "bad_row", f"{key} has {len(pictures)} pictures in {found}")
-    if len(pictures[0]) > max_bytes:
-        return row, Download(index, "too_large", f"{len(pictures[0])} bytes, limit {max_bytes}")
-    return row, Download(index, "ok", body=pictures[0])
+        return "bad_row", f"{key} has {len(pictures)} pictures in {found}"
+    if pictures[0].size > most:
+        return "too_large", f"{pictures[0].size} bytes, limit {most}"
+    return pictures[0]
+
+
+def _pictures(data: mmap.mmap, found: list[Member | tuple[str, str]]) -> Iterator[Download]:
+    for index, each in enumerate(found):
+        if isinstance(each, Member):
+            yield Download(index, "ok", body=data[each.offset : each.offset + each.size])
+        else:
+            yield Download(index, *each)

@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -29,13 +30,13 @@ from infra.tables import read_table
 
 Drop = Literal["drop_exact", "drop_near"]
 NEAR_BITS = 3
-"""Bits in which hashes of alike pictures may part; four bands of 16 bits find all such pairs."""
+"""Bits in which hashes of alike pictures may part."""
 MIN_BITS = 5
 """Pictures with fewer set (or unset) bits are nearly flat: their hashes tell nothing."""
 
-_BANDS, _BAND_BITS = 4, 16
-_AT_ONCE = 1 << 24
-"""Hashes that are compared at once, 128 MB: of a list of millions some bands are very common."""
+_PARTS = [np.uint64(sum(1 << bit for bit in range(part, 64, 6))) for part in range(6)]
+"""Six parts of a hash. Of alike ones three parts at least are equal, and few others have these
+equal too. A part has bits from all over the picture: neighbours mostly tell the same."""
 _READERS = 16
 _EXACT, _NEAR = "duplicate", "near_duplicate"
 _MARKS = pa.schema(
@@ -86,9 +87,7 @@ def mark_duplicates(store: Store, download: Stage) -> tuple[str, pa.Table]:
     return path, table
 
 
-def _hashes(
-    store: Store, commits: Mapping[int, Commit]
-) -> tuple[pa.Array, np.ndarray, np.ndarray]:
+def _hashes(store: Store, commits: Mapping[int, Commit]) -> tuple[pa.Array, np.ndarray, np.ndarray]:
     """Keys of all pictures in order, the first 8 bytes of their sha256, and their hashes."""
     none = np.zeros(0, np.uint64)
     keys, digests, hashes = [pa.array([], pa.string())], [none], [none]
@@ -102,10 +101,9 @@ def _hashes(
 
 def _of_commit(store: Store, commit: Commit) -> tuple[pa.Array, np.ndarray, np.ndarray] | None:
     """The same of one shard; None where no hashes were recorded."""
-    table = read_statuses(store, commit)
+    table = read_statuses(store, commit, ["key", "reason", "stored_sha256", "dhash"])
     if "dhash" not in table.column_names:
         return None
-    table = table.select(["key", "reason", "stored_sha256", "dhash"])
     table = table.filter(pc.equal(table["reason"], OK)).combine_chunks()
     digests = [int(digest[:16], 16) for digest in table["stored_sha256"].to_pylist()]
     hashes = table["dhash"].to_numpy().astype(np.uint64)
@@ -134,9 +132,9 @@ def find_duplicates(digests: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray
     # Equal hashes are compared once; their first picture speaks for all of them.
     values, where, which = np.unique(hashes[usable], return_index=True, return_inverse=True)
     speaker = usable[where]
-    for member, value in zip(usable, which, strict=True):
-        if speaker[value] != member:
-            first[member], bits[member] = speaker[value], 0
+    origin = speaker[which]
+    again = origin != usable
+    first[usable[again]], bits[usable[again]] = origin[again], 0
     for later, earlier, apart in _alike(values, speaker):
         if bits[later] < 0 and bits[earlier] < 0:
             first[later], bits[later] = earlier, apart
@@ -155,29 +153,33 @@ def _follow(first: np.ndarray, bits: np.ndarray, exact: np.ndarray) -> None:
 def _alike(values: np.ndarray, speaker: np.ndarray) -> Iterator[list[int]]:
     """[later, earlier, bits apart] of all pairs within `NEAR_BITS`, by the later, then earlier."""
     found = [np.zeros((0, 3), np.int64)]
-    for band in range(_BANDS):
-        part = (values >> np.uint64(band * _BAND_BITS)) & np.uint64((1 << _BAND_BITS) - 1)
-        order = np.argsort(part, kind="stable")
-        cuts = np.flatnonzero(np.diff(part[order])) + 1
-        for bucket in np.split(order, cuts):
-            if len(bucket) > 1:
-                found += list(_pairs(values, speaker, bucket))
+    masks = [np.bitwise_or.reduce(parts) for parts in combinations(_PARTS, 6 - NEAR_BITS)]
+    for number, mask in enumerate(masks):
+        found += _pairs(values, speaker, mask, masks[:number])
     pairs = np.unique(np.concatenate(found), axis=0)
-    yield from pairs.tolist()
+    for at in range(0, len(pairs), 1 << 16):
+        yield from pairs[at : at + (1 << 16)].tolist()
 
 
-def _pairs(values: np.ndarray, speaker: np.ndarray, bucket: np.ndarray) -> Iterator[np.ndarray]:
-    """Pairs of one bucket within `NEAR_BITS`, int64 [m, 3]: later, earlier, bits apart."""
-    step = max(1, _AT_ONCE // len(bucket))
-    for at in range(0, len(bucket), step):
-        some = bucket[at : at + step]
-        apart = np.bitwise_count(values[some][:, None] ^ values[bucket][None, :])
-        rows, columns = np.nonzero(apart <= NEAR_BITS)
-        later, earlier = speaker[some[rows]], speaker[bucket[columns]]
-        keep = later > earlier
-        yield np.stack(
-            [later[keep], earlier[keep], apart[rows, columns][keep].astype(np.int64)], axis=1
-        )
+def _pairs(
+    values: np.ndarray, speaker: np.ndarray, mask: np.uint64, others: Sequence[np.uint64]
+) -> Iterator[np.ndarray]:
+    """Pairs within `NEAR_BITS` that are equal under a mask and under none of others, int64 [m, 3]:
+    later, earlier, bits apart. Sorted by what is under the mask, each value is compared with the
+    next, the next but one, and so on, as long as these are equal there."""
+    order = np.argsort(values & mask)
+    values, step = values[order], 1
+    at = np.flatnonzero((values[1:] ^ values[:-1]) & mask == 0)
+    while len(at):
+        apart = values[at] ^ values[at + step]
+        near = np.bitwise_count(apart) <= NEAR_BITS
+        near &= np.all([apart & other != 0 for other in others], axis=0)
+        a, b = speaker[order[at[near]]], speaker[order[at[near] + step]]
+        bits = np.bitwise_count(apart[near])
+        yield np.stack([np.maximum(a, b), np.minimum(a, b), bits.astype(np.int64)], axis=1)
+        step += 1
+        at = at[at < len(values) - step]
+        at = at[(values[at] ^ values[at + step]) & mask == 0]
 
 
 def distinct_stage(download: Stage, drop: Drop) -> Stage:
@@ -237,6 +239,4 @@ class DistinctWork:
         """Reason and detail of those keys that are to be left out."""
         wanted = pa.array(keys, pa.string())
         found = self._marks.filter(pc.is_in(self._marks["key"], wanted))
-        return {
-            row["key"]: (row["kind"], f"of {row['duplicate_of']}") for row in found.to_pylist()
-        }
+        return {row["key"]: (row["kind"], f"of {row['duplicate_of']}") for row in found.to_pylist()}

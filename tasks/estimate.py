@@ -75,26 +75,44 @@ class Line:
     basis: Basis
 
 
+@dataclass
+class _Sums:
+    """Of the commits of a stage, whatever its fingerprint."""
+
+    samples: int = 0
+    dropped: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+
+    def add(self, commit: Commit) -> None:
+        """Take up one commit."""
+        self.samples += commit.samples
+        self.dropped += sum(commit.drops.values())
+        self.seconds += commit.worker_seconds
+        self.bytes += sum(o["bytes"] for o in (*commit.outputs.values(), commit.status))
+
+
 def rates(store: Store) -> dict[str, Rate]:
     """The measured rate of each stage of a dataset, by the stage's name without fingerprint."""
     ledger = Ledger(store)
-    found: dict[str, list[Commit]] = {}
+    found: dict[str, _Sums] = {}
     for stage in ledger.stage_ids():
-        found.setdefault(stage.rpartition("@")[0], []).extend(ledger.commits(stage).values())
-    measured = ((name, _measured(name, commits)) for name, commits in found.items())
+        sums = found.setdefault(stage.rpartition("@")[0], _Sums())
+        for commit in ledger.each_commit(stage):
+            sums.add(commit)
+    measured = ((name, _measured(name, sums)) for name, sums in found.items())
     return {name: rate for name, rate in measured if rate is not None}
 
 
-def _measured(name: str, commits: list[Commit]) -> Rate | None:
+def _measured(name: str, sums: _Sums) -> Rate | None:
     """None where nothing was measured: no samples, or no time."""
     # A label's hole is dropped and stays a sample; a row that was not fetched is no sample.
-    dropped = sum(sum(c.drops.values()) for c in commits) if name in ("fetch", "distinct") else 0
-    samples = sum(commit.samples for commit in commits)
-    entered, seconds = samples + dropped, sum(commit.worker_seconds for commit in commits)
-    if not entered or not seconds:
+    dropped = sums.dropped if name in ("fetch", "distinct") else 0
+    entered = sums.samples + dropped
+    if not entered or not sums.seconds:
         return None
-    stored = sum(o["bytes"] for c in commits for o in (*c.outputs.values(), c.status))
-    return Rate(entered / seconds, stored / entered, samples / entered, "measured")
+    per_second, stored = entered / sums.seconds, sums.bytes / entered
+    return Rate(per_second, stored, sums.samples / entered, "measured")
 
 
 def assumed(stage: str, *, gpu: bool) -> Rate:

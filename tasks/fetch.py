@@ -15,7 +15,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -302,7 +302,7 @@ class FetchWork:
             del self._answered[next(iter(self._answered))]
 
 
-async def _each(downloads: list[Download]) -> AsyncIterator[Download]:
+async def _each(downloads: Iterable[Download]) -> AsyncIterator[Download]:
     for download in downloads:
         yield download
 

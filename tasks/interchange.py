@@ -9,6 +9,7 @@ imported from its folders alone.
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -37,9 +38,12 @@ from tasks.layouts import (
     write_shard,
 )
 
+log = logging.getLogger("fourm.interchange")
+
 ABOUT = "fourm.json"
 VERSION = 1
 _DONE = "fourm/"
+_CLAIM = f"{_DONE}export.json"
 _LABELS = "import:labels"
 SECTION = "import"
 """Section of `dataset.json` that says where imported labels lie."""
@@ -81,19 +85,19 @@ def export_set(
     Args:
         out: where to; a folder or a prefix of its own.
         manifest: name of the published set.
-        parts: what to write, such as rgb, depth, tok_depth; nothing: everything there is.
+        parts: what to write, such as rgb, depth, tok_depth; nothing: everything that all of its
+            shards have.
 
     Raises:
         FileNotFoundError: nothing is published under that name.
-        ValueError: a part does not exist, or another set was exported there.
+        ValueError: a part does not exist or lacks shards, or another set was exported there.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r}; choose from {', '.join(LAYOUTS)}")
     source = load_manifest(store, manifest)
-    places = _chosen(_places(store, source), parts)
+    places = _chosen(Ledger(store), _places(store, source), source.shards(), parts)
     about = _about(store, source, layout, places)
-    if out.exists(ABOUT) and out.read_json(ABOUT)["id"] != about["id"]:
-        raise ValueError(f"{out.url} holds another export; choose another place")
+    _claim(out, about["id"])
     entries = [
         _export_shard(store, out, about, places, number, shard)
         for number, shard in enumerate(source.shards())
@@ -104,6 +108,14 @@ def export_set(
     samples = sum(entry["samples"] for entry in entries)
     left_out = sum(len(entry["left_out"]) for entry in entries)
     return Exported(len(entries), samples, left_out, [place.part for place in places])
+
+
+def _claim(out: Store, export: str) -> None:
+    # From its beginning on: shards of one that was broken off fit no other.
+    if not out.exists(ABOUT):
+        out.create_json(_CLAIM, {"id": export})
+    if any(out.read_json(path)["id"] != export for path in (ABOUT, _CLAIM) if out.exists(path)):
+        raise ValueError(f"{out.url} holds another export; choose another place")
 
 
 def _places(store: Store, manifest: Manifest) -> list[_Place]:
@@ -124,11 +136,26 @@ def _is_sequence(modality: str) -> bool:
     return modalities.text_form(modality) is not None
 
 
-def _chosen(places: list[_Place], parts: Sequence[str]) -> list[_Place]:
+def _chosen(
+    ledger: Ledger, places: list[_Place], shards: Sequence[int], parts: Sequence[str]
+) -> list[_Place]:
+    """Of the places those of parts that are named, or else of all parts that are there whole."""
     names = [place.part for place in places]
     if unknown := [name for name in parts if name not in names]:
         raise ValueError(f"no part {unknown[0]!r}; there are {', '.join(names)}")
-    return [place for place in places if not parts or place.part in parts]
+    committed = {stage: ledger.committed(stage) for stage in {place.stage for place in places}}
+    chosen = []
+    for place in places:
+        if parts and place.part not in parts:
+            continue
+        lacks = sorted(set(shards) - committed[place.stage])
+        if lacks and parts:
+            raise ValueError(f"{place.part} lacks shard {lacks[0]}: {place.stage} has not made it")
+        if lacks:
+            log.warning("%s is left out: it lacks %d shards", place.part, len(lacks))
+        else:
+            chosen.append(place)
+    return chosen
 
 
 def _about(

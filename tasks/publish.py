@@ -41,7 +41,7 @@ def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
         name,
         stages,
         shards,
-        splits={"train": [shard for shard in shards if shard not in val], "val": val},
+        splits={"train": sorted(set(shards).difference(val)), "val": val},
         tokenizers={
             **{key: _tokenizer(chain, key) for key in chain.tokenizers},
             **{key: _finer(chain, key) for key in chain.tokens if "@" in key},

@@ -54,6 +54,8 @@ class ToyWork:
         told = {name: config.get(name, {}) for name in ("waited", "queues")}
         if config.get("ends"):
             self.note(f"end {shard}")
+        if config.get("threads"):
+            told["info"] = {"threads": int(os.environ["OMP_NUM_THREADS"])}
         return ShardData(keys, outputs, statuses, seconds=0.1, **told)
 
     def run_with(self, others: list[ToyWork], shard: int) -> list[ShardData]:

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra import backends, units
-from infra.ledger import Ledger, Stage
+from infra.ledger import Ledger, ShardData, Stage
 from infra.runner import StageJob, SystemicFailure
 from infra.store import Store
 from infra.verify import verify
@@ -234,3 +234,22 @@ def _as_method(disk: FullDisk) -> Any:
         return disk(path, *arguments, **options)
 
     return open_
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_is_full_for_the_work_itself_stops_the_run(
+    tmp_store: Store, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Such as for a copy out of S3: all shards would be quarantined for it."""
+    job = toy_job(3)
+
+    def full(self: object, shard: int) -> ShardData:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.infra.runner_works.ToyWork.run", full)
+        with pytest.raises(SystemicFailure, match=os.strerror(number)):
+            run(tmp_store, job)
+    assert Ledger(tmp_store).quarantined(job.stage) == {}
+    run(tmp_store, job)
+    assert Ledger(tmp_store).committed(job.stage) == {0, 1, 2}

@@ -1,11 +1,14 @@
 """Contracts of the manifests: aligned or refused, immutable, moved by compare-and-swap."""
 
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from infra.ledger import Ledger, ShardData, Stage
+from infra import ledger as ledgers
+from infra.ledger import Ledger, ShardData, Stage, commit_path
 from infra.manifest import (
     ManifestError,
     load_manifest,
@@ -15,6 +18,7 @@ from infra.manifest import (
 )
 from infra.shards import key_digest, sample_key, write_tar
 from infra.store import Store
+from infra.verify import verify
 
 RGB = Stage("fetch", 1, {}, ("rgb",))
 DEPTH = Stage("label:depth", 1, {}, ("depth",), (RGB,), "org/depth", "abc")
@@ -133,3 +137,38 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
     store.write("manifests/cc/v0001.json", b'{"entries": {}}')
     with pytest.raises(ManifestError, match="not a manifest"):
         load_manifest(store, "cc", 1)
+
+
+class StaleLists(Store):
+    """Listings do not tell of manifests: some services take a while until they do."""
+
+    def list(self, prefix: str = "") -> list[str]:
+        return [path for path in super().list(prefix) if not path.startswith("manifests/")]
+
+
+def test_a_listing_that_is_behind_loses_no_version_and_makes_none_twice(tmp_path: Path) -> None:
+    ledger = _filled(StaleLists(str(tmp_path)))
+    for number in (1, 2):
+        assert publish(ledger, "cc", STAGES, range(3), meta={"n": number}).version == number
+        assert publish(ledger, "cc", STAGES, range(3), meta={"n": number}).version == number
+    assert load_manifest(ledger.store, "cc").meta == {"n": 2}
+    assert versions(Store(str(tmp_path)), "cc") == [1, 2]
+
+
+def test_publishing_and_verifying_hold_a_few_commits_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledgers, "_AHEAD", 16)
+    ledger = _filled(Store(str(tmp_path)))
+    commit = asdict(ledger.read_commit(RGB, 0))
+    shards = range(300)
+    for shard in shards:
+        record = commit | {"shard": shard, "info": {str(n): n for n in range(1000)}}
+        ledger.store.write_json(commit_path(RGB.id, shard), record)
+    verify(ledger.store)
+    for call in (lambda: publish(ledger, "cc", {"rgb": RGB}, shards), lambda: verify(ledger.store)):
+        tracemalloc.start()
+        call()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 10e6, "all commits at once take 28 MB"

@@ -1,6 +1,5 @@
 """Every unit ends committed or quarantined, with the same bytes however it is run."""
 
-import signal
 import sys
 import threading
 import time
@@ -197,62 +196,6 @@ def _interrupt(self: object, shard: int) -> None:
     raise KeyboardInterrupt
 
 
-# --- on Ray -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def _importable():
-    """Workers import the works of these tests from this folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        yield
-
-
-@pytest.fixture(scope="module")
-def _ray(_importable):
-    previous = signal.getsignal(signal.SIGTERM)
-    with ray_session.ray_session(EMBEDDED):
-        yield
-    assert signal.getsignal(signal.SIGTERM) is previous
-
-
-@pytest.mark.usefixtures("_ray")
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ray_writes_the_same_bytes_as_this_process(tmp_path, workers):
-    jobs = [toy_job(3, "label:a"), toy_job(3, "label:b")]
-    here, there = Store(str(tmp_path / "here")), Store(str(tmp_path / "there"))
-    run(here, *jobs)
-    reports = run(there, *jobs, resources=Resources(workers=workers))
-    assert [report.done for report in reports.values()] == [3, 3]
-    assert [hashes(here, job) for job in jobs] == [hashes(there, job) for job in jobs]
-
-
-@pytest.mark.usefixtures("_ray")
-def test_a_unit_that_kills_its_worker_is_quarantined_and_the_run_completes(store):
-    job = toy_job(6, kill=[2], fail=[4])
-    report = run(store, job, resources=Resources(workers=2))[job.stage.id]
-    assert report.done == 4
-    assert "the worker died" in report.quarantined[2]
-    assert "shard 4 is broken" in report.quarantined[4]
-
-
-@pytest.mark.usefixtures("_ray")
-def test_systemic_failure_on_ray_aborts_without_commit_or_quarantine(store):
-    job = toy_job(8, systemic=list(range(8)))
-    with pytest.raises(SystemicFailure, match="network is down"):
-        run(store, job, resources=Resources(workers=2))
-    ledger = Ledger(store)
-    assert (ledger.committed(job.stage), ledger.quarantined(job.stage)) == (set(), {})
-
-
-@pytest.mark.usefixtures("_ray")
-def test_more_workers_than_cores_are_cut_and_too_large_ones_refused(store):
-    job = toy_job(2)
-    with pytest.raises(ValueError, match="needs 9 CPU and Ray has 2"):
-        run(store, job, resources=Resources(workers=1, num_cpus=9))
-    assert run(store, job, resources=Resources(workers=9, num_cpus=2))[job.stage.id].done == 2
-
-
 # --- stages that share a pass -------------------------------------------------------------------
 
 
@@ -404,9 +347,3 @@ def test_a_shard_that_lacks_one_of_shared_works_overlaps_with_no_pass_of_all(sto
     assert [shard for shard, _ in groupby(shards)] in (["0", "1"], ["1", "0"])
 
 
-@pytest.mark.usefixtures("_ray")
-def test_a_unit_beside_one_that_kills_its_worker_is_not_quarantined_with_it(store):
-    job = toy_job(4, kill=[0], linger=0.5, seconds=1.0)
-    report = run(store, replace(job, at_once=2), resources=Resources(workers=1))[job.stage.id]
-    assert report.done == 3
-    assert set(report.quarantined) == {0}

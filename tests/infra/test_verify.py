@@ -83,3 +83,23 @@ def test_every_damage_is_found(tmp_path: Path, case: str) -> None:
     damage(ledger.store, commit.outputs["rgb"]["path"], commit.status["path"])
     report = verify(ledger.store, deep=deep)
     assert any(message in problem for _, problem in report.problems), report.problems
+
+
+def test_what_is_committed_meanwhile_is_no_problem(tmp_path: Path) -> None:
+    class Busy(Store):
+        """Another run commits a shard between any two listings."""
+
+        def sizes(self, prefix: str = "") -> dict[str, int]:
+            found = super().sizes(prefix)
+            shard = len(Ledger(quiet).committed(RGB))
+            key = sample_key(shard, 0)
+            tar = write_tar([(f"{key}.jpg", b"pixels")])
+            data = ShardData([key], {"rgb": tar}, [(key, "ok", "")], 1.0)
+            Ledger(quiet).commit(RGB, shard, data)
+            return found
+
+    quiet = Store(str(tmp_path))
+    _filled(quiet)
+    report = verify(Busy(str(tmp_path)), deep=True)
+    assert report.ok, report.problems
+    assert report.commits >= 2

@@ -80,16 +80,18 @@ def test_near_duplicates_agree_with_comparing_all_pairs(flips):
             kept.append(number)
 
 
-def test_a_very_common_band_takes_no_more_memory(monkeypatch):
-    monkeypatch.setattr(duplicates, "_AT_ONCE", 1 << 14)
-    hashes = np.arange(1, 2001, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) << np.uint64(16)
-    everything = np.arange(len(hashes))
+def test_a_very_common_part_of_hashes_is_compared_whole_in_memory_of_one_list():
+    hashes = np.arange(1, 3001, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mask = duplicates._PARTS[0] | duplicates._PARTS[1] | duplicates._PARTS[2]
+    hashes &= ~mask
     tracemalloc.start()
-    for _ in duplicates._pairs(hashes, everything, everything):
-        pass
+    pairs = np.concatenate(list(duplicates._pairs(hashes, np.arange(3000), mask, [])))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 4e6, "all with all would take 32 MB"
+    apart = np.bitwise_count(hashes[:, None] ^ hashes[None, :])
+    later, earlier = np.nonzero(np.tril(apart <= duplicates.NEAR_BITS, -1))
+    assert set(zip(later, earlier, strict=True)) == {(a, b) for a, b, _ in pairs.tolist()}
+    assert peak < 8e6, "all with all take 72 MB"
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,6 +25,7 @@ from infra.shards import TornShard, read_tar, sample_key, write_tar
 from infra.sources import Source
 from infra.store import Store
 from tasks import fetch
+from tasks.arrivals import from_tar
 from tasks.fetch import FetchConfig, FetchWork, _Room, fetch_stage, make_plan
 from tasks.pictures import PicturePolicy
 from tasks.plans import WITNESSES, Plan, plan_retry
@@ -106,6 +108,24 @@ def test_tars_of_others_are_imported_without_a_download(tmp_path):
     assert work(store).run(0).outputs == data.outputs
     with pytest.raises(TornShard, match=r"00001\.tar"):
         work(store).run(1)
+
+
+@pytest.mark.parametrize("place", ["file", "memory"])
+def test_tars_of_others_are_read_a_picture_at_a_time(tmp_path, place):
+    pictures = [bytes([number]) * 1_000_000 for number in range(32)]
+    members = [(f"{number:03}.jpg", data) for number, data in enumerate(pictures)]
+    path = str(tmp_path / "a.tar") if place == "file" else f"memory://{tmp_path.name}/a.tar"
+    with fsspec.open(path, "wb") as file:
+        file.write(write_tar([*members, ("000.txt", b"a caption")]))
+    del members
+    tracemalloc.start()
+    rows, arrivals = from_tar(path, 2_000_000)
+    for download in arrivals:
+        assert (download.reason, download.body) == ("ok", pictures[download.index])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [row["caption"] for row in rows] == ["a caption", *[""] * 31]
+    assert peak < 16_000_000, "the tar has 32 MB"
 
 
 class Web:

@@ -220,6 +220,36 @@ def test_an_export_goes_on_and_refuses_the_place_of_another(dataset, tmp_path):
         export_set(dataset, Store(str(tmp_path / "x")), layout="parquet", parts=["nose"])
 
 
+def test_an_export_that_was_broken_off_keeps_its_place(dataset, tmp_path, monkeypatch):
+    out = Store(str(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write_json", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            export_set(dataset, out, layout="parquet")
+    with pytest.raises(ValueError, match="holds another export"):
+        export_set(dataset, out, layout="parquet", parts=["rgb"])
+    export_set(dataset, out, layout="parquet")
+    assert contents(imported(Store(str(tmp_path / "back")), out)) == contents(dataset)
+
+
+def _killed(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_labels_that_few_shards_have_are_left_out_unless_asked_for(dataset, tmp_path, caplog):
+    key = sample_key(0, 0)
+    features = Stage("label:clip", 1, {}, ("clip",))
+    data = ShardData([key], {"clip": write_tar([(f"{key}.npy", b"")])}, [(key, "ok", "")], 1.0)
+    Ledger(dataset).commit(features, 0, data)
+    labels = dataset.read_json("dataset.json")["import"]
+    remember(dataset, "import", {**labels, "clip": features.id})
+    done = export_set(dataset, Store(str(tmp_path / "out")), layout="webdataset")
+    assert done.parts == ["caption", "depth", "det", "ids_caption", "rgb", "tok_rgb"]
+    assert "clip is left out: it lacks 1 shards" in caplog.text
+    with pytest.raises(ValueError, match="clip lacks shard 2"):
+        export_set(dataset, Store(str(tmp_path / "x")), layout="parquet", parts=["clip"])
+
+
 def test_a_tampered_export_is_refused_on_import(dataset, tmp_path):
     out, store = Store(str(tmp_path / "out")), Store(str(tmp_path / "back"))
     export_set(dataset, out, layout="webdataset")

@@ -1,0 +1,60 @@
+"""Workers and cores that nobody chose are as many as a cluster's nodes have room for."""
+
+import pytest
+
+from infra.ray_session import Embedded, Existing
+from infra.runner import Resources
+from pipelines.params import LabelerResources, LabelParams
+from pipelines.workers import resources
+
+HEAD = {"memory": 1e9}
+SMALL, LARGE = {"CPU": 4.0}, {"CPU": 16.0}
+GPUS = {"CPU": 16.0, "GPU": 4.0, "accelerator_type:A100": 1.0}
+LESSER = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:T4": 1.0}
+OPEN = Resources(workers=None, threads=0)
+
+
+def told(found: Resources) -> tuple[int | None, int, float]:
+    return found.workers, found.threads, found.num_cpus
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes", "expected"),
+    [
+        (OPEN, [HEAD, SMALL, LARGE], (20, 1, 1)),
+        (Resources(workers=2, threads=0), [HEAD, SMALL, LARGE], (2, 8, 8)),
+        (Resources(workers=3, threads=0), [SMALL, SMALL, LARGE], (3, 5, 5)),
+        (Resources(workers=99, threads=0), [SMALL, LARGE], (99, 1, 1)),
+        (Resources(workers=None, num_gpus=1, threads=0), [LARGE, GPUS, LESSER], (5, 4, 4)),
+        (Resources(workers=None, num_gpus=0.5, threads=0), [GPUS], (8, 2, 2)),
+        (Resources(workers=None, num_gpus=0.125, threads=0), [GPUS], (16, 1, 1)),
+        (Resources(workers=None, num_gpus=1, threads=0, accelerator="T4"), [GPUS, LESSER],
+         (1, 8, 8)),
+        (Resources(workers=None, num_gpus=1, threads=0), [HEAD], (1, 1, 1)),
+        (Resources(workers=None, num_cpus=2, threads=2), [SMALL, LARGE], (10, 2, 2)),
+        (Resources(workers=3, num_cpus=2, threads=2), [SMALL], (3, 2, 2)),
+    ],
+)  # fmt: skip
+def test_what_is_left_open_is_filled_in_as_nodes_have_room(asked, nodes, expected) -> None:
+    assert told(asked.on(nodes)) == expected
+
+
+def test_a_worker_never_takes_more_cores_than_a_node_that_it_fits_on_has() -> None:
+    for workers in range(1, 40):
+        found = Resources(workers=workers, threads=0).on([HEAD, SMALL, LARGE])
+        assert found.room([SMALL, LARGE]) >= workers or found.threads == 1
+
+
+def test_this_machine_is_known_and_a_cluster_is_asked_by_the_run() -> None:
+    here = LabelParams(ray=Embedded(num_cpus=6, num_gpus=2))
+    assert told(resources(here)) == (6, 1, 1)
+    assert told(resources(here, LabelerResources(gpus=0.5))) == (4, 1, 1)
+    there = LabelParams(ray=Existing(), gpus=1)
+    assert (resources(there).workers, resources(there).threads) == (None, 0)
+    assert resources(there, LabelerResources(workers=3)).workers == 3
+    assert resources(LabelParams(ray=Existing(), workers=0)).threads >= 1
+
+
+def test_nothing_is_left_open_where_there_are_no_nodes_to_ask() -> None:
+    with pytest.raises(ValueError, match="without Ray's nodes"):
+        Resources(workers=0, threads=0)
