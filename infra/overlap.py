@@ -214,14 +214,31 @@ class Lane:
         keep_freed_memory(one_pool=True)
         torch = sys.modules.get("torch")
         self._threads = torch.get_num_threads() if torch is not None else 0
-        begin = partial(torch.set_num_threads, self._threads) if torch is not None else None
+        begin = partial(_own_threads, self._threads) if torch is not None else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lane", initializer=begin)
+        self._beside = ThreadPoolExecutor(max(self._threads, 1), thread_name_prefix="beside")
+        self._niceness = os.getpriority(os.PRIO_PROCESS, 0) + GIVE_WAY
         self._turn = threading.Lock()
         self._free_since = -math.inf  # nobody had it yet
 
     def close(self) -> None:
-        """Ends the thread, after what it is at."""
+        """Ends the threads, after what they are at."""
         self._thread.shutdown(cancel_futures=True)
+        self._beside.shutdown(cancel_futures=True)
+
+    def each(self, call: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """What a call makes of each item, in order; for stages beside the network, which may be
+        fast enough to wait for a single core that decodes or encodes.
+
+        They share as many threads as torch had when the lane was made: those of the worker's cores,
+        also where its network is on a GPU. With one it is called here and now.
+
+        Raises:
+            Exception: of the first item whose call raised one; calls of others may have been made.
+        """
+        if self._threads <= 1:
+            return [call(item) for item in items]
+        return list(self._beside.map(self._aside(call), items))
 
     def pipelined(
         self,
@@ -243,9 +260,9 @@ class Lane:
         `OUTPUT`.
         """
         waits = waits or Waits()
-        ready = prefetch(applied(_aside(before, self._threads), source), depth)
+        ready = prefetch(applied(self._aside(before), source), depth)
         with closing(self._through(work, ready, waits)) as made:
-            yield from trailing(_aside(after, self._threads), made, depth, waits=waits)
+            yield from trailing(self._aside(after), made, depth, waits=waits)
 
     def _through(
         self, work: Callable[[T], R], ready: Iterator[T], waits: Waits
@@ -265,22 +282,28 @@ class Lane:
             self._free_since = time.monotonic()
             self._turn.release()
 
+    def _aside(self, call: Callable[[T], R]) -> Callable[[T], R]:
+        """A call for a thread beside the lane. It gives way where both want a core, and in it torch
+        has a single thread."""
+        threads, niceness = self._threads, self._niceness
 
-def _aside(call: Callable[[T], R], threads: int) -> Callable[[T], R]:
-    """A call for a thread beside a lane with so many threads of torch. It gives way where both want
-    a core, and in it torch has a single thread."""
-    torch = sys.modules.get("torch") if threads else None
-    niceness = os.getpriority(os.PRIO_PROCESS, 0) + GIVE_WAY
+        def run(item: T) -> R:
+            if sys.platform == "linux":  # elsewhere niceness is that of the whole process
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+            if not threads:
+                return call(item)
+            _own_threads(1)
+            try:
+                return call(item)
+            finally:
+                _own_threads(threads)
 
-    def run(item: T) -> R:
-        if sys.platform == "linux":  # elsewhere niceness is that of the whole process
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
-        if torch is None:
-            return call(item)
-        torch.set_num_threads(1)  # of this thread, and of those that begin meanwhile
-        try:
-            return call(item)
-        finally:
-            torch.set_num_threads(threads)
+        return run
 
-    return run
+
+def _own_threads(count: int) -> None:
+    """Set how many threads torch has in this one, for good; and, as torch does, in those that begin
+    later: not in those that have asked once, which every thread of ours does here."""
+    torch = sys.modules["torch"]
+    torch.get_num_threads()  # else its first operation would take what another thread set last
+    torch.set_num_threads(count)

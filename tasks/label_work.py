@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice
 from typing import Any
 
@@ -254,7 +254,7 @@ class LabelWork:
         batch.images = []
         for sample in batch.samples:
             sample.inputs = {}
-        self._encode(batch.samples)
+        self._lane.each(self._encode, batch.samples)
 
     def _tried(self, part: Callable[..., Any], *given: Any) -> Any:
         """What a part of the labeler makes; None where it fails: the batch is then labelled whole,
@@ -282,13 +282,12 @@ class LabelWork:
         with _hole(sample, "unlabelled"):
             self._label_together([sample])
 
-    def _encode(self, samples: list[Sample]) -> None:
-        for sample in samples:
-            with _hole(sample, "unlabelled"):  # such as a number that is not finite
-                values = sample.values.items()
-                sample.members = {name: modalities.get(name).encode(each) for name, each in values}
-            sample.values = {}
-            sample.done = True
+    def _encode(self, sample: Sample) -> None:
+        with _hole(sample, "unlabelled"):  # such as a number that is not finite
+            values = sample.values.items()
+            sample.members = {name: modalities.get(name).encode(each) for name, each in values}
+        sample.values = {}
+        sample.done = True
 
 
 @contextmanager
@@ -362,8 +361,7 @@ def _ahead(
         buckets: Of each labeler, with the samples that wait for others.
         rows: For each picture a sample of every labeler; None when there are no more.
     """
-    for row in rows or ():
-        _decode(works, row)
+    works[0]._lane.each(partial(_decode, works), rows or ())
     ready: list[Batch] = []
     for number, (work, each) in enumerate(zip(works, buckets, strict=True)):
         due = [each.rest()] if rows is None else [work._put(each, row[number]) for row in rows]

@@ -224,7 +224,8 @@ class TokenizeWork:
     def _prepared(
         self, aspects: Aspects, group: list[tuple[str, bytes | None]]
     ) -> list[_Prepared]:
-        return [self._sample(key, data, aspects) for key, data in group]
+        each = self._lane.each if self._encoder.ahead else map  # else this is the lane's own thread
+        return list(each(lambda sample: self._sample(*sample, aspects), group))
 
     def _members(self, shard: int) -> Iterator[list[tuple[str, bytes | None]]]:
         """Groups of (key, label file or None for a hole): stored ones, or made for this."""

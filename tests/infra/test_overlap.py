@@ -214,22 +214,58 @@ def test_shares_read_as_percentages_the_largest_first():
     assert percentages({}) == ""
 
 
-def test_torch_has_one_thread_beside_the_lane_which_has_those_of_its_maker():
+@contextmanager
+def lane_of(threads: int):
+    """A lane whose maker has so many threads of torch."""
     before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        torch.set_num_threads(3)
         lane = Lane()
-        found = list(lane.pipelined([[]] * 4, *[lambda x: [*x, torch.get_num_threads()]] * 3))
+        yield lane
         lane.close()
-        assert found == [[1, 3, 1]] * 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_stage_beside_the_lane_may_use_as_many_threads_as_torch_has():
+    with lane_of(2) as lane:
+        meeting = threading.Barrier(2)
+
+        def both(item: int) -> tuple[int, int, int]:
+            meeting.wait(60)  # breaks where they come one after the other
+            return item, torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, 0)
+
+        found = list(lane.pipelined([range(4)], *[lambda items: items] * 2,
+                                    lambda items: lane.each(both, items)))
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        beside = min(own + GIVE_WAY, 19) if sys.platform == "linux" else own
+        assert found == [[(item, 1, beside) for item in range(4)]]
+        with pytest.raises(ZeroDivisionError):
+            lane.each(lambda item: 1 // item, [2, 1, 0, 1])
+
+
+def test_a_stage_beside_a_lane_of_one_thread_stays_in_its_own():
+    with lane_of(1) as lane:
+        assert set(lane.each(lambda _: threading.get_ident(), range(9))) == {threading.get_ident()}
+
+
+def test_torch_has_one_thread_beside_the_lane_which_has_those_of_its_maker():
+    threads = lambda found: [*found, torch.get_num_threads()]  # noqa: E731
+    with lane_of(3) as lane:
+        assert list(lane.pipelined([[]] * 4, *[threads] * 3)) == [[1, 3, 1]] * 4
         assert torch.get_num_threads() == 3
         later: list[int] = []
         thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
         thread.start()
         thread.join(60)
         assert later == [3], "a thread that begins afterwards has what the caller set"
-    finally:
-        torch.set_num_threads(before)
+
+
+def test_the_lane_has_its_threads_whatever_others_set_before_its_first_operation():
+    with lane_of(3) as lane:
+        lane._thread.submit(lambda: None).result()  # it has begun, and has not asked torch yet
+        torch.set_num_threads(1)  # as a stage beside it does at each of its items
+        assert lane._thread.submit(torch.get_num_threads).result() == 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
