@@ -36,7 +36,7 @@ def read_input(generator: Generator, name: str, given: str) -> Any:
             from None  # fmt: skip
     if modality.kind not in ("image", "map"):
         return value
-    return _square(name, value, _side(generator, spec))
+    return _square(name, value, _side(spec))
 
 
 def _text(given: str) -> Any:
@@ -122,7 +122,7 @@ def _bytes(path: str) -> bytes:
     return file.read_bytes()
 
 
-def _side(generator: Generator, spec: Any) -> int:
+def _side(spec: Any) -> int:
     """Side in pixels of the pictures that a modality of the model is made of."""
     if spec.kind == "pixels":
         return spec.grid * spec.patch_size
