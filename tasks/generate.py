@@ -150,10 +150,12 @@ def generate(
     values = {name: read_input(generator, name, given) for name, given in inputs.items()}
     for name, area in how.known.items():
         values[name] = read_part(name, values[name], area)
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)  # first: what was generated would be lost without
     found = _generated(generator, values, targets, how)
     if upscaler:
         found |= _refined(upscaler, found, values, how)
-    return _written(Path(out_dir), found, targets, how, values.get("rgb"))
+    return _written(folder, found, targets, how, values.get("rgb"))
 
 
 def _check(
@@ -236,7 +238,6 @@ def _written(
 ) -> list[Path]:
     from models.fourm.ensemble import combine
 
-    folder.mkdir(parents=True, exist_ok=True)
     picture = seen if isinstance(seen, np.ndarray) else None
     files = []
     for name in targets:
