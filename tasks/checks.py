@@ -167,7 +167,6 @@ def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:
     from models.modalities import text_form
 
     recipes = tokenizer_recipes(choices)
-    chain.learnable()
     for name in choices["modalities"]:
         _one_of("labels for", name, list(chain.sources), "label")
     bins = choices["coordinate_bins"]
@@ -178,6 +177,7 @@ def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:
         form.check_bins(name, bins)
         if form.parts is not None:
             recipes[name].check_codes(name, form.parts.count, form.parts.most(bins))
+    chain.learnable()
 
 
 def _check_tokens(chain: Chain, choices: dict[str, Any]) -> None:
