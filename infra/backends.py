@@ -38,6 +38,16 @@ class Entry(NamedTuple):
     """POSIX seconds."""
 
 
+def check_folder(folder: Path) -> None:
+    """Raises ValueError where files cannot be written below a folder, which need not exist yet."""
+    folder = folder.absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"nothing can be written to {folder}: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"nothing can be written to {folder}: {there} does not allow it")
+
+
 class LocalBackend:
     """A folder. Locks are `flock`s, so compare-and-swap holds between processes of one host."""
 
@@ -45,11 +55,7 @@ class LocalBackend:
         self.root = root
 
     def check_writable(self) -> None:
-        there = next(path for path in (self.root, *self.root.parents) if path.exists())
-        if not there.is_dir():
-            raise ValueError(f"{self.root} cannot hold a dataset: {there} is no folder")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise ValueError(f"{self.root} cannot hold a dataset: {there} cannot be written")
+        check_folder(self.root)
 
     def read(self, path: str) -> bytes:
         return (self.root / path).read_bytes()

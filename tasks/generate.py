@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from infra.backends import check_folder
 from infra.manifest import load_manifest
 from infra.store import Store
 from models import modalities
@@ -151,7 +152,7 @@ def generate(
     for name, area in how.known.items():
         values[name] = read_part(name, values[name], area)
     folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)  # first: what was generated would be lost without
+    check_folder(folder)  # what was generated would be lost without
     found = _generated(generator, values, targets, how)
     if upscaler:
         found |= _refined(upscaler, found, values, how)
@@ -238,6 +239,7 @@ def _written(
 ) -> list[Path]:
     from models.fourm.ensemble import combine
 
+    folder.mkdir(parents=True, exist_ok=True)
     picture = seen if isinstance(seen, np.ndarray) else None
     files = []
     for name in targets:

@@ -42,8 +42,12 @@ def read_input(generator: Generator, name: str, given: str) -> Any:
 def _text(given: str) -> Any:
     from models.fourm.values import HOLE, Part
 
-    path = Path(given) if len(given) < 256 else None
-    text = path.read_text().strip() if path and path.suffix == ".txt" else given
+    text = given
+    if len(given) < 256 and given.endswith(".txt"):
+        try:
+            text = Path(given).read_text("utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{given!r} cannot be read as caption: {error}") from None
     return Part(text) if HOLE in text else text
 
 
