@@ -38,11 +38,24 @@ class Entry(NamedTuple):
     """POSIX seconds."""
 
 
+def check_folder(folder: Path) -> None:
+    """Raises ValueError where files cannot be written below a folder, which need not exist yet."""
+    folder = folder.absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"nothing can be written to {folder}: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"nothing can be written to {folder}: {there} does not allow it")
+
+
 class LocalBackend:
     """A folder. Locks are `flock`s, so compare-and-swap holds between processes of one host."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    def check_writable(self) -> None:
+        check_folder(self.root)
 
     def read(self, path: str) -> bytes:
         return (self.root / path).read_bytes()
@@ -169,6 +182,12 @@ class S3Backend:
                 self.root,
             )
         return honoured
+
+    def check_writable(self) -> None:
+        try:
+            _ = self.conditional
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no bucket of s3://{self.root}: {error}") from error
 
     def read(self, path: str) -> bytes:
         return self._retry(lambda: self.fs.cat_file(self._key(path)))
@@ -301,7 +320,9 @@ class S3Backend:
             except OSError as error:
                 if not _is_transient(error):
                     raise
-                _LOG.info("s3://%s: %s; trying again", self.root, error)
+                # Nobody may be there at all, as where an endpoint is misspelt.
+                level = logging.WARNING if isinstance(error, ConnectionError) else logging.INFO
+                _LOG.log(level, "s3://%s: %s; trying again", self.root, error)
                 time.sleep(pause * random.uniform(0.5, 1.5))
         return self._reach(call)
 
@@ -316,6 +337,11 @@ class S3Backend:
         except (BotoCoreError, ClientError, FSTimeoutError) as error:
             what = f"s3://{self.root} cannot be reached: {type(error).__name__}"
             raise ConnectionError(f"{what}: {error}") from error
+        except PermissionError as error:
+            raise PermissionError(
+                f"s3://{self.root} refuses: {error}; check AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and what they may do there"
+            ) from error
 
 
 def _is_transient(error: OSError) -> bool:

@@ -29,7 +29,6 @@ MISSING_EXT = "missing"
 _BLOCK = 512
 _RECORD = 10_240  # other writers pad the archive with zeros to whole records of 20 blocks
 _ZEROS = bytes(_BLOCK)
-_ZERO_RECORD = bytes(_RECORD)
 
 
 class TornShard(ValueError):

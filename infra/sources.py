@@ -187,7 +187,10 @@ def _place(name: str, header: list[str] | None, file: str) -> int:
 def _known(name: str, columns: list[str], file: str) -> int:
     names = [column.strip() for column in columns]
     if name not in names:
-        raise ValueError(f"{file} has no column {name!r}; it has {', '.join(names) or 'none'}")
+        raise ValueError(
+            f"{file} has no column {name!r}; it has {', '.join(names) or 'none'}: say which with "
+            "url_column and caption_column (by number in a text without a header; '-': no caption)"
+        )
     if names.count(name) > 1:
         raise ValueError(f"{file} has {names.count(name)} columns {name!r}; rename one of them")
     return names.index(name)

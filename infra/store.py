@@ -76,6 +76,15 @@ class Store:
             return LocalBackend(self._root)
         return S3Backend(self._root, self._options)
 
+    def check_writable(self) -> None:
+        """Finds out whether objects can be put here, before hours of work end without a place.
+
+        Raises:
+            ValueError: a file is in the way of the folder, or it cannot be written.
+            OSError: the bucket does not exist, refuses, or cannot be reached.
+        """
+        self._backend.check_writable()
+
     def full(self, path: str) -> str:
         """URL of an object, for messages and links."""
         return f"{self.url}/{path}"

@@ -35,6 +35,8 @@ MAX_PICTURE_BYTES = 298_000
 """Most bytes of a data: URI: with its title an artifact stays below 300 kB."""
 GAP, TITLE_HEIGHT, ROW_TITLE_WIDTH = 4, 16, 96
 """Layout of contact sheets, in pixels."""
+_MARKUP = re.compile(r"[!-/:-@\[-`{-~]")
+"""What a backslash before it makes plain: all punctuation of ASCII (CommonMark 2.4)."""
 
 
 _relay: Callable[[str, dict[str, Any]], None] | None = None
@@ -153,6 +155,15 @@ def markdown(key: str, text: str) -> None:
     from prefect.artifacts import create_markdown_artifact
 
     create_markdown_artifact(text, key=_key(key))
+
+
+def plain(text: object) -> str:
+    """One line of text that Markdown and HTML show as it is.
+
+    Captions come from the web: a picture in one of them would be asked of its server by whoever
+    looks at the artifact.
+    """
+    return _MARKUP.sub(r"\\\g<0>", " ".join(str(text).split()))
 
 
 def gallery(

@@ -173,7 +173,7 @@ def _open(root: str) -> Store:
 def demo(
     scale: Annotated[
         Literal["demo", "long", "tiny"],
-        typer.Option(help="demo: 33 minutes on two cores; long: sized for 90; tiny: a few."),
+        typer.Option(help="demo: half an hour on two cores; long: 90 minutes; tiny: a few."),
     ] = "demo",
     root: Root = "data/demo",
     keep_ui: Annotated[bool, typer.Option(help="Keep the UI up at the end, until Ctrl-C.")] = False,
@@ -268,9 +268,12 @@ def automations(
     """Set up what the Prefect server does by itself: detect crashes, tell failures, hand over."""
     import os
 
+    from pipelines.server import check_reachable
+
     with _sentences():
-        if not os.environ.get("PREFECT_API_URL"):
+        if not (url := os.environ.get("PREFECT_API_URL")):
             raise ValueError("set PREFECT_API_URL to the Prefect server's API")
+        check_reachable(url)
     from prefect.client.orchestration import get_client
 
     from infra.automations import set_up

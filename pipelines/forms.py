@@ -8,9 +8,9 @@ from infra.ray_session import Embedded, Existing, Job, RayJob, RayTarget
 
 
 class Form(BaseModel):
-    """What all forms share: unknown fields are errors."""
+    """What all forms share: unknown fields are errors, and so are numbers that JSON cannot hold."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class Where(Form):

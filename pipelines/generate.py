@@ -32,7 +32,9 @@ def _show(files: list[Path]) -> None:
         if path.suffix == ".png"
     ]
     ui.gallery("generated", pictures, "Generated")
-    texts = [f"**{path.stem}**: {path.read_text()}" for path in files if path.suffix == ".txt"]
+    texts = [
+        f"**{path.stem}**: {ui.plain(path.read_text())}" for path in files if path.suffix == ".txt"
+    ]
     if texts:
         ui.markdown("generated-texts", "\n\n".join(texts))
 

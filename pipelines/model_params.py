@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tasks.generate import How
 
 RecipeName = Literal[
-    "demo", "demo_12", "speedrun", "fourm_b", "fourm_l", "fourm_xl", "fourm_21_b",
+    "demo", "demo_12", "any", "speedrun", "fourm_b", "fourm_l", "fourm_xl", "fourm_21_b",
     "fourm_21_l", "fourm_21_xl", "t2i_b", "t2i_l", "t2i_xl", "sr_l",
 ]
 
@@ -22,7 +22,8 @@ class Training(Form):
     """What is trained, and how it is spread over devices."""
 
     recipe: RecipeName = Field(
-        "demo", description="Network, masking and optimizer in one word."
+        "demo", description="Network, masking and optimizer in one word. demo wants the labels of "
+        "4M-7, any takes whatever the set holds."
     )
     manifest: str = Field("main", pattern=r"^[\w.-]+$", description="Manifest to train on.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps; none: the recipe's.")

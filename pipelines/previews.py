@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import logging
 from typing import Any
 
@@ -35,9 +34,7 @@ def show(chain: Chain, samples: int = 6) -> None:
     rows = [[_picture(tars, name, key) for name in names] for key in keys]
     titles = [[str(_value(tars, "caption", key)), *names[1:]] for key in keys]
     sheet = ui.data_uri(ui.contact_sheet(rows, titles=titles))
-    captions = "\n".join(
-        f"1. {html.escape(str(_value(tars, 'caption', key)))}" for key in keys
-    )
+    captions = "\n".join(f"1. {ui.plain(_value(tars, 'caption', key))}" for key in keys)
     ui.markdown(
         "label-previews", f"## Labels of shard {shard}\n\n![labels]({sheet})\n\n{captions}\n"
     )

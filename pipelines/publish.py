@@ -46,8 +46,9 @@ def _lineage(manifest: Manifest) -> str:
     lines += ["", "| modality | stage | model | revision |", "|---|---|---|---|"]
     for name, entry in manifest.modalities.items():
         lines.append(
-            f"| {name} | `{entry['stage']}` | {entry['model'] or '-'} "
-            f"| {entry['revision'][:12] or '-'} |"
+            f"| {ui.plain(name)} | `{entry['stage']}` "
+            f"| {ui.plain(entry['model']) or '-'} "
+            f"| {ui.plain(entry['revision'][:12]) or '-'} |"
         )
     return "\n".join(lines)
 

@@ -11,9 +11,11 @@ import json
 import logging
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,11 +47,13 @@ def prefect_server(home: Path) -> Iterator[str]:
         The address of the user interface.
 
     Raises:
-        RuntimeError: The server did not come up; the message names its log.
+        RuntimeError: The server did not come up, the message names its log; or none answers at
+            the address that is set.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     if url := os.environ.get("PREFECT_API_URL"):
+        check_reachable(url)
         yield url.removesuffix("/api")
         return
     port = _free_port()
@@ -66,6 +70,21 @@ def prefect_server(home: Path) -> Iterator[str]:
                 yield url
             finally:
                 _drain()
+
+
+def check_reachable(url: str) -> None:
+    """Raises RuntimeError unless something answers at the address of a Prefect API."""
+    try:
+        urllib.request.urlopen(f"{url}/health", timeout=30).close()
+    except urllib.error.HTTPError:
+        return  # it wants a key, say: that is Prefect's to deal with, and so are certificates
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        if not isinstance(reason, ssl.SSLError):
+            raise RuntimeError(
+                f"no Prefect server answers at PREFECT_API_URL={url} ({reason}): start it, or "
+                "unset the variable for a server of the command's own"
+            ) from None
 
 
 def _drain() -> None:

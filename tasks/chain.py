@@ -62,14 +62,12 @@ def remember_tokenizers(store: Store, choices: dict[str, Any]) -> None:
     usual = COMMON[choices["preset"]]
     choices = {**choices, **{name: choices[name] or usual[name] for name in usual}}
     known = dict(chain.settings.get("tokenizers", {}))
-    labelled = chain.labelled(stored=True)
+    labelled = chain.learnable()
     shards = known.pop("shards", [])
     # What an older version did not ask for was as it is by default.
     same = {**choices, **known} == choices
     if not (shards and same and set(shards) <= set(labelled)):
         shards = labelled[: choices["max_shards"]]
-    if not shards:
-        raise ValueError(f"no shard of {store.url} has all of its labels; run `fourm label` first")
     remember(store, "tokenizers", {**choices, "shards": shards})
 
 
@@ -196,6 +194,18 @@ class Chain:
         if not stored:
             stages -= self.one_pass.keys()
         return sorted(set.intersection(*(self.ledger.committed(stage) for stage in stages)))
+
+    def learnable(self) -> list[int]:
+        """Shards that tokenizers can learn from: all of their labels are stored.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if found := self.labelled(stored=True):
+            return found
+        raise ValueError(
+            f"no shard of {self.store.url} has all of its labels; run `fourm label` first"
+        )
 
     @cached_property
     def one_pass(self) -> dict[Stage, LabelerSpec]:

@@ -16,6 +16,8 @@ _UPSTREAM = {
     "tokenize": ("ingest", "label", "tokenizers"),
     "publish": ("ingest", "label", "tokenizers", "tokenize"),
 }
+_READERS = frozenset({"generate", "janitor"})
+"""Flows that may be of use where nothing can be written."""
 
 
 def check(flow: str, choices: dict[str, Any]) -> None:
@@ -26,7 +28,9 @@ def check(flow: str, choices: dict[str, Any]) -> None:
         choices: its parameters.
 
     Raises:
-        ValueError: An earlier flow is missing, or a name does not exist; says which there are.
+        ValueError: An earlier flow is missing, a name does not exist (says which there are), or
+            the dataset cannot be written.
+        OSError: The dataset's place cannot be reached.
     """
     store = Store(choices["root"])
     chain = Chain(store)
@@ -48,6 +52,10 @@ def check(flow: str, choices: dict[str, Any]) -> None:
         _check_tokenizers(chain, choices)
     if flow == "tokenize":
         _check_tokens(chain, choices)
+    if flow == "publish":
+        from tasks.publish import published_stages, tokenized_shards
+
+        tokenized_shards(chain, published_stages(chain))
     if flow == "train":
         _check_training(store, choices)
     if flow in ("evaluate", "generate"):
@@ -55,6 +63,12 @@ def check(flow: str, choices: dict[str, Any]) -> None:
 
         run = choices["run"] or only_run(store)
         _one_of("trained run", run, runs(store), "train")
+    if flow == "evaluate":
+        from infra.manifest import manifest_names
+
+        _one_of("manifest", choices["manifest"], manifest_names(store), "publish")
+    if flow not in _READERS:
+        store.check_writable()
 
 
 def _check_labels(chain: Chain, choices: dict[str, Any]) -> None:
@@ -128,8 +142,14 @@ def _check_source(choices: dict[str, Any]) -> None:
     try:
         source = detect(source)
         rows = list(read_rows(source, FIRST_ROWS))
-    except FileNotFoundError:
-        raise ValueError(f"there is nothing at {source.path}") from None
+    except FileNotFoundError as error:
+        # A web server's refusal comes as this, too.
+        why = f": {error.__cause__}" if "://" in source.path and error.__cause__ else ""
+        raise ValueError(f"there is nothing at {source.path}{why}") from None
+    except OSError as error:
+        raise ValueError(f"{source.path} cannot be read: {error}") from None
+    if not rows:
+        raise ValueError(f"{source.path} holds no rows")
     files = source.format in ("folder", "webdataset")
     odd = [
         row.problem or f"{row.url[:200]!r} is no URL"
@@ -157,6 +177,7 @@ def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:
         form.check_bins(name, bins)
         if form.parts is not None:
             recipes[name].check_codes(name, form.parts.count, form.parts.most(bins))
+    chain.learnable()
 
 
 def _check_tokens(chain: Chain, choices: dict[str, Any]) -> None:
@@ -167,6 +188,8 @@ def _check_tokens(chain: Chain, choices: dict[str, Any]) -> None:
         if odd := [size for size in choices["sizes"] if cut and size % recipe.patch]:
             raise ValueError(f"sizes: {odd[0]} is no multiple of the {recipe.patch} px of a token "
                              f"of {name}")
+    chain.settings["tokenize"] = choices  # as the flow will have written it
+    _ = chain.tokens  # refuses what is not trained yet, or does not fit
 
 
 def _check_training(store: Store, choices: dict[str, Any]) -> None:

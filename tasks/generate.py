@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from infra.backends import check_folder
 from infra.manifest import load_manifest
 from infra.store import Store
 from models import modalities
@@ -150,10 +151,12 @@ def generate(
     values = {name: read_input(generator, name, given) for name, given in inputs.items()}
     for name, area in how.known.items():
         values[name] = read_part(name, values[name], area)
+    folder = Path(out_dir)
+    check_folder(folder)  # what was generated would be lost without
     found = _generated(generator, values, targets, how)
     if upscaler:
         found |= _refined(upscaler, found, values, how)
-    return _written(Path(out_dir), found, targets, how, values.get("rgb"))
+    return _written(folder, found, targets, how, values.get("rgb"))
 
 
 def _check(

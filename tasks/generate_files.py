@@ -36,14 +36,18 @@ def read_input(generator: Generator, name: str, given: str) -> Any:
             from None  # fmt: skip
     if modality.kind not in ("image", "map"):
         return value
-    return _square(name, value, _side(generator, spec))
+    return _square(name, value, _side(spec))
 
 
 def _text(given: str) -> Any:
     from models.fourm.values import HOLE, Part
 
-    path = Path(given) if len(given) < 256 else None
-    text = path.read_text().strip() if path and path.suffix == ".txt" else given
+    text = given
+    if len(given) < 256 and given.endswith(".txt"):
+        try:
+            text = Path(given).read_text("utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{given!r} cannot be read as caption: {error}") from None
     return Part(text) if HOLE in text else text
 
 
@@ -122,7 +126,7 @@ def _bytes(path: str) -> bytes:
     return file.read_bytes()
 
 
-def _side(generator: Generator, spec: Any) -> int:
+def _side(spec: Any) -> int:
     """Side in pixels of the pictures that a modality of the model is made of."""
     if spec.kind == "pixels":
         return spec.grid * spec.patch_size

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from infra.ledger import Stage
 from infra.manifest import Manifest, load_manifest, publish
 from infra.store import Store
 from tasks.chain import Chain
@@ -28,10 +29,7 @@ def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
     """
     chain = Chain(store)
     stages = published_stages(chain)
-    done = [chain.ledger.committed(stage) for stage in set(stages.values())]
-    shards = sorted(set.intersection(*done))
-    if not shards:
-        raise ValueError(f"no shard of {store.url} is tokenized in every modality")
+    shards = tokenized_shards(chain, stages)
     # Not of the shards that passes over failed rows appended: those are pictures of slow hosts.
     of_list = [shard for shard in shards if shard < chain.plan["list_shards"]] or shards
     held_out = min(len(of_list) - 1, max(1, round(len(of_list) * val_share)))
@@ -51,7 +49,21 @@ def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
     )
 
 
-def published_stages(chain: Chain) -> dict[str, Any]:
+def tokenized_shards(chain: Chain, stages: Mapping[str, Stage]) -> list[int]:
+    """Shards that all of the stages have committed.
+
+    Raises:
+        ValueError: there is none.
+    """
+    done = [chain.ledger.committed(stage) for stage in set(stages.values())]
+    if shards := sorted(set.intersection(*done)):
+        return shards
+    raise ValueError(
+        f"no shard of {chain.store.url} is tokenized in every modality; run `fourm tokenize` first"
+    )
+
+
+def published_stages(chain: Chain) -> dict[str, Stage]:
     """Modality of the manifest to its stage: the token sets, the pictures for pixel input, and the
     vectors of texts, which models read without tokens."""
     stages = {published_name(stage): stage for stage in chain.tokens.values()}

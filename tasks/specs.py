@@ -165,7 +165,7 @@ def _expand(alphas: Mapping[str, float], specs: Sequence[ModalitySpec]) -> dict[
     if unknown:
         bases = sorted({stored_name(spec.name) for spec in specs})
         raise ValueError(f"the mixture names {', '.join(unknown)}; choose from "
-                         f"{', '.join(bases)} or *")
+                         f"{', '.join(bases)} or * (the recipe 'any' takes what there is)")
     found = {}
     for spec in specs:
         alpha = alphas.get(spec.name, alphas.get(stored_name(spec.name), alphas.get("*", 0.0)))

@@ -44,7 +44,6 @@ SCENES = 4608
 TARGET = 0.32
 """Share of a constant guess's loss at which the run ends: a little below what a run of 300 steps
 comes to (0.333)."""
-BOARD = "docs/speedrun.jsonl"
 SCORE = "val/share"
 
 

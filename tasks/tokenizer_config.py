@@ -27,6 +27,7 @@ _ADDED = frozenset({
     "prediction", "schedule", "dead_code", "guidance_dropout", "muon", "betas", "warmup", "ema",
     "eval_every", "spread", "words", "picture", "stable_diffusion",
 })  # fmt: skip
+_POSITIVE = ("size", "patch", "width", "steps", "batch_size", "lr", "max_samples", "heads")
 _CHANNELS = {"rgb": 3, "depth": 1, "normal": 3, "semseg": 8, "edge": 1, "mask": 1}
 _PICTURES: tuple[Kind, ...] = ("rgb", "depth", "normal", "edge", "mask")
 _TAKES: dict[str, tuple[Kind, ...]] = {
@@ -158,8 +159,14 @@ class TokenizerRecipe:
         if self.encoder and self.start:
             raise ValueError("encoder= keeps the codes of a tokenizer, start= trains all of it "
                              "further: choose one")
-        if self.steps < 1 or self.batch_size < 1 or self.max_samples < 1:
-            raise ValueError("steps, batch_size and max_samples must be positive")
+        for name in _POSITIVE:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.levels or min(self.levels) < 2:
+            raise ValueError(f"levels={self.levels}: at least one, and none below 2")
+        if min(self.encoder_depth, self.decoder_depth) < 0:
+            raise ValueError("encoder_depth and decoder_depth must not be negative, got "
+                             f"{self.encoder_depth} and {self.decoder_depth}")
         if self.perceptual and self.kind != "rgb":
             raise ValueError(f"perceptual={self.perceptual} is for rgb, not for {self.kind}")
         if self.groups and self.kind != "vector":

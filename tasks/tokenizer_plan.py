@@ -75,7 +75,7 @@ def plan_tokenizer(name: str, recipe: TokenizerRecipe, channels: int = 0) -> Tok
     with torch.device("meta"):
         net = build_network(recipe.network(_example(name, recipe, channels)))
     net = net.to("meta").eval()
-    values = _values(net, recipe)
+    values = _values(net)
     counter = FlopCounterMode(display=False)
     with torch.no_grad():
         tokens = net.encode(values)
@@ -107,7 +107,7 @@ def _example(name: str, recipe: TokenizerRecipe, channels: int) -> np.ndarray:
     return np.zeros((1, recipe.size, recipe.size), np.uint8)
 
 
-def _values(net: Network, recipe: TokenizerRecipe) -> torch.Tensor:
+def _values(net: Network) -> torch.Tensor:
     """One sample as the network eats it."""
     import torch
 

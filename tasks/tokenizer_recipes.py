@@ -11,7 +11,7 @@ learning rate scaled by batch / 256. `plan-tokenizers` prints parameters, tokens
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from models import modalities
 from tasks.tokenizer_config import TokenizerRecipe
@@ -183,6 +183,7 @@ def tokenizer_recipe(
     if unknown := sorted(changes.keys() - TokenizerRecipe.__dataclass_fields__.keys()):
         raise ValueError(f"a tokenizer recipe has no {unknown[0]!r}; its fields are "
                          f"{', '.join(TokenizerRecipe.__dataclass_fields__)}")
+    changes = _typed(changes)
     own = modalities.get(name).tokenizer
     if (named or name) in recipes:
         found = replace(recipes[named or name], **changes)
@@ -193,6 +194,23 @@ def tokenizer_recipe(
         found = TokenizerRecipe(**{**own, **changes})
     if named and found.kind != tokenizer_recipe(name, preset).kind:
         raise ValueError(f"recipe {named!r} is for {found.kind} values, not for {name}")
+    return found
+
+
+def _typed(changes: dict[str, Any]) -> dict[str, Any]:
+    """Changes in the types of their fields: of a list of numbers, as JSON has it, a tuple.
+
+    Raises:
+        ValueError: one is of another type, or none of its field's choices.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    kinds, found = get_type_hints(TokenizerRecipe), {}
+    for name, value in changes.items():
+        try:
+            found[name] = TypeAdapter(kinds[name]).validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"{name}={value!r}: {error.errors()[0]['msg']}") from None
     return found
 
 

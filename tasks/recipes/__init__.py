@@ -8,14 +8,14 @@ from typing import Any
 
 from tasks.recipes import released
 from tasks.recipes.base import MAIN, Lora, Phase, Source, TrainRecipe, described
-from tasks.recipes.demo import demo, demo_12, speedrun
+from tasks.recipes.demo import demo, demo_12, speedrun, whatever_there_is
 
 __all__ = [
     "MAIN", "RECIPES", "Lora", "Phase", "Source", "TrainRecipe", "described", "recipe",
 ]
 
 RECIPES: dict[str, Callable[[], TrainRecipe]] = {
-    "demo": demo, "demo_12": demo_12, "speedrun": speedrun,
+    "demo": demo, "demo_12": demo_12, "any": whatever_there_is, "speedrun": speedrun,
     "fourm_b": released.fourm_b, "fourm_l": released.fourm_l, "fourm_xl": released.fourm_xl,
     "fourm_21_b": released.fourm_21_b, "fourm_21_l": released.fourm_21_l,
     "fourm_21_xl": released.fourm_21_xl,

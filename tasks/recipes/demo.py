@@ -45,6 +45,20 @@ def demo(steps: int = 1350) -> TrainRecipe:
     )
 
 
+def whatever_there_is(steps: int = 1350) -> TrainRecipe:
+    """The network of `demo` for any labels, your own modalities among them: half of the batches go
+    from pixels to all that the set holds, half from anything to anything.
+
+    Command: fourm train --recipe any
+    """
+    return replace(demo(steps), mixture=Mixture(components=(
+        Component(weight=1, inputs={"rgb": 1.0}, num_inputs=(64, 64),
+                  targets={"*": 1.0}, num_targets=(64, 64)),
+        Component(weight=1, inputs={"*": 0.5}, num_inputs=(64, 64),
+                  targets={"*": 0.5}, num_targets=(64, 64)),
+    ), per_batch=True))
+
+
 def demo_12(steps: int = 1500) -> TrainRecipe:
     """The network of `demo` for twelve modalities of scenes: about 17 minutes on the same cores.
 

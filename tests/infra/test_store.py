@@ -7,9 +7,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from infra import backends
+from infra.backends import S3Backend
 from infra.store import Store, StoreConflict
 
 
@@ -197,3 +200,54 @@ def test_killing_a_writer_leaves_only_whole_objects(tmp_path: Path) -> None:
         assert len(sizes) >= 3
         assert {size for path, size in sizes.items() if path != "w"} == {300_000}
         assert set(Store(str(folder)).read("w")) <= {ord("y")}
+
+
+def test_a_place_that_can_hold_objects_is_told_from_one_that_cannot(
+    tmp_store: Store, tmp_path: Path
+) -> None:
+    tmp_store.check_writable()
+    assert tmp_store.list() == []
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ValueError, match=f"{file} is no folder"):
+        Store(f"{file}/below").check_writable()
+
+
+def test_a_bucket_that_does_not_exist_is_named(s3_url: str) -> None:
+    with pytest.raises(FileNotFoundError, match="no bucket of s3://no-such-bucket/x"):
+        Store("s3://no-such-bucket/x").check_writable()
+
+
+def _backend(monkeypatch: pytest.MonkeyPatch, error: Exception) -> S3Backend:
+    """Of a service that answers everything with an error."""
+
+    def answer(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(backends, "_PAUSES", (0.0,))
+    backend = S3Backend("bucket/set", {})
+    backend.__dict__["fs"] = SimpleNamespace(info=answer, pipe_file=answer)
+    return backend
+
+
+def test_a_service_that_refuses_is_named_with_what_to_check(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = _backend(monkeypatch, PermissionError("Forbidden"))
+    for call in (lambda: backend.entry("a"), backend.check_writable):
+        with pytest.raises(PermissionError, match="s3://bucket/set refuses: Forbidden; check AWS_"):
+            call()
+
+
+def test_an_endpoint_where_nobody_is_shows_before_it_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from botocore.exceptions import EndpointConnectionError
+
+    backend = _backend(monkeypatch, EndpointConnectionError(endpoint_url="http://nowhere"))
+    with pytest.raises(ConnectionError, match="s3://bucket/set cannot be reached"):
+        backend.entry("a")
+    (line,) = caplog.records
+    assert line.levelname == "WARNING"
+    assert "http://nowhere" in line.getMessage()
+    assert line.getMessage().endswith("trying again")

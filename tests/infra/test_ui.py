@@ -6,6 +6,9 @@ import logging
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from PIL import Image
 
 from infra import ui
@@ -113,3 +116,14 @@ def test_progress_is_throttled_but_the_end_is_shown(monkeypatch):
 
 def _boom(*args: object, **kwargs: object) -> None:
     raise ConnectionError("no server")
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=60))
+@example("![](http://host/seen.png)")
+@example("<img src=http://host/seen.png>&amp;")
+@example("1. one\n\n# two | `three` ~~four~~\t- *five*")
+def test_a_plain_text_is_one_paragraph_of_that_text_and_no_markup(text):
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(f"x{ui.plain(text)}")
+    assert [token.type for token in tokens] == ["paragraph_open", "inline", "paragraph_close"]
+    assert {child.type for child in tokens[1].children} == {"text"}
+    assert "".join(child.content for child in tokens[1].children) == "x" + " ".join(text.split())

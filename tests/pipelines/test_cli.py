@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,18 @@ from infra.ledger import Ledger, Stage
 from infra.store import Store
 from pipelines import cli
 from pipelines.cli import app
-from pipelines.params import COMMANDS, TOOLS
+from pipelines.params import (
+    COMMANDS,
+    TOOLS,
+    IngestOptions,
+    LabelOptions,
+    TokenizeOptions,
+    TokenizerOptions,
+)
+from tasks import chain
 
 ROOT = Path(__file__).resolve().parents[2]
+PLAN_RGB = ["plan-tokenizers", "--modalities", "rgb", "--changes"]
 HEAVY = ("torch", "ray", "prefect", "transformers", "diffusers", "pandas", "pyarrow")
 
 
@@ -81,6 +91,13 @@ def test_help_of_every_command_shows_an_example() -> None:
         (["import", "--root", "{tmp}/d", "--source", "{tmp}"], "fourm ingest --format webdataset"),
         (["ingest", "--root", "{tmp}/d", "--source", "x.tsv"], "there is nothing at x.tsv"),
         (["ingest", "--source", "x.tsv", "--shard-rows", "0"], "greater than or equal to 1"),
+        (["ingest", "--source", "x.tsv", "--max-aspect", "inf"], "finite number"),
+        (["ingest", "--root", "{tmp}/d", "--source", os.devnull], "/dev/null holds no rows"),
+        ([*PLAN_RGB, '{{"rgb": {{"steps": "many"}}}}'], "steps='many': Input should be a valid"),
+        ([*PLAN_RGB, '{{"rgb": {{"levels": 8}}}}'], "levels=8: Input should be a valid tuple"),
+        ([*PLAN_RGB, '{{"rgb": {{"levels": [1]}}}}'], "levels=(1,): at least one, and none below"),
+        ([*PLAN_RGB, '{{"rgb": {{"kind": "blob"}}}}'], "kind='blob': Input should be 'rgb', "),
+        ([*PLAN_RGB, '{{"rgb": {{"patch": 0}}}}'], "patch must be positive, got 0"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence_before_any_work(
@@ -91,6 +108,56 @@ def test_what_is_wrong_is_said_in_one_sentence_before_any_work(
     assert sentence in " ".join(output.split())
     assert "Traceback" not in output
     assert not list(tmp_path.iterdir()), "work has begun"
+
+
+def test_a_place_that_cannot_hold_a_dataset_is_refused_before_any_work(tmp_path: Path) -> None:
+    file = tmp_path / "list.tsv"
+    file.write_text("http://h/1\ta cat\n")
+    code, output = _run("ingest", "--root", f"{file}/d", "--source", str(file))
+    assert code == 2
+    assert f"{file} is no folder" in " ".join(output.split())
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_flow_whose_upstream_is_not_at_its_end_is_refused_before_any_work(tmp_path: Path) -> None:
+    store, root = Store(str(tmp_path)), ["--root", str(tmp_path)]
+    Ledger(store).write_plan({"num_shards": 1, "id": "x"})
+    chain.remember(store, "ingest", IngestOptions(source="x").model_dump())
+    label = LabelOptions(preset="scenes", labelers=["depth"])
+    chain.remember(store, "label", label.model_dump())
+    tokenizers = TokenizerOptions(modalities=["rgb", "depth"], size=128)
+    store.write_json("runs/first/model/config.json", {})
+
+    def refused(*words: str) -> str:
+        code, output = _run(*words, *root)
+        assert code == 2
+        return " ".join(output.split())
+
+    learn = refused("train-tokenizers", "--modalities", "rgb,depth")
+    assert learn.endswith("has all of its labels; run `fourm label` first")
+    chain.remember(store, "tokenizers", {**tokenizers.model_dump(), "shards": [0]})
+    assert "run `fourm train-tokenizers`" in refused("tokenize")
+    chain.remember(store, "tokenize", TokenizeOptions().model_dump())
+    assert "run `fourm train-tokenizers`" in refused("publish")
+    assert "no manifest 'nosuch'; `fourm publish` makes one" in refused(
+        "evaluate", "--manifest", "nosuch"
+    )
+
+
+def test_a_prefect_server_that_does_not_answer_is_named_with_its_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "list.tsv"
+    file.write_text("http://h/1\ta cat\n")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # taken, and nobody listens
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/api"
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        ingest = ["ingest", "--root", str(tmp_path / "d"), "--source", str(file)]
+        for words, status in ((["automations"], 2), (ingest, 1)):
+            code, output = _run(*words)
+            assert code == status
+            assert f"no Prefect server answers at PREFECT_API_URL={url}" in output
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 from PIL import Image
 
 from infra import ui
@@ -18,7 +19,7 @@ from infra.scenes import render, sample_scene
 from infra.shards import hole, sample_key, write_tar
 from infra.store import Store
 from models import modalities
-from pipelines.previews import SIDE, Galleries
+from pipelines.previews import SIDE, Galleries, show
 
 STAGES = {name: Stage(f"label:{name}", 1, {}, (name,)) for name in ("rgb", "depth", "normal")}
 
@@ -80,6 +81,24 @@ def test_a_label_of_another_version_is_left_blank_and_named(tmp_path, shown, cap
         Galleries(chain).update()
     assert shown.keys() == {"gallery-det"}
     assert f"not shown: the det of sample {keys[1]} is not in the format" in caplog.text
+
+
+def test_a_caption_of_the_web_is_shown_as_it_is_and_never_as_markup(tmp_path, shown):
+    ledger = Ledger(Store(str(tmp_path)))
+    stages = {"rgb": STAGES["rgb"], "caption": Stage("label:caption", 1, {}, ("caption",))}
+    commit(ledger, "rgb", 1)
+    keys = [sample_key(1, row) for row in range(3)]
+    text = "![](http://host/seen.png)\n\n# <img src='http://host/seen.png'>"
+    tar = write_tar([(f"{key}.txt", text.encode()) for key in keys])
+    statuses = [(key, "ok", "") for key in keys]
+    ledger.commit(stages["caption"], 1, ShardData(keys, {"caption": tar}, statuses, 1.0))
+    chain: Any = SimpleNamespace(sources=stages, ledger=ledger)
+    show(chain)
+    page = MarkdownIt().parse(shown["label-previews"])
+    drawn = [part for token in page for part in token.children or () if part.type == "image"]
+    assert [part.attrs["src"][:16] for part in drawn] == ["data:image/jpeg;"]
+    assert [token.tag for token in page if token.type == "heading_open"] == ["h2"]
+    assert not any(part.type == "html_inline" for token in page for part in token.children or ())
 
 
 def _picture(markdown: str) -> Image.Image:

@@ -243,8 +243,20 @@ def test_what_does_not_exist_is_one_sentence_with_the_choices(
     refused({"sound": photo}, ["depth"], "'sound' cannot be an input; choose from caption, depth")
     refused({"rgb": str(tmp_path / "no.jpg")}, ["depth"], "cannot be read as rgb")
     refused({"det": '{"boxes": []}'}, ["rgb"], "cannot be read as det")
+    refused({"caption": "no.txt"}, ["rgb"], "'no.txt' cannot be read as caption")
+    (tmp_path / "odd.txt").write_bytes(b"\xff\xfe")
+    refused({"caption": f"{tmp_path}/odd.txt"}, ["rgb"], "odd.txt' cannot be read as caption")
     refused({}, ["rgb"], "nothing to start from; choose from")
     assert not (tmp_path / "out").exists()
+
+
+def test_results_that_could_not_be_written_are_not_generated(
+    store: Store, photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task, "_generated", lambda *_: pytest.fail("generated"))
+    (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match=r"nothing can be written to .*out: .*out is no folder"):
+        task.generate(store, "main", {"rgb": photo}, ["depth"], tmp_path / "out")
 
 
 def test_a_run_that_does_not_exist_names_those_that_do(tmp_path: Path) -> None:

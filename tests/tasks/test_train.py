@@ -125,6 +125,16 @@ def test_unknown_modalities_and_recipes_list_the_choices(token_set):
         recipe("giant")
 
 
+@pytest.mark.parametrize("held", [("tok_depth",), ("tok_rgb", "tok_depth", "caption")])
+def test_the_recipe_any_trains_on_whatever_labels_a_set_has(held, tmp_path):
+    data = make_set(str(tmp_path), held=("rgb", *held), grid=8)
+    with pytest.raises(ValueError, match="the recipe 'any' takes what there is"):
+        FourMTask(*data, recipe("demo"))
+    task = FourMTask(*data, recipe("any", batch_size=4))
+    assert {spec.name.split("@")[0] for spec in task.config.targets} == set(held)
+    assert sum(task.batch(0, 0, 1).counts) > 0
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_take_other_numbers(name):
     changed = recipe(name, steps=50, batch_size=4, seed=3).training
