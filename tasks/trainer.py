@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from infra.machine import check_compiler, fp32_products, keep_freed_memory
 from infra.overlap import prefetch
 from tasks.batches import to_device
+from tasks.buffers import Buffers
+from tasks.flops import Load, peak_flops
 from tasks.frozen import held_rows
 from tasks.gradients import Gradients
 from tasks.meter import Meter
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
     import torch
 
     from infra.store import Store
-    from tasks.flops import Load
     from tasks.run_store import Tensors
 
 logger = logging.getLogger("fourm.train")
@@ -120,7 +121,8 @@ class Trainer:
         from tasks.parallel import everyone
 
         config, metrics, saved = self.config, dict[str, float](), time.monotonic()
-        meter = Meter(self._peak, lambda own: everyone(own, self.world, self.device))
+        meter = Meter(lambda: peak_flops(self.device, self.products),
+                      lambda own: everyone(own, self.world, self.device))
         steps = range(self.step, config.steps)
         with closing(prefetch(map(self._parts, steps), wait=True)) as batches:
             while not self._ended():
@@ -224,7 +226,7 @@ class Trainer:
             self.model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay,
             is_hidden=self.task.is_hidden,
         )
-        self.held = held_rows(self.model)
+        self.held, self.buffers = held_rows(self.model), Buffers(self.model)
         by_rows = self.world == 1 and self.device.type == "cpu"
         self.gradients = Gradients(self.model, by_rows=by_rows)
         self.sharded = any(is_sharded(value) for value in self.model.parameters())
@@ -273,6 +275,7 @@ class Trainer:
         from tasks.parallel import last_of
 
         self.wrapped.train()
+        self.buffers.keep()
         gathered: dict[str, list[torch.Tensor]] = {}
         for index, (batch, _) in enumerate(parts):
             part = index * self.world + self.rank
@@ -320,6 +323,7 @@ class Trainer:
         self.gradients.clear()
         for rows in self.held:
             rows.put_back()
+        self.buffers.put_back(bad)
         if self.mean:
             self.mean.update(self.step)
         return norm
@@ -353,11 +357,6 @@ class Trainer:
         if self.products != "bf16":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-    def _peak(self) -> float:
-        from tasks.flops import peak_flops
-
-        return peak_flops(self.device, self.products)
 
     def _evaluate(self, curve: Curve | None) -> dict[str, float]:
         """Validation metrics, on the first worker; shards need all workers to compute anything."""
