@@ -70,7 +70,7 @@ def fit_distributed(
                 storage_path=scratch, failure_config=FailureConfig(max_failures=2)
             ),
         ).fit()
-    if not store.exists(f"{path}/{RESULT}"):
+    if signal.requested or not store.exists(f"{path}/{RESULT}"):
         signal.hand_on()
         raise Stopped(f"{path}: the workers have kept a checkpoint; the same call goes on from it")
     return TrainResult(**store.read_json(f"{path}/{RESULT}"))

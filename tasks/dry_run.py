@@ -8,7 +8,8 @@ Bytes of a device are
     optimizer    8 for each that AdamW updates, 4 for each that Muon updates, likewise
     mean         4 for each parameter where a mean of the weights is kept, likewise
     gathered     sharded only: the largest block's weights in bf16, twice (one is prefetched), and
-                 its gradients
+                 its gradients; embeddings and heads, which stay gathered in fp32 from the forward
+                 to the end of the backward pass, and their gradients
     activations  `models.fourm.cost.activation_bytes` of the widest part of a batch
 
 and exclude the allocator's slack and the communication's buffers: keep a tenth of a device free.
@@ -281,7 +282,9 @@ def _memory(
     count = sum(trained.values())
     gathered = 0.0
     if machines.parallel == "fsdp":
-        gathered = (2.0 * BF16 + FP32) * max(_blocks(sizes).values())
+        blocks, learned = _blocks(sizes), _blocks(trained)
+        outside = blocks.pop("", 0) + learned.get("", 0)
+        gathered = (2.0 * BF16 + FP32) * max(blocks.values()) + FP32 * outside
     return Memory(
         weights=FP32 * sum(sizes.values()) / split,
         gradients=FP32 * count / split,

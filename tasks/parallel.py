@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from infra.machine import fast_bf16
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from infra.machine import Products
     from tasks.train_config import TrainConfig
 
 
@@ -142,6 +145,22 @@ def first_says(number: int, device: torch.device) -> int:
     said = torch.tensor([number], device=device)
     torch.distributed.broadcast(said, 0)
     return int(said)
+
+
+def products_of(
+    config: TrainConfig, begun: Products | None, world: int, device: torch.device
+) -> Products:
+    """What matrix products take in all parts of a run and on all of its workers, who call it alike.
+    `begun` is what its checkpoint says. Where the configuration leaves it open, hardware is
+    measured, once: another time or worker may come to another answer."""
+    if config.precision != "auto":
+        return config.precision
+    if begun:
+        return begun
+    fast = int(fast_bf16())
+    if world > 1:
+        fast = first_says(fast, device)
+    return "bf16" if fast else "fp32"
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

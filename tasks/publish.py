@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 from infra.ledger import Stage
@@ -16,7 +17,8 @@ from tasks.tokenize import published_name
 def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
     """Publish every shard that is tokenized in all modalities; the pictures go along.
 
-    The last shards of the list are the validation split: at least one, where there are two.
+    The last shards of the list that hold samples are the validation split: at least one, where
+    there are two.
 
     Args:
         store: the dataset.
@@ -33,7 +35,9 @@ def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
     # Not of the shards that passes over failed rows appended: those are pictures of slow hosts.
     of_list = [shard for shard in shards if shard < chain.plan["list_shards"]] or shards
     held_out = min(len(of_list) - 1, max(1, round(len(of_list) * val_share)))
-    val = of_list[len(of_list) - held_out :]
+    # Not those whose rows have all failed, as the few that a list ends with may.
+    filled = (shard for shard in reversed(of_list) if _samples(chain, shard))
+    val = sorted(islice(filled, held_out))
     return publish(
         chain.ledger,
         name,
@@ -61,6 +65,10 @@ def tokenized_shards(chain: Chain, stages: Mapping[str, Stage]) -> list[int]:
     raise ValueError(
         f"no shard of {chain.store.url} is tokenized in every modality; run `fourm tokenize` first"
     )
+
+
+def _samples(chain: Chain, shard: int) -> int:
+    return chain.ledger.read_commit(chain.fetch, shard).samples
 
 
 def published_stages(chain: Chain) -> dict[str, Stage]:

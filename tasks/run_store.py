@@ -91,38 +91,45 @@ class Checkpoints:
 
     def newest(self, at: int | None = None) -> tuple[Tensors, dict[str, Any]] | None:
         """The newest checkpoint whose tensors match their digests as (whole tensors, state); with
-        `at` the one of that step."""
+        `at` the one of that step.
+
+        Raises:
+            ValueError: the one of the step `at` is damaged.
+        """
         for step in reversed(self.steps() if at is None else [at]):
-            folder = f"{self._path}/step-{step:08d}"
-            state = self._store.read_json(f"{folder}/state.json")
-            tensors = self._load(folder, state["sha256"])
-            if tensors is not None:
-                return tensors, state
+            try:
+                return self._load(f"{self._path}/step-{step:08d}")
+            except (ValueError, FileNotFoundError) as error:
+                if at is not None:
+                    raise
+                logger.warning("%s; trying an older checkpoint", error)
         return None
 
-    def _load(self, folder: str, digests: dict[str, str]) -> Tensors | None:
+    def _load(self, folder: str) -> tuple[Tensors, dict[str, Any]]:
         import torch
         from safetensors.torch import load
 
+        state = self._store.read_json(f"{folder}/state.json")
         parts: dict[str, dict[str, list[torch.Tensor]]] = {}
-        for file, digest in sorted(digests.items()):
-            data = self._store.read(f"{folder}/{file}.safetensors")
+        for file, digest in sorted(state["sha256"].items()):
+            name = f"{folder}/{file}.safetensors"
+            data = self._store.read(name)
             if hashlib.sha256(data).hexdigest() != digest:
-                logger.warning("%s: %s is damaged, trying an older one", folder, file)
-                return None
+                raise ValueError(f"{self._store.full(name)} is damaged")
             group = parts.setdefault(file.partition(".")[0], {})
             for key, value in load(data).items():
                 group.setdefault(key, []).append(value)
-        return {name: {key: torch.cat(values) if len(values) > 1 else values[0]
-                       for key, values in group.items()} for name, group in parts.items()}
+        whole = {name: {key: torch.cat(values) if len(values) > 1 else values[0]
+                        for key, values in group.items()} for name, group in parts.items()}
+        return whole, state
 
-    def sweep(self) -> None:
-        """Deletes what killed runs left half-written."""
+    def sweep(self, step: int) -> None:
+        """Deletes what a run that goes on from `step` has no use for: what killed runs left
+        half-written, and later checkpoints. Those are damaged, and would outlive each new one."""
         names = self._store.list(self._path)
-        whole = {match.group(1) for name in names if (match := _STEP.search(name))
-                 and name.endswith("/state.json")}
         found = {match.group(1) for name in names if (match := _STEP.search(name))}
-        for folder in sorted(found - whole):
+        usable = {f"step-{done:08d}" for done in self.steps() if done <= step}
+        for folder in sorted(found - usable):
             self._delete(folder)
 
     def clear(self) -> None:
@@ -184,8 +191,7 @@ class Curve:
 
         if self._writer is None:
             # Readers drop what the part before showed of steps that are done again.
-            purge = self._step + 1 if self._step else None
-            self._writer = SummaryWriter(self._events.name, purge_step=purge)
+            self._writer = SummaryWriter(self._events.name, purge_step=self._step + 1)
         self._lines.append({"step": step, **metrics})
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)

@@ -145,17 +145,39 @@ def resolve(
     for component in mixture.components:
         inputs = _expand(component.inputs, [s for s in config.inputs if s.name in held])
         targets = _expand(component.targets, [s for s in config.targets if s.name in held])
-        for kind, chosen, least in (("input", inputs, component.num_inputs[0]),
-                                    ("target", targets, component.num_targets[0])):
-            room = sum(config.by_name[name].max_tokens for name in chosen)
-            if least > room:
-                raise ValueError(f"no batch can hold {least} {kind} tokens of "
-                                 f"{', '.join(chosen) or 'no modality'}: "
-                                 f"together they have {room}; lower num_{kind}s")
-        least_of = _expand(component.least, [s for s in config.inputs if s.name in held])
+        least = _expand(component.least, [s for s in config.inputs if s.name in inputs])
         parts.append(Component(**{**vars(component), "inputs": inputs, "targets": targets,
-                                  "least": least_of}))
+                                  "least": least}))
+        _check_room(config, parts[-1])
     return Mixture(components=tuple(parts), per_batch=mixture.per_batch)
+
+
+def _check_room(config: FourMConfig, part: Component) -> None:
+    """Raises ValueError for numbers of tokens that no batch can have."""
+    room = {name: config.by_name[name].max_tokens for name in {*part.inputs, *part.targets}}
+    shown, asked = part.num_inputs[0], part.num_targets[0]
+    for kind, chosen, least in (("input", part.inputs, shown), ("target", part.targets, asked)):
+        space = sum(room[name] for name in chosen)
+        if least > space:
+            raise ValueError(f"no batch can hold {least} {kind} tokens of "
+                             f"{', '.join(chosen) or 'no modality'}: "
+                             f"together they have {space}; lower num_{kind}s")
+    # A place of a grid that is shown is not predicted; texts have sentinels in place of words.
+    grids = {name for name in part.targets if config.by_name[name].kind == "img"}
+    taken = shown - sum(room[name] for name in part.inputs if name not in grids)
+    left = sum(room[name] for name in part.targets) - max(0, taken)
+    if asked > left:
+        raise ValueError(f"no batch can hold {asked} target tokens of {', '.join(part.targets)} "
+                         f"beside {shown} input tokens of {', '.join(part.inputs)}: {left} are "
+                         "left; lower num_targets or num_inputs")
+    for name, count in part.least.items():
+        if count > room[name]:
+            raise ValueError(f"no batch can hold {count} input tokens of {name}: it has "
+                             f"{room[name]}; lower its least")
+    least = sum(part.least.values())
+    if least > part.num_inputs[1]:
+        raise ValueError(f"no batch can hold the least of {', '.join(part.least)}: {least} input "
+                         f"tokens of at most {part.num_inputs[1]}; raise num_inputs")
 
 
 def _expand(alphas: Mapping[str, float], specs: Sequence[ModalitySpec]) -> dict[str, Any]:

@@ -105,16 +105,19 @@ def load_crops(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Training crops, packed [N, H, W(, C)], and held-out centre crops as values.
 
-    The last shard is held out; of a single shard its last tenth. Each sample gives one crop,
-    sample i crop i modulo their number, so that all crops occur and memory stays bounded by
-    `recipe.max_samples`.
+    The last shard that has labels is held out; of a single shard its last tenth. Each sample gives
+    one crop, sample i crop i modulo their number, so that all crops occur and memory stays bounded
+    by `recipe.max_samples`.
 
     Raises:
         ValueError: if there is not a single label.
     """
     from tokenizers_vq.codec import pack_value
 
-    ledger = Ledger(store)
+    ledger, named = Ledger(store), list(shards)
+    # The last shard of a list may be a few rows that all failed.
+    while len(shards) > 1 and not _has_labels(ledger, stage, shards[-1], name):
+        shards = shards[:-1]
     share = -(-recipe.max_samples // max(1, len(shards) - 1))
     several = len(shards) > 1
     limit = held_out if several else share
@@ -130,8 +133,12 @@ def load_crops(
     packed = (pack_value(recipe.kind, value) for value in islice(values, recipe.max_samples))
     train = _stacked(packed)
     if not len(train) or not last:
-        raise ValueError(f"{stage.id} holds no {name} in shards {list(shards)}")
+        raise ValueError(f"{stage.id} holds no {name} in shards {named}")
     return train, last[:held_out]
+
+
+def _has_labels(ledger: Ledger, stage: Stage, shard: int, name: str) -> bool:
+    return any(value is not None for _, value in read_values(ledger, stage, shard, name))
 
 
 def _stacked(values: Iterator[np.ndarray]) -> np.ndarray:

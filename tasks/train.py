@@ -178,7 +178,7 @@ def fixed_batches(
     """The validation of one source as (name of the loss, batch): every target from the pixels (or,
     without pixels, from all that is left), whole. A target that is alone in its source is masked
     as in training, the same way each time."""
-    if not all(manifest.splits.get("val") for _, manifest in part.sets):
+    if not all(map(_held_out, (manifest for _, manifest in part.sets))):
         return
     held_out = open_split(part, "val", crops=1)
     prefix = f"val/{part.source.name}/" if recipe.sources else "val/"
@@ -198,6 +198,11 @@ def fixed_batches(
             else:
                 again = Draws(0, first, len(samples))
                 yield f"{prefix}{name}", mask_batch(config, samples, mixture, again)
+
+
+def _held_out(manifest: Manifest) -> int:
+    """Samples of its validation split."""
+    return sum(manifest.samples(shard) for shard in manifest.splits.get("val", ()))
 
 
 def _shown_names(config: FourMConfig) -> dict[str, str]:

@@ -50,14 +50,16 @@ class TrainConfig:
     finish_with_ema: bool = False
     """Whether the last evaluation and the finished model take that mean."""
     precision: Precision = "auto"
-    """bf16 runs matrix products in autocast; auto does so where the hardware is fast at it, else
-    fp32. tf32 keeps everything in fp32 but what products multiply, which GPUs round to TF32 and
-    CPUs with AMX to bf16; elsewhere it is fp32."""
+    """bf16 runs matrix products in autocast; auto does so where the hardware is fast at it when a
+    run begins, else fp32. tf32 keeps everything in fp32 but what products multiply, which GPUs
+    round to TF32 and CPUs with AMX to bf16; elsewhere it is fp32."""
     seed: int = 0
     """Seed of initial weights and of every step."""
     accumulate: int = 1
-    """Parts of a worker's batch whose gradients are added up, to fit a batch into memory. N workers
-    with one part each see the same parts as one worker with N."""
+    """Parts of a worker's batch that are computed one after another, to fit it into memory. The
+    loss of a step is the mean of the losses of all parts of all workers, whatever number of tokens
+    each is over, so N workers with one part each train what one worker with N does. Fewer and
+    larger parts weigh tokens more evenly."""
     parallel: Parallel = "ddp"
     """With several workers: "ddp" keeps the whole network on each, "fsdp" shards weights, gradients
     and optimizer state block by block."""

@@ -16,9 +16,11 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from infra.machine import Products, check_compiler, fast_bf16, fp32_products, keep_freed_memory
+from infra.machine import check_compiler, fp32_products, keep_freed_memory
 from infra.overlap import prefetch
 from tasks.batches import to_device
+from tasks.buffers import Buffers
+from tasks.flops import Load, peak_flops
 from tasks.frozen import held_rows
 from tasks.gradients import Gradients
 from tasks.meter import Meter
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
     import torch
 
     from infra.store import Store
-    from tasks.flops import Load
     from tasks.run_store import Tensors
 
 logger = logging.getLogger("fourm.train")
@@ -101,12 +102,13 @@ class Trainer:
         with closing(Background()) as self.writer, fp32_products(self.device.type, rounded=rounded):
             with StopSignal() as signal:
                 metrics = self._loop(signal, curve, on_progress)
-            if metrics is None:
-                signal.hand_on()
-                raise Stopped(f"{self.path}: stopped at step {self.step} of {config.steps} as "
-                              "asked; the same call goes on from there")
             seconds = time.monotonic() - began
-            metrics = self._finish(curve, metrics, trained=self.step > start)
+            if metrics is not None:
+                metrics = self._finish(curve, metrics, trained=self.step > start)
+        if metrics is None or signal.requested:
+            signal.hand_on()
+            raise Stopped(f"{self.path}: stopped at step {self.step} of {config.steps} as asked; "
+                          "the same call goes on from there")
         speed = (self.step - start) * config.batch_size / max(seconds, 1e-9)
         return TrainResult(
             self.path, self.step, seconds, speed, metrics, int(self.skipped), self.model
@@ -119,7 +121,8 @@ class Trainer:
         from tasks.parallel import everyone
 
         config, metrics, saved = self.config, dict[str, float](), time.monotonic()
-        meter = Meter(self._peak, lambda own: everyone(own, self.world, self.device))
+        meter = Meter(lambda: peak_flops(self.device, self.products),
+                      lambda own: everyone(own, self.world, self.device))
         steps = range(self.step, config.steps)
         with closing(prefetch(map(self._parts, steps), wait=True)) as batches:
             while not self._ended():
@@ -202,7 +205,7 @@ class Trainer:
         import torch
 
         from tasks.ema import WeightMean
-        from tasks.parallel import is_sharded, spread
+        from tasks.parallel import is_sharded, products_of, spread
 
         config = self.config
         torch.manual_seed(config.seed)
@@ -212,12 +215,9 @@ class Trainer:
         if config.compile:
             check_compiler(self.device.type)
         self.model = self.task.build_model().to(self.device)
-        self.products: Products
-        if config.precision == "auto":
-            self.products = "bf16" if fast_bf16() else "fp32"
-        else:
-            self.products = config.precision
         found = self._found()
+        state = found[1] if found else {}
+        self.products = products_of(config, state.get("products"), self.world, self.device)
         if found:
             check_same_run(self.path, config, self.task, self.model, *found)
             restore_weights(self.model, found[0]["model"])
@@ -226,13 +226,12 @@ class Trainer:
             self.model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay,
             is_hidden=self.task.is_hidden,
         )
-        self.held = held_rows(self.model)
+        self.held, self.buffers = held_rows(self.model), Buffers(self.model)
         by_rows = self.world == 1 and self.device.type == "cpu"
         self.gradients = Gradients(self.model, by_rows=by_rows)
         self.sharded = any(is_sharded(value) for value in self.model.parameters())
         self.mean = WeightMean(unique_tensors(self.model), config.ema_decay) \
             if config.ema_decay else None
-        state = found[1] if found else {}
         self.step, self.tokens = state.get("step", 0), state.get("tokens", 0)
         self.skipped: int | torch.Tensor = state.get("skipped", 0)
         self.warned = int(self.skipped)
@@ -259,7 +258,7 @@ class Trainer:
         if self.world > 1:
             torch.distributed.barrier()
         if self.rank == 0:
-            self.checkpoints.sweep()
+            self.checkpoints.sweep(self.step)
         if self.world > 1:
             torch.distributed.barrier()
 
@@ -276,6 +275,7 @@ class Trainer:
         from tasks.parallel import last_of
 
         self.wrapped.train()
+        self.buffers.keep()
         gathered: dict[str, list[torch.Tensor]] = {}
         for index, (batch, _) in enumerate(parts):
             part = index * self.world + self.rank
@@ -323,6 +323,7 @@ class Trainer:
         self.gradients.clear()
         for rows in self.held:
             rows.put_back()
+        self.buffers.put_back(bad)
         if self.mean:
             self.mean.update(self.step)
         return norm
@@ -357,11 +358,6 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def _peak(self) -> float:
-        from tasks.flops import peak_flops
-
-        return peak_flops(self.device, self.products)
-
     def _evaluate(self, curve: Curve | None) -> dict[str, float]:
         """Validation metrics, on the first worker; shards need all workers to compute anything."""
         import torch
@@ -389,7 +385,8 @@ class Trainer:
         self.writer.wait()
         tensors = snapshot(self.model, self.optimizers, self.mean, rank=self.rank)
         state = {"config": dataclasses.asdict(self.config), "streams": self.task.streams,
-                 "task": self.task.identity(), "skipped": int(self.skipped), "tokens": self.tokens}
+                 "task": self.task.identity(), "skipped": int(self.skipped), "tokens": self.tokens,
+                 "products": self.products}
         step, world = self.step, self.world if self.sharded else 1
         self.writer.submit(
             lambda: self.checkpoints.save(step, tensors, state, rank=self.rank, world=world)

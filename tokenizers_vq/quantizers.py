@@ -62,8 +62,9 @@ class Whitening(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Sets the statistics used outside training from [M, dim]."""
-        x = x.double()
+        """Sets the statistics used outside training from [M, dim]; rows that are not finite do not
+        count."""
+        x = x[x.isfinite().all(1)].double()
         self.mean.copy_(x.mean(0))
         self.cov.copy_((x - x.mean(0)).T @ (x - x.mean(0)) / len(x))
 
@@ -74,7 +75,13 @@ class Whitening(nn.Module):
         if self.training:
             mean = flat.mean(0)
             cov = (flat - mean).T @ (flat - mean) / len(flat)
-        factor = torch.linalg.cholesky(cov + self.eps * torch.eye(len(cov), device=x.device))
+        cov = cov + self.eps * torch.eye(len(cov), device=x.device)
+        if self.training:
+            # What is not finite stays so, for the trainer to skip: an error would end each attempt.
+            factor, failed = torch.linalg.cholesky_ex(cov)
+            factor = factor.masked_fill(failed > 0, torch.nan)
+        else:
+            factor = torch.linalg.cholesky(cov)
         white = torch.linalg.solve_triangular(factor, (flat - mean).T, upper=False)
         return white.T.reshape(x.shape)
 
@@ -118,7 +125,8 @@ class FiniteScalar(nn.Module):
             loss = z.new_zeros((), dtype=torch.float32)
             if self.training and self.spread > 0:
                 loss = self.spread * self._missing(squashed.flatten(0, -2))
-            return Quantized(self.up(codes), tokens.long(), loss)
+            # What is no number has no place among the codes, and the statistics of them need one.
+            return Quantized(self.up(codes), tokens.long().clamp(0, self.vocab_size - 1), loss)
 
     def _missing(self, squashed: Tensor) -> Tensor:
         """Codes that [M, dims] leave out, softly: 0 where all are in use alike, 1 where none is.

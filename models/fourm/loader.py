@@ -46,8 +46,6 @@ class EpochOrder:
     """The order in which `sizes` (rows per shard) are visited, epoch after epoch."""
 
     def __init__(self, sizes: Sequence[int], seed: int) -> None:
-        if sum(sizes) <= 0:
-            raise ValueError("the split holds no samples")
         self._seed = seed
         starts = [range(0, size, BLOCK_ROWS) for size in sizes]
         self._blocks = np.array([(shard, start, min(BLOCK_ROWS, sizes[shard] - start))
@@ -130,17 +128,21 @@ class TokenDataset:
         # A set of texts alone has no crops.
         self.policy = CropPolicy(**manifest.meta.get("crops", {"num_crops": 1}))
         self.num_crops = min(crops or self.policy.num_crops, self.policy.num_crops)
-        self.order = EpochOrder([manifest.samples(shard) for shard in self.shards], seed)
+        sizes = [manifest.samples(shard) for shard in self.shards]
+        if not any(sizes):
+            raise ValueError(f"{manifest.name} v{manifest.version} holds no samples in its split "
+                             f"{split!r} of {len(sizes)} shards")
+        self.order = EpochOrder(sizes, seed)
         self._cache: dict[tuple[str | int, ...], np.ndarray] = {}
         self._room = cache_bytes
         self._open: dict[int, _Shard] = {}
         self._most_open = max(1, min(most_files() // 4, _MOST_FILES) // max(1, len(self.specs)))
         self._digested: set[int] = set()
-        if self.shards:
-            self._check(self._shard(0))
-            for spec in self.specs:
-                if spec.kind == "seq_emb":
-                    self._vectors(spec, np.zeros((1, 3), np.int64))
+        first = int(np.flatnonzero(sizes)[0])
+        self._check(self._shard(first))
+        for spec in self.specs:
+            if spec.kind == "seq_emb":
+                self._vectors(spec, np.array([[first, 0, 0]]))
 
     def __len__(self) -> int:
         return self.order.total

@@ -38,7 +38,7 @@ class Phase:
     stays as it was."""
 
     since: float
-    """Where it begins, as a share of all steps, 0..1."""
+    """Where it begins, as a share of `TrainConfig.steps`, 0..1."""
     sources: Mapping[str, float] = field(default_factory=dict)
     """New weights of sources; 0 leaves one out."""
     components: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -127,7 +127,15 @@ class TrainRecipe:
 
     def _check_phases(self) -> None:
         sizes = {source.name: len(source.mixture.components) for source in self.all_sources}
+        training = self.training
+        # Batches are as wide as one of the components at least.
+        narrow = min(part.num_inputs[1] + part.num_targets[1]
+                     for source in self.all_sources for part in source.mixture.components)
+        end = -(-training.tokens // (training.batch_size * narrow))
         for phase in self.phases:
+            if training.tokens and phase.since * training.steps >= end:
+                raise ValueError(f"the phase at {phase.since} of {training.steps} steps never "
+                                 f"begins: {training.tokens} tokens are spent after {end} steps")
             odd = sorted((phase.sources.keys() | phase.components.keys()) - sizes.keys())
             if odd:
                 raise ValueError(f"the phase at {phase.since} names {', '.join(odd)}; the sources "

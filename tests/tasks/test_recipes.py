@@ -118,6 +118,18 @@ def test_curricula_are_checked_with_names_and_numbers():
         replace(chosen, repeats=0)
 
 
+def test_a_phase_that_begins_after_the_tokens_are_spent_is_refused():
+    chosen = recipe("demo", steps=1000)
+    least = min(part.num_inputs[1] + part.num_targets[1] for part in chosen.mixture.components)
+    tokens = 500 * least * chosen.training.batch_size
+    counted = replace(chosen, training=replace(chosen.training, tokens=tokens))
+    assert replace(counted, phases=(Phase(since=0.49),)).phases
+    assert replace(chosen, phases=(Phase(since=0.99),)).phases
+    with pytest.raises(ValueError, match=f"0.5 of 1000 steps never begins: {tokens} tokens are "
+                                         "spent after 500 steps"):
+        replace(counted, phases=(Phase(since=0.5),))
+
+
 def test_fine_tuning_is_a_matter_of_settings():
     chosen = recipe("fourm_b", start="first", freeze=["encoder.*"], lora=8)
     assert (chosen.start, chosen.freeze) == ("first", ("encoder.*",))

@@ -267,3 +267,31 @@ def test_vectors_become_ordered_tokens_of_a_single_cell():
     tokens = net.encode(codec.to_tensor(packed))
     assert tokens.shape == (5, 4)
     assert codec.from_tensor(net.decode(tokens[:, :2]))[0].shape == (12,)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"spread": 1.0, "jitter": 0.1}, {"registers": 4}, {"quantizer": "vq"},
+    {"quantizer": "lfq"}, {"architecture": "vit", "loss": "mse", "muon": False, "width": 192},
+])
+def test_a_batch_that_is_not_finite_is_skipped_and_leaves_no_trace_in_the_codes(tmp_path, changes):
+    import torch
+
+    from infra.store import Store
+    from tasks.tokenizer_task import ReconstructionTask
+    from tasks.trainer import Trainer
+
+    class Broken(ReconstructionTask):
+        def batch(self, step: int, rank: int, world: int) -> torch.Tensor:
+            values = super().batch(step, rank, world)
+            if step == 1:
+                values[0] = float("nan")
+            return values
+
+    recipe = TokenizerRecipe(**{"kind": "rgb", "size": 32, "patch": 8, "width": 32, "heads": 2,
+                                "batch_size": 4, "steps": 3, "levels": (4, 4), **changes})
+    packed = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    task = Broken(recipe, recipe.network(packed), recipe.codec(packed), packed)
+    result = Trainer(Store(str(tmp_path)), "run", task, recipe.training()).fit()
+    assert result.skipped == 1
+    assert [name for name, value in result.model.state_dict().items()
+            if not value.isfinite().all()] == []

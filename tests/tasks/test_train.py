@@ -117,6 +117,33 @@ def test_budgets_that_no_batch_can_hold_are_refused(token_set):
         FourMTask(*token_set, dataclasses.replace(TINY, mixture=Mixture(components=(wide,))))
 
 
+@pytest.mark.parametrize(("changes", "said"), [
+    # A place that is shown is not there to be predicted.
+    ({"inputs": {"tok_rgb": 1.0}, "num_inputs": (3, 4), "num_targets": (2, 2)},
+     "2 target tokens of tok_rgb@32 beside 3 input tokens of tok_rgb@32: 1 are left"),
+    ({"inputs": {"rgb": 1.0, "tok_rgb": 1.0}, "num_inputs": (6, 6), "num_targets": (3, 4)},
+     "3 target tokens of tok_rgb@32 beside 6 input tokens of rgb@32, tok_rgb@32: 2 are left"),
+    ({"num_inputs": (4, 4), "least": {"rgb": 5}}, "5 input tokens of rgb@32: it has 4"),
+    ({"inputs": {"*": 1.0}, "num_inputs": (4, 6), "least": {"*": 2}},
+     ": 8 input tokens of at most 6"),
+    ({"least": {"caption": 1}}, "the mixture names caption; choose from rgb or"),
+])
+def test_shares_that_no_batch_can_have_are_refused(token_set, changes, said):
+    part = dataclasses.replace(TINY.mixture.components[0], targets={"tok_rgb": 1.0},
+                               num_targets=(1, 4))
+    odd = Mixture(components=(dataclasses.replace(part, **changes),))
+    with pytest.raises(ValueError, match=said):
+        FourMTask(*token_set, dataclasses.replace(TINY, mixture=odd))
+
+
+def test_shown_places_are_taken_from_other_modalities_and_texts_first(token_set):
+    fits = Component(inputs={"rgb": 1.0, "tok_rgb": 1.0}, targets={"tok_rgb": 1.0},
+                     num_inputs=(6, 6), num_targets=(2, 2))
+    texts = Component(inputs={"caption": 1.0}, targets={"caption": 1.0}, num_inputs=(9, 9),
+                      num_targets=(9, 9))
+    FourMTask(*token_set, dataclasses.replace(TINY, mixture=Mixture(components=(fits, texts))))
+
+
 def test_unknown_modalities_and_recipes_list_the_choices(token_set):
     odd = dataclasses.replace(TINY.mixture.components[0], inputs={"smell": 1.0})
     with pytest.raises(ValueError, match="the mixture names smell; choose from caption, rgb"):
