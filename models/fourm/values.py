@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models import modalities
 from models.fourm.batch import patchify
 from models.fourm.catalogue import SIZE
 from models.fourm.conditions import FIRST, Shown
@@ -17,7 +18,6 @@ from models.fourm.model import FourM
 from models.fourm.presets import base_name, resolution
 from models.fourm.spec import EOS_ID, NUM_SENTINELS, ModalitySpec
 from models.fourm.vectors import pad_vectors, valid_vectors
-from models import modalities
 from models.modalities import text_form
 from tokenizers_vq.sequences.boxes import read_boxes
 from tokenizers_vq.sequences.captions import caption_to_text
