@@ -11,7 +11,7 @@ import torch
 
 from models.fourm.conditions import FIRST, Shown
 from models.fourm.decoding import Decoding, draw
-from models.fourm.generate import Generator, Part, Tokens
+from models.fourm.generate import Generator, Guide, Part, Tokens
 from models.fourm.model import FourM
 from models.fourm.spec import EOS_ID, UNKNOWN_ID, FourMConfig
 from models.fourm.vectors import valid_vectors
@@ -101,3 +101,92 @@ def test_a_target_that_is_no_input_is_never_read(text: TextTokenizer) -> None:
     words = logits[2:]
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(torch.cat(words[: len(words) // 2]), torch.cat(words[len(words) // 2 :]))
+
+
+ROAR = Decoding(order="roar")
+
+
+@pytest.mark.parametrize(("targets", "asked", "sentence"), [
+    (["depth"], {"settings": {"depht": ROAR}}, "'depht' cannot be generated; choose from caption"),
+    (["depth"], {"settings": {"depth": Decoding(order="roar", guidance={"det": 2.0})}},
+     "tok_depth@64 is guided by 'det', but the conditions are rgb"),
+    (["depth"], {"settings": {"depth": Decoding(order="roar", guided=frozenset({"rbg"}))}},
+     "tok_depth@64 is guided by 'rbg', but the conditions are rgb"),
+    (["depth", "caption"], {"settings": {"caption": ROAR}}, "caption cannot be decoded by roar"),
+    (["depth", "caption"],
+     {"settings": {"caption": Decoding(order="autoregressive", well_formed=True)}},
+     "'caption' has no grammar"),
+    (["depth", "caption"], {"conditions": {"caption": "a red cube"}},
+     "caption is to be generated and given whole: give it as a `Part`, with ___"),
+])
+def test_requests_that_do_not_fit_are_refused_before_anything_is_drawn(
+    generator: Generator, targets: list[str], asked: dict[str, Any], sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("models.fourm.sampler.draw", None)
+    with pytest.raises(ValueError, match=sentence):
+        generator.generate(**{"conditions": {"rgb": picture()}, "targets": targets, **asked})
+
+
+def test_targets_without_a_tokenizer_are_refused_before_anything_is_drawn(
+    model: FourM, text: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.fourm.sampler.draw", None)
+    with pytest.raises(ValueError, match="no tokenizer for 'depth'; there are none"):
+        Generator(model, {}, text).generate({"rgb": picture()}, ["caption", "depth"])
+
+
+@pytest.mark.parametrize(("field", "value", "sentence"), [
+    ("schedule", "cos", "unknown token schedule 'cos'; choose from cosine, linear"),
+    ("temperature_schedule", "cool", "unknown temperature schedule 'cool'"),
+    ("steps", 2.5, "at least 1 step, got 2.5"),
+    ("guidance", float("nan"), "guidance must be finite, not nan"),
+    ("guidance", {"rgb": float("inf")}, "guidance must be finite"),
+])
+def test_settings_that_would_fail_while_decoding_are_refused(
+    field: str, value: Any, sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Decoding(order="roar", **{field: value})
+
+
+def test_guides_need_conditions_and_a_finite_weight() -> None:
+    for conditions, weight in (({}, 1.0), ({"caption": "a"}, float("nan"))):
+        with pytest.raises(ValueError, match="conditions and a finite weight, not"):
+            Guide(conditions, weight)
+
+
+def test_guidance_goes_by_any_name_of_a_condition_and_leaves_rows_that_lack_it(
+    generator: Generator,
+) -> None:
+    def tokens(rows: list[int], **changes: Any) -> np.ndarray:
+        given = {"rgb": [picture(row) for row in rows],
+                 "caption": [["a red cube", None, "a sphere"][row] for row in rows]}
+        settings = {"tok_depth@64": Decoding(order="roar", steps=3, **changes)}
+        return generator.generate(given, ["depth"], settings=settings, seeds=rows)["depth"].tokens
+
+    for first, second in (
+        ({"guidance": {"rgb": 3.0, "caption": -1.5}},
+         {"guidance": {"rgb@64": 3.0, "caption": -1.5}}),
+        ({"guidance": 3.0, "guided": frozenset({"rgb"})},
+         {"guidance": 3.0, "guided": frozenset({"rgb@64"})}),
+    ):  # fmt: skip
+        every = tokens([0, 1, 2], **first)
+        assert np.array_equal(every, tokens([0, 1, 2], **second))
+        assert not np.array_equal(every, tokens([0, 1, 2]))
+        assert np.array_equal(every[[2, 0]], tokens([2, 0], **first))
+    alone = generator.generate({"rgb": picture(1)}, ["depth"], seeds=[1], settings={
+        "depth": Decoding(order="roar", steps=3, guidance={"rgb": 3.0})})["depth"].tokens
+    assert np.array_equal(alone[0], tokens([0, 1, 2], guidance={"rgb": 3.0, "caption": -1.5})[1])
+
+
+def test_edits_of_what_is_no_picture_or_box_are_refused(generator: Generator) -> None:
+    area, none = np.ones((4, 4), bool), {"instances": []}
+    with pytest.raises(ValueError, match=r"depth is given as tokens, .* set paste=False"):
+        generator.inpaint("depth", Tokens(np.zeros(GRID, int)), area)
+    kept = generator.inpaint("depth", Tokens(np.zeros(GRID, int)), ~area, paste=False)
+    assert not kept.tokens.any()
+    with pytest.raises(ValueError, match=r"boxes are a value of det, .* not \{'boxes': 1\}"):
+        generator.edit_boxes(picture(), none, {"boxes": 1})
+    with pytest.raises(ValueError, match="nothing to refine; choose from nothing"):
+        generator.upscale({})
