@@ -41,12 +41,17 @@ class Embedded:
     visible: Tensor
 
 
-def patches(pictures: Tensor, patch: int) -> Tensor:
+def patches(pictures: Tensor, patch: int, channels: int = 0) -> Tensor:
     """Pictures [B, C, H, W] as patches [B, (H/patch)*(W/patch), patch*patch*C], row-major.
 
     Raises:
-        ValueError: a side is no multiple of the patch.
+        ValueError: no pictures, other than uint8 or floats, of other than `channels` channels (0
+            allows any), or a side is no multiple of the patch.
     """
+    known = pictures.dtype == torch.uint8 or pictures.is_floating_point()
+    if pictures.ndim != 4 or not known or pictures.shape[1] != (channels or pictures.shape[1]):
+        raise ValueError(f"pictures are uint8 or normalised floats [B, {channels or 'C'}, H, W], "
+                         f"not {pictures.dtype} {list(pictures.shape)}")
     b, c, height, width = pictures.shape
     if height % patch or width % patch:
         raise ValueError(f"pictures of {height} x {width} do not divide into patches of {patch}")
@@ -77,6 +82,11 @@ def embed(model: FourM, inputs: Mapping[str, Tensor | Shown]) -> dict[str, Embed
         if length > spec.max_tokens or (grid and length != spec.max_tokens):
             hint = "; `Backbone` takes any size" if spec.kind == "pixels" else ""
             raise ValueError(f"{name} has {length} positions, the model's {spec.max_tokens}{hint}")
+        # The tables of all modalities lie behind one another: ids beyond its own are another's.
+        ids = part.values[part.visible] if spec.discrete else torch.empty(0)
+        if ids.numel() and not 0 <= ids.min() <= ids.max() < spec.vocab_size:
+            raise ValueError(f"ids of {name} lie in 0..{spec.vocab_size - 1}, not "
+                             f"{int(ids.min())}..{int(ids.max())}")
     batch = gather_inputs(model.config, shown)
     features = model.features(batch)[:, model.config.num_register_tokens :]
     found = {}
@@ -105,7 +115,10 @@ def _input(config: FourMConfig, name: str) -> ModalitySpec:
 
 
 def _shown(spec: ModalitySpec, value: Tensor) -> Shown:
-    values = patches(value, spec.patch_size) if spec.kind == "pixels" else value
+    values = patches(value, spec.patch_size, spec.channels) if spec.kind == "pixels" else value
+    if spec.discrete and (values.ndim != 2 or values.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(f"{spec.name} takes token ids int64 [B, L], not "
+                         f"{values.dtype} {list(values.shape)}")
     visible = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
     return Shown(values, values != PAD_ID if spec.kind == "seq" else visible)
 
@@ -292,7 +305,7 @@ class Backbone(nn.Module):
     def _embedded(self, x: Tensor) -> Tensor:
         """Encoder input [B, R + rows * columns, D]."""
         rows, columns = (side // self.spec.patch_size for side in x.shape[-2:])
-        tokens = self.patches(patches(x, self.spec.patch_size))
+        tokens = self.patches(patches(x, self.spec.patch_size, self.spec.channels))
         tokens = tokens + self._table(rows, columns).to(tokens) + self.modality
         if self.registers is None:
             return tokens

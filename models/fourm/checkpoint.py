@@ -51,6 +51,8 @@ _REQUIRED = ("domains_in", "domains_out", "patch_size", "act_layer", *BIASES, *S
 # Settings that change nothing about a trained model, and the only values of others we compute.
 _IGNORED = frozenset({"image_size", "use_act_checkpoint", "drop_path_rate_encoder",
                       "drop_path_rate_decoder", "shared_drop_path", "num_register_tokens"})
+_LEAST = {"dim": 4, "encoder_depth": 0, "decoder_depth": 0, "num_heads": 1, "mlp_ratio": 0,
+          "patch_size": 1}
 _FIXED = {"decoder_causal_mask": False, "decoder_sep_mask": True}
 _SHOWN = 6  # tensors named in an error
 
@@ -243,6 +245,16 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
     lacking = [key for key in _REQUIRED if key not in config]
     if lacking:
         raise ValueError(f"config.json lacks {', '.join(lacking)}")
+    for key in ("domains_in", "domains_out"):
+        names = config[key]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{key} of config.json must be a list of names, not {names!r}")
+    for key, least in _LEAST.items():
+        number = config[key]
+        kinds = (int, float) if key == "mlp_ratio" else (int,)
+        if type(number) not in kinds or number < least:
+            raise ValueError(f"{key} of config.json must be a number from {least} on, not "
+                             f"{number!r}")  # fmt: skip
     if len({bool(config[key]) for key in BIASES}) > 1:
         listed = ", ".join(f"{key} {config[key]}" for key in BIASES)
         raise ValueError(f"biases in some layers only are not supported: {listed}")
@@ -314,6 +326,13 @@ def _spec(
         return None
     positions, weight = (tensors[key] for key in shapes)
     positions = positions[0]
+    if sources[0] == "token_emb" and name in lengths and not _is_sequence(positions):
+        problems.misshapen[f"{prefix}.pos_emb"] = (
+            f"{list(positions.shape)}, which is not the sine-cosine table of sequences, such as "
+            f"{name} is; learned positions of sequences are not supported"
+        )
+        problems.unread.add(name)
+        return None
     common: dict[str, Any] = {"name": name, "is_input": is_input, "is_target": is_target}
     if sources[0] == "proj":
         patch = _patch(weight.shape[1], config["patch_size"], name)

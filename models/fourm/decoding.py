@@ -7,6 +7,7 @@ left to right with cached keys and values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -31,7 +32,8 @@ _COPY = 1 << 40  # seeds of further copies lie this far apart
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How one target is decoded. Raises ValueError for an order that does not exist."""
+    """How one target is decoded. Raises ValueError for an order or a schedule that does not exist
+    and for numbers that cannot work."""
 
     order: Order
     """maskgit accepts the most confident tokens first, roar random ones, halton evenly spread ones
@@ -67,13 +69,35 @@ class Decoding:
             raise ValueError(f"unknown order {self.order!r}; choose from {', '.join(ORDERS)}")
         if not 0.0 <= self.remask < 1.0:
             raise ValueError(f"remask is a share of tokens in 0..1 without 1, not {self.remask}")
-        if self.steps < 1:
+        if self.steps < 1 or self.steps != int(self.steps):
             raise ValueError(f"decoding needs at least 1 step, got {self.steps}")
         if not 0.0 <= self.top_p <= 1.0:
             raise ValueError(f"top_p is a share of probability in 0..1, not {self.top_p}")
         for name in ("temperature", "top_k"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
+        scales = self.guidance.values() if isinstance(self.guidance, Mapping) else [self.guidance]
+        if not all(math.isfinite(scale) for scale in scales):
+            raise ValueError(f"guidance must be finite, not {self.guidance}")
+        token_schedule(self.schedule, 1, 1)
+        temperature_schedule(self.temperature_schedule, 1.0, [1])
+
+    def check(self, spec: ModalitySpec, grammar: Grammar | None) -> None:
+        """Raises ValueError where a target cannot be decoded so.
+
+        Args:
+            spec: The target.
+            grammar: What a sequence may look like; needed for `well_formed`.
+        """
+        if (spec.kind == "seq") != (self.order == "autoregressive"):
+            fitting = "autoregressive" if spec.kind == "seq" else "maskgit, roar or halton"
+            raise ValueError(f"{spec.name} cannot be decoded by {self.order}; its order is "
+                             f"{fitting}")  # fmt: skip
+        if self.well_formed and grammar is None:
+            raise ValueError(f"well_formed needs the grammar of {spec.name}")
+        if self.well_formed and grammar and grammar.shortest > spec.max_tokens:
+            raise ValueError(f"{spec.name} has {spec.max_tokens} tokens, but the shortest "
+                             f"well-formed sequence {grammar.shortest}")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,27 +161,15 @@ def draw(
     spec = model.config.modalities[model.config.index(target)]
     if not spec.is_target:
         raise ValueError(f"{target} is an input of this model and cannot be generated")
-    if (spec.kind == "seq") != (decoding.order == "autoregressive"):
-        fitting = "autoregressive" if spec.kind == "seq" else "maskgit, roar or halton"
-        raise ValueError(f"{target} cannot be decoded by {decoding.order}; its order is {fitting}")
+    decoding.check(spec, grammar)
     if any(target in branch.shown for branch in branches):
         raise ValueError(f"{target} cannot guide itself")
-    if decoding.well_formed:
-        _check_grammar(grammar, spec)
     guidance = Guidance(scale=decoding.guidance, guided=decoding.guided, branches=branches)
     run = _Run(model, spec, decoding, grammar if decoding.well_formed else None, observe)
     with torch.inference_mode():
         if spec.kind == "seq":
             return run.write(dict(shown), guidance, seeds, copies)
         return run.paint(dict(shown), guidance, seeds, copies, ranks)
-
-
-def _check_grammar(grammar: Grammar | None, spec: ModalitySpec) -> None:
-    if grammar is None:
-        raise ValueError(f"well_formed needs the grammar of {spec.name}")
-    if grammar.shortest > spec.max_tokens:
-        raise ValueError(f"{spec.name} has {spec.max_tokens} tokens, but the shortest well-formed "
-                         f"sequence {grammar.shortest}")  # fmt: skip
 
 
 def _copied(seeds: Sequence[int], copies: int) -> list[int]:

@@ -40,17 +40,22 @@ def box_area(boxes: Iterable[Sequence[float]], side: int, margin: float = 0.0) -
 
 def changed_boxes(before: dict[str, Any], after: dict[str, Any]) -> list[list[float]]:
     """Boxes that only one of two values of det holds: of what was moved, replaced or removed, and
-    of what came in its place."""
-    pools = [
-        [(one["class_name"], tuple(map(float, one["box"]))) for one in value["instances"]]
-        for value in (before, after)
-    ]
+    of what came in its place. Raises ValueError for other values."""
+    pools = [_named_boxes(value) for value in (before, after)]
     left, right = pools
     for one in list(left):
         if one in right:
             left.remove(one)
             right.remove(one)
     return [list(box) for _, box in (*left, *right)]
+
+
+def _named_boxes(value: dict[str, Any]) -> list[tuple[str, tuple[float, ...]]]:
+    try:
+        return [(one["class_name"], tuple(map(float, one["box"]))) for one in value["instances"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"boxes are a value of det, {{'instances': [{{'box', 'class_name'}}]}}, "
+                         f"not {value!r:.80}") from error
 
 
 def pasted(made: np.ndarray, original: np.ndarray, area: np.ndarray) -> np.ndarray:

@@ -74,8 +74,11 @@ class Guidance:
         Raises:
             ValueError: a weight is given for what is no condition; lists those there are.
         """
-        if not config.by_name[target].is_input and len(shown) > 1:
-            shown = {name: part for name, part in shown.items() if name != target}
+        if not config.by_name[target].is_input:
+            others = {name: part for name, part in shown.items() if name != target}
+            # The encoder needs a slot to read, though it never sees this target.
+            shown = others or {name: Shown(part.values, torch.zeros_like(part.visible))
+                               for name, part in shown.items()}  # fmt: skip
         conditions = set(shown) - {target}
         if isinstance(self.scale, Mapping):
             base, sides = self._weighted(shown, conditions, self.scale)

@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models import modalities
 from models.fourm.batch import patchify
 from models.fourm.catalogue import SIZE
 from models.fourm.conditions import FIRST, Shown
 from models.fourm.model import FourM
 from models.fourm.presets import base_name, resolution
-from models.fourm.spec import EOS_ID, ModalitySpec
+from models.fourm.spec import EOS_ID, NUM_SENTINELS, ModalitySpec
 from models.fourm.vectors import pad_vectors, valid_vectors
 from models.modalities import text_form
 from tokenizers_vq.sequences.boxes import read_boxes
+from tokenizers_vq.sequences.captions import caption_to_text
 from tokenizers_vq.sequences.form import Page, TextForm
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ __all__ = ["Part", "Tokens", "Translator", "given_tokens", "read_boxes"]
 
 HOLE = "___"
 """Stands in a text for words that are not known."""
+MOST_HOLES = NUM_SENTINELS - 2
+"""[S_0] stands for none of them, and one more sentinel closes what is written into them."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +211,7 @@ class Translator:
     def _grid_ids(self, spec: ModalitySpec, values: Sequence[Any]) -> np.ndarray:
         raw = [value for value in values if not isinstance(value, Tokens)]
         encoded = iter(self._tokenizer(spec).encode_values(raw).astype(np.int64) if raw else ())
-        rows = [np.asarray(value.ids, np.int64) if isinstance(value, Tokens) else next(encoded)
+        rows = [_token_ids(spec, value) if isinstance(value, Tokens) else next(encoded)
                 for value in values]  # fmt: skip
         ids = np.stack(rows)
         if ids.size and not 0 <= ids.min() <= ids.max() < spec.vocab_size:
@@ -216,7 +220,16 @@ class Translator:
         return ids
 
     def _shown_text(self, spec: ModalitySpec, values: Sequence[Any]) -> Shown:
-        lines = self._lines(base_name(spec.name), values)
+        name = base_name(spec.name)
+        lines = self._lines(name, values)
+        for line, value in zip(lines, values, strict=True):
+            if isinstance(value, Part) and len(line) > spec.max_tokens:
+                raise ValueError(f"a text with holes must not be cut: it has {len(line)} tokens, "
+                                 f"{name} takes {spec.max_tokens}: {value.value!r:.80}")
+        most = max((max(line) for line in lines if line), default=0)
+        if most >= spec.vocab_size:
+            raise ValueError(f"{name} has no token {most}, the model knows {spec.vocab_size}: the "
+                             "text tokenizer is not the one that it was trained with")
         ids = [[*line, EOS_ID][: spec.max_tokens] for line in lines]
         table = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
         visible = torch.zeros(table.shape, dtype=torch.bool)
@@ -233,11 +246,16 @@ class Translator:
                 if not isinstance(value.value, str) or HOLE not in value.value:
                     raise ValueError(f"a part of a text has holes, written {HOLE}: {value.value!r}")
                 pieces.append(value.value.split(HOLE))
+                if len(pieces[-1]) > MOST_HOLES + 1:
+                    raise ValueError(f"a text has at most {MOST_HOLES} holes, not "
+                                     f"{len(pieces[-1]) - 1}: {value.value!r:.80}")
             elif isinstance(value, str):
                 pieces.append([value])
             else:
                 pieces.append([self.written(name, value)])
-        encoded = iter(self.text.encode_batch([piece for line in pieces for piece in line]))
+        # Holes alone are sentinels: what looks like one in a text is words, as in training.
+        texts = [caption_to_text(piece) for line in pieces for piece in line]
+        encoded = iter(self.text.encode_batch(texts))
         lines = []
         for line in pieces:
             ids = next(encoded)
@@ -282,16 +300,30 @@ class Translator:
         return Page(bins=self.text.bins, size=size, codes=self.tokenizers.get(name))
 
     def written(self, name: str, value: Any) -> str:
-        """The text of a value. Raises ValueError where the modality has no text form."""
+        """The text of a value. Raises ValueError where the modality has no text form, or the value
+        is none of its."""
         form = self.form(name)
         if form is None:
             raise ValueError(f"{name!r} has no text form: give it as text, not as {type(value)}")
-        return form.write(value, self.page(name))
+        try:
+            return form.write(value, self.page(name))
+        except (TypeError, KeyError, IndexError, AttributeError) as error:
+            takes = modalities.get(name).description if name in modalities.names() else "its values"
+            raise ValueError(f"{name} takes {takes}; {value!r:.80} is none of them") from error
 
     def read(self, name: str, text: str) -> Any:
         """The value of a text, or the text itself where the modality has no text form."""
         form = self.form(name)
         return text if form is None else form.read(text, self.page(name))
+
+
+def _token_ids(spec: ModalitySpec, value: Tokens) -> np.ndarray:
+    """Ids int64 [L] of a grid of the model. Raises ValueError for others."""
+    ids = np.asarray(value.ids)
+    if ids.shape != (spec.max_tokens,) or ids.dtype.kind not in "iu":
+        raise ValueError(f"tokens of {spec.name} are {spec.max_tokens} whole numbers, not "
+                         f"{ids.dtype} {list(ids.shape)}")
+    return ids.astype(np.int64)
 
 
 def given_tokens(spec: ModalitySpec, mask: np.ndarray | None) -> Tensor:
@@ -301,11 +333,11 @@ def given_tokens(spec: ModalitySpec, mask: np.ndarray | None) -> Tensor:
         ValueError: there is no mask, or it does not divide into the grid's cells.
     """
     side = spec.grid
-    if mask is None or mask.ndim != 2 or any(n % side or not n for n in mask.shape):
-        shape = "no mask" if mask is None else f"a mask of shape {mask.shape}"
+    if mask is None or np.ndim(mask) != 2 or any(n % side or not n for n in np.shape(mask)):
+        shape = "no mask" if mask is None else f"a mask of shape {np.shape(mask)}"
         raise ValueError(f"a part of {base_name(spec.name)} needs a mask [H, W] whose sides are "
                          f"multiples of {side}, not {shape}")  # fmt: skip
-    height, width = (n // side for n in mask.shape)
+    height, width = (n // side for n in np.shape(mask))
     cells = np.asarray(mask, bool).reshape(side, height, side, width).all((1, 3))
     return torch.from_numpy(cells.reshape(-1))
 

@@ -35,7 +35,10 @@ def valid_vectors(value: np.ndarray | Mapping[str, Any]) -> np.ndarray:
             raise ValueError(f"feature vectors need 'emb', the value has {sorted(value)}")
         table = np.asarray(value["emb"])
         if "mask_valid" in value:
-            table = table[np.asarray(value["mask_valid"], bool)]
+            valid = np.asarray(value["mask_valid"], bool)
+            if valid.shape != table.shape[:1]:
+                raise ValueError(f"mask_valid {valid.shape} does not go with emb {table.shape}")
+            table = table[valid]
     else:
         table = np.asarray(value)
     if table.ndim != 2 or table.dtype.kind != "f":

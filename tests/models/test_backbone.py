@@ -76,6 +76,13 @@ def test_feature_vectors_of_any_length_are_conditions():
     ({"sound": pictures()}, "unknown modality 'sound'"),
     ({"rgb@32": pictures(2, 64, 64)}, "16 positions, the model's 4; `Backbone` takes any size"),
     ({"rgb@32": pictures(2, 30, 32)}, "30 x 32 do not divide into patches of 16"),
+    ({"rgb@32": pictures()[:, :1]}, r"floats \[B, 3, H, W\], not torch.uint8 \[2, 1, 32, 32\]"),
+    ({"rgb@32": pictures()[0]}, r"\[B, 3, H, W\], not torch.uint8 \[3, 32, 32\]"),
+    ({"rgb@32": pictures().long()}, r"\[B, 3, H, W\], not torch.int64"),
+    ({"tok_depth@32": torch.rand(2, 4)}, r"token ids int64 \[B, L\], not torch.float32 \[2, 4\]"),
+    ({"tok_depth@32": torch.zeros(2, 2, 2, dtype=torch.int64)}, r"not torch.int64 \[2, 2, 2\]"),
+    ({"tok_depth@32": torch.tensor([[0, 1, 2, 99]])}, r"of tok_depth@32 lie in 0..\d+, not 0..99"),
+    ({"caption": torch.tensor([[-3, 1]])}, r"ids of caption lie in 0..\d+, not -3..1"),
     ({"rgb@32": pictures(1), "caption": inputs()["caption"]}, "one batch of samples"),
 ])
 def test_inputs_that_do_not_fit_are_refused(given, sentence):
@@ -109,6 +116,14 @@ def test_learned_positions_and_other_modalities_are_refused_by_name():
         net(pictures(1, 48, 32))
     with pytest.raises(ValueError, match=r"no pixels depth .* there are rgb@32"):
         Backbone(CONFIG, "depth")
+
+
+@torch.no_grad()
+def test_pictures_of_other_kinds_are_refused():
+    net = Backbone.of(make())
+    for wrong in (pictures()[:, :1], pictures()[0], pictures().long()):
+        with pytest.raises(ValueError, match=r"floats \[B, 3, H, W\], not torch"):
+            net(wrong)
 
 
 def test_checkpointed_blocks_give_the_same_gradient():

@@ -174,6 +174,27 @@ def test_configurations_of_other_networks_are_refused(change, sentence):
         rebuilt(tensors_of(), change)
 
 
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"dim": "16"}, "dim of config.json must be a number from 4 on, not '16'"),
+    ({"dim": 16.0}, "dim of config.json must be a number from 4 on, not 16.0"),
+    ({"num_heads": 0}, "num_heads .* from 1 on, not 0"),
+    ({"encoder_depth": -1}, "encoder_depth .* from 0 on, not -1"),
+    ({"mlp_ratio": None}, "mlp_ratio .* not None"),
+    ({"domains_in": None}, "domains_in of config.json must be a list of names, not None"),
+    ({"domains_out": "caption"}, "must be a list of names, not 'caption'"),
+])
+def test_settings_of_another_kind_are_named(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        rebuilt(tensors_of(), change)
+
+
+def test_sequences_with_learned_positions_are_not_taken_for_grids():
+    tensors = tensors_of()
+    tensors["encoder_embeddings.caption.pos_emb"] = torch.randn(1, 512, CONFIG.dim)
+    with pytest.raises(ValueError, match=r"caption.pos_emb \[512, 16\], .* not supported"):
+        rebuilt(tensors)
+
+
 def test_an_incomplete_configuration_names_what_it_lacks():
     contents = checkpoint.files(make())
     config = json.loads(contents["config.json"])
