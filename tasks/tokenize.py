@@ -224,8 +224,10 @@ class TokenizeWork:
     def _prepared(
         self, aspects: Aspects, group: list[tuple[str, bytes | None]]
     ) -> list[_Prepared]:
-        each = self._lane.each if self._encoder.ahead else map  # else this is the lane's own thread
-        return list(each(lambda sample: self._sample(*sample, aspects), group))
+        sample = partial(self._sample, aspects)
+        if self._encoder.ahead:
+            return self._lane.each(sample, group)
+        return [sample(each) for each in group]  # in the lane itself, where texts hold codes
 
     def _members(self, shard: int) -> Iterator[list[tuple[str, bytes | None]]]:
         """Groups of (key, label file or None for a hole): stored ones, or made for this."""
@@ -242,7 +244,8 @@ class TokenizeWork:
                 (key, None if index.ext(key) == MISSING_EXT else index.read(key)) for key in group
             ]
 
-    def _sample(self, key: str, data: bytes | None, aspects: Aspects) -> _Prepared:
+    def _sample(self, aspects: Aspects, sample: tuple[str, bytes | None]) -> _Prepared:
+        key, data = sample
         if data is None:
             return key, None, "missing_label"
         modality, count = modalities.get(self._modality), self._policy.num_crops
