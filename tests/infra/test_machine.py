@@ -25,6 +25,17 @@ def test_fast_bf16_is_decided_once():
     assert machine.fast_bf16() is machine.fast_bf16()
 
 
+def test_a_busy_moment_does_not_decide_about_bf16_where_the_cpu_has_units_for_it(monkeypatch):
+    busy = {"bf16": 1.0, "fp32": 1.0}
+    monkeypatch.setattr(machine, "_matmul_seconds", busy.get)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for capabilities in ({"amx_bf16": True}, {"amx_bf16": False}, {}):
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda told=capabilities: told, raising=False
+        )
+        assert machine.fast_bf16.__wrapped__() is capabilities.get("amx_bf16", False)
+
+
 def test_products_round_only_where_asked_and_what_was_set_comes_back():
     set_to = torch.get_float32_matmul_precision
     before = set_to()
