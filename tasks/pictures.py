@@ -21,6 +21,9 @@ from PIL import ExifTags, Image, ImageCms, ImageFile
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PROFILE = 4 << 20
 """Largest colour profile that is read, in bytes; those of printers have about one megabyte."""
+MAX_SCANS = 100
+"""Most passes over its pixels that a JPEG may ask for; progressive ones have about ten. Each may be
+a few bytes long and take as long as all of the others: 350 kB can take a minute, 20 MB an hour."""
 Resize = Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"]
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 """[H, W, 3], sRGB."""
@@ -136,6 +139,9 @@ def _open(data: bytes, policy: PicturePolicy) -> Image.Image:
     width, height = image.size
     if width * height > policy.max_pixels:
         raise BadPicture("bomb", f"{width} x {height} exceeds {policy.max_pixels} pixels")
+    scans = data.count(_SCAN) if image.format == "JPEG" else 0
+    if scans > MAX_SCANS:
+        raise BadPicture("bomb", f"{scans} scans of a JPEG, limit {MAX_SCANS}")
     if min(width, height) < policy.min_side:
         raise BadPicture("too_small", f"{width} x {height}, shortest side {policy.min_side}")
     if max(width, height) > policy.max_aspect * min(width, height):
@@ -150,6 +156,7 @@ def _is_clean(image: Image.Image, policy: PicturePolicy) -> bool:
     return plain and _target(width, height, policy) == (width, height)
 
 
+_SCAN = b"\xff\xda"  # begins each scan; inside of one, a zero follows each 255
 _PLAIN_INFO = {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
 
 

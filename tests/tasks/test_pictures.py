@@ -42,6 +42,12 @@ def with_chunk(png: bytes, name: bytes, body: bytes) -> bytes:
     return png[:at] + chunk + struct.pack(">I", zlib.crc32(name + body)) + png[at:]
 
 
+def of_many_scans(jpeg: bytes, times: int) -> bytes:
+    """A progressive JPEG whose last scan comes so many times more."""
+    last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
+    return jpeg[:-2] + last * times + jpeg[-2:]
+
+
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
 
 
@@ -64,6 +70,14 @@ def test_bad_pictures_are_dropped_with_their_reason(data, reason):
     with pytest.raises(BadPicture) as caught:
         clean(data, POLICY)
     assert caught.value.reason == reason
+
+
+def test_a_jpeg_that_asks_for_its_pixels_to_be_gone_over_without_end_is_a_bomb():
+    progressive = encoded(NOISE, "JPEG", progressive=True)
+    assert opened(clean(of_many_scans(progressive, 20), POLICY)).size == (85, 64)
+    with pytest.raises(BadPicture, match=r"\d+ scans of a JPEG, limit 100") as caught:
+        clean(of_many_scans(progressive, 100), POLICY)
+    assert caught.value.reason == "bomb"
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "P", "LA", "1", "I;16"])
