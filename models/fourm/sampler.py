@@ -21,7 +21,7 @@ from models.fourm.guidance import Branch
 from models.fourm.model import FourM
 from models.fourm.presets import base_name, default_decoding
 from models.fourm.spec import ModalitySpec
-from models.fourm.values import HOLE, Part, Translator, alike, row_count
+from models.fourm.values import Translator, alike, row_count
 
 if TYPE_CHECKING:
     from tokenizers_vq.sequences.form import TextForm
@@ -129,7 +129,7 @@ class Sampler(Translator):
         Args:
             conditions: A value a modality, or a list of values, one a row; None where a row lacks
                 it. A `Part` gives some tokens only: of a target itself, they are kept and the
-                rest is generated.
+                rest is generated. A target that is given whole stays as it is.
             targets: What to generate, in this order.
             guides: Weighted conditions, any number of them.
             settings: How to decode a target; the released sampler's settings where absent.
@@ -174,24 +174,18 @@ class Sampler(Translator):
         order = sorted(settings, key=lambda name: name in self.model.config.by_name)
         chosen = {self.spec(name, target=True).name: settings[name] for name in order}
         for spec in specs:
-            self._check_target(spec, given)
+            self._check_target(spec)
             if spec.name in chosen:
                 others = [other.name for other in specs if other is not spec]
                 self._check_decoding(spec, chosen[spec.name], [*given, *others])
         return _Plan(given=given, guides=guides, specs=specs, settings=chosen, copies=copies,
                      chain=chain)  # fmt: skip
 
-    def _check_target(self, spec: ModalitySpec, given: Given) -> None:
-        """Raises ValueError where nothing of a target would be left to generate, or its tokens
-        could not be turned into values."""
-        name = base_name(spec.name)
-        form = self.form(name)
+    def _check_target(self, spec: ModalitySpec) -> None:
+        """Raises ValueError where the tokens of a target could not be turned into values."""
+        form = self.form(base_name(spec.name))
         if spec.kind != "seq" or (form is not None and form.parts is not None):
             self._tokenizer(spec)
-        told = [value for key in {name, spec.name} & given.keys() for value in given[key]]
-        if spec.kind == "seq" and any(not isinstance(v, Part | None) for v in told):
-            raise ValueError(f"{name} is to be generated and given whole: give it as a `Part`, "
-                             f"with {HOLE} for what is not known")
 
     def _check_decoding(
         self, spec: ModalitySpec, decoding: Decoding, known: Sequence[str]
