@@ -147,26 +147,23 @@ class Sampler(Translator):
         names = [targets] if isinstance(targets, str) else list(targets)
         given = [_by_row(conditions), *(_by_row(guide.conditions) for guide in guides)]
         rows = row_count(given, seeds)
-        for what, count in (("num_samples", num_samples), ("batch_size", batch_size)):
-            if count < 1:
-                raise ValueError(f"{what} must be at least 1, got {count}")
+        _at_least_one(num_samples=num_samples, batch_size=batch_size)
         own = list(range(rows)) if seeds is None else [int(seed) for seed in seeds]
-        guided = [(part, guide.weight) for part, guide in zip(given[1:], guides, strict=True)]
-        plan = self._plan(names, given[0], guided, settings or {}, num_samples, chain)
+        weights = [guide.weight for guide in guides]
+        plan = self._plan(names, given, weights, settings or {}, num_samples, chain)
         # What a row is given decides how it is decoded, so it never depends on rows beside it.
         groups = alike(given, rows, max(1, batch_size // num_samples))
         parts = [self._draw(plan, names, chosen, [own[i] for i in chosen]) for chosen in groups]
         place = torch.from_numpy(np.concatenate(groups).argsort())
-        return {
-            name: self._generated(spec, _joined([part[spec.name] for part in parts], place),
-                                  num_samples, similarity)
-            for name, spec in zip(names, plan.specs, strict=True)
-        }  # fmt: skip
+        drawn = (_joined([part[spec.name] for part in parts], place) for spec in plan.specs)
+        return {name: self._generated(spec, each, num_samples, similarity)
+                for name, spec, each in zip(names, plan.specs, drawn, strict=True)}  # fmt: skip
 
     def _plan(
-        self, targets: Sequence[str], given: Given, guides: Sequence[tuple[Given, float]],
+        self, targets: Sequence[str], every: Sequence[Given], weights: Sequence[float],
         settings: Mapping[str, Decoding], copies: int, chain: bool,
     ) -> _Plan:  # fmt: skip
+        given, *guides = every
         specs = [self.spec(name, target=True) for name in targets]
         if not specs:
             raise ValueError(f"nothing to generate; choose from {', '.join(self.targets)}")
@@ -178,7 +175,8 @@ class Sampler(Translator):
             if spec.name in chosen:
                 others = [other.name for other in specs if other is not spec]
                 self._check_decoding(spec, chosen[spec.name], [*given, *others])
-        return _Plan(given=given, guides=guides, specs=specs, settings=chosen, copies=copies,
+        weighted = list(zip(guides, weights, strict=True))
+        return _Plan(given=given, guides=weighted, specs=specs, settings=chosen, copies=copies,
                      chain=chain)  # fmt: skip
 
     def _check_target(self, spec: ModalitySpec) -> None:
@@ -272,6 +270,12 @@ def by_rows(values: Any) -> list[Any]:
         isinstance(values, np.ndarray) and values.ndim == 4
     )
     return list(values) if several else [values]
+
+
+def _at_least_one(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def _by_row(conditions: Mapping[str, Any]) -> dict[str, list[Any]]:
