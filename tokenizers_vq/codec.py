@@ -75,6 +75,23 @@ class ValueCodec:
         """The inverse of `to_dict`."""
         return cls(**{**data, "mean": tuple(data["mean"]), "std": tuple(data["std"])})
 
+    def check(self, value: NDArray[Any]) -> None:
+        """Raises ValueError for a value of another shape than the contract's, or of other numbers:
+        whole ones where it wants floats, or infinite ones."""
+        shape, found = _SHAPES[self.kind], np.asarray(value)
+        sides = [len(self.mean) if side == "C" else side for side in shape]
+        fits = found.ndim == len(sides) and all(
+            isinstance(side, str) or side == size
+            for side, size in zip(sides, found.shape, strict=True)
+        )
+        floats = self.kind in _FLOATS
+        if not fits or (floats and found.dtype.kind != "f"):
+            kind = "floats" if floats else "values"
+            raise ValueError(f"takes {kind} [{', '.join(map(str, sides))}], not {found.dtype} "
+                             f"{list(found.shape)}")  # fmt: skip
+        if floats and not np.isfinite(found).all():
+            raise ValueError("takes finite numbers, but some are none")
+
     def pack(self, value: NDArray[Any]) -> NDArray[Any]:
         """One value [H, W(, C)] in its smallest form."""
         return pack_value(self.kind, value)
@@ -168,6 +185,11 @@ def _pack_mask(value: NDArray[Any]) -> NDArray[Any]:
 
 
 _CHANNELS_LAST = ("feature", "vector")
+_FLOATS = ("depth", "normal", *_CHANNELS_LAST)
+_SHAPES: dict[str, tuple[str | int, ...]] = {
+    "rgb": ("H", "W", 3), "depth": ("H", "W"), "normal": ("H", "W", 3), "semseg": ("H", "W"),
+    "feature": ("H", "W", "C"), "vector": ("C",), "edge": ("H", "W"), "mask": ("H", "W"),
+}  # fmt: skip
 _PACK = {
     "rgb": _pack_bytes,
     "depth": _pack_depth,

@@ -122,7 +122,24 @@ class Tokenizer:
             return np.concatenate([tokens for _, tokens in self.batches(encode, packed)])
 
     def encode_values(self, values: Values) -> NDArray[np.uint16]:
-        """Values of equal size, as the modality's `decode` gives them, to tokens [B, N]."""
+        """Values of equal size, as the modality's `decode` gives them, to tokens [B, N].
+
+        Raises:
+            ValueError: a value is none of the modality, or they are not of one size that divides
+                into patches.
+        """
+        for value in values:
+            try:
+                self.codec.check(value)
+            except ValueError as error:
+                raise ValueError(f"{self.modality} {error}") from None
+        sizes, patch = sorted({np.shape(value) for value in values}), self.scaling_patch
+        if len(sizes) > 1:
+            raise ValueError(f"{self.modality}: values of one size are encoded together, not of "
+                             f"{list(sizes[0])} and {list(sizes[1])}")  # fmt: skip
+        if patch and any(side % patch for side in sizes[0][:2]):
+            raise ValueError(f"{self.modality}: {list(sizes[0])} does not divide into patches of "
+                             f"{patch}")  # fmt: skip
         return self.encode_packed(self.pack(values))
 
     def decode_output(self, tokens: NDArray[Any] | Tensor) -> Tensor:

@@ -327,10 +327,8 @@ def _spec(
     positions, weight = (tensors[key] for key in shapes)
     positions = positions[0]
     if sources[0] == "token_emb" and name in lengths and not _is_sequence(positions):
-        problems.misshapen[f"{prefix}.pos_emb"] = (
-            f"{list(positions.shape)}, which is not the sine-cosine table of sequences, such as "
-            f"{name} is; learned positions of sequences are not supported"
-        )
+        problems.misshapen[f"{prefix}.pos_emb"] = (f"{list(positions.shape)}, no sine-cosine "
+            "table: learned positions of sequences are not supported")  # fmt: skip
         problems.unread.add(name)
         return None
     common: dict[str, Any] = {"name": name, "is_input": is_input, "is_target": is_target}
@@ -345,6 +343,10 @@ def _spec(
     if _is_sequence(positions):
         return ModalitySpec(kind="seq", max_tokens=longest, max_length=limit,
                             chunk=CHUNKS.get(name, 0), **common)
+    return _grid(positions, common)
+
+
+def _grid(positions: Tensor, common: dict[str, Any]) -> ModalitySpec:
     spec = ModalitySpec(kind="img", max_tokens=len(positions), **common)
     computed = _same_table(positions, position_table(spec, positions.shape[1]))
     return dataclasses.replace(spec, learned_positions=not computed)

@@ -144,7 +144,7 @@ def draw(
     Args:
         model: In evaluation mode.
         shown: The conditions. A part of the target itself may be among them: tokens of a grid,
-            which are kept, or a text with holes, which are filled.
+            which are kept, or a text with holes, which are filled; a whole text is kept.
         target: Name of the target modality.
         decoding: Order, schedule and guidance.
         seeds: One a row; a row's tokens depend on its seed alone, not on the batch.
@@ -302,6 +302,9 @@ class _Run:
         spec, device = self.spec, self.model.mask_token.device
         given = shown.get(spec.name)
         holes = given.holes if given else torch.zeros(len(seeds))
+        every = torch.arange(len(seeds), device=device).repeat_interleave(copies)
+        if given is not None and bool((given.visible.any(1) & (holes == 0)).all()):
+            return _filled(given.rows(every), None, spec.max_tokens)
         # A hole alone is a text of which nothing is known.
         if given is None or not bool((holes * (given.visible.sum(1) > 1)).any()):
             given, opened = None, torch.full((len(seeds), 1), FIRST, device=device)
@@ -314,19 +317,12 @@ class _Run:
         inputs, weights = guidance.inputs(self.model.config, shown, spec.name)
         context = Context.read(self.model, inputs, len(weights) + 1)
         if copies > 1:
-            rows = torch.arange(len(seeds), device=device)
-            context.pick(rows.repeat_interleave(copies))
+            context.pick(every)
         closing = (FIRST + holes).repeat_interleave(copies)
         drawn = self._write(context, weights, closing, _copied(seeds, copies))
         if given is None:
             return drawn
-        place = torch.arange(spec.max_tokens, device=device)
-        index = torch.arange(len(seeds), device=device).repeat_interleave(copies)
-        whole, sure = fill_holes(
-            given.rows(index), Shown(drawn.ids, place < drawn.lengths.unsqueeze(1)),
-            drawn.confidence, spec.max_tokens,
-        )  # fmt: skip
-        return Drawn(whole.values, sure, whole.visible.sum(1))
+        return _filled(given.rows(every), drawn, spec.max_tokens)
 
     def _write(
         self, context: Context, weights: tuple[float, ...], closing: Tensor, seeds: list[int]
@@ -364,6 +360,17 @@ class _Run:
                 context.pick(kept)
                 active, fed, state = active[kept], fed[kept], state and state.rows(kept)
         return Drawn(ids, sure, lengths)
+
+
+def _filled(given: Shown, drawn: Drawn | None, limit: int) -> Drawn:
+    """A text with what was drawn in the place of its holes; without holes, the text itself."""
+    if drawn is None:
+        nothing = torch.zeros_like(given.values[:, :0])
+        drawn = Drawn(nothing, nothing.float(), nothing.sum(1))
+    place = torch.arange(drawn.ids.shape[1], device=drawn.ids.device)
+    runs = Shown(drawn.ids, place < drawn.lengths.unsqueeze(1))
+    whole, sure = fill_holes(given, runs, drawn.confidence, limit)
+    return Drawn(whole.values, sure, whole.visible.sum(1))
 
 
 def as_condition(config: FourMConfig, target: str, drawn: Drawn) -> Shown:

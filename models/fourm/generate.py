@@ -54,16 +54,14 @@ class Generator(Sampler):
             **options: Further arguments of `generate`.
 
         Raises:
-            ValueError: an area does not divide into the tokens, tokens to paste, and as for
-                `generate`.
+            ValueError: an area does not divide into the tokens, and as for `generate`.
         """
         values = by_rows(values)
         areas = by_rows(areas) if isinstance(areas, list | tuple) else [areas] * len(values)
         if len(areas) != len(values):
             raise ValueError(f"{len(values)} pictures have {len(areas)} areas")
-        if paste and any(isinstance(value, Tokens) for value in values):
-            raise ValueError(f"{name} is given as tokens, which have no pixels to paste: set "
-                             "paste=False")
+        if paste:
+            _check_pixels(name, values)
         parts = [Part(value, ~np.asarray(area, bool))
                  for value, area in zip(values, areas, strict=True)]  # fmt: skip
         given = {**(conditions or {}), name: parts}
@@ -132,20 +130,12 @@ class Generator(Sampler):
             choices = ", ".join(self.refined) or "nothing"
             raise ValueError(f"nothing to refine; choose from {choices}")
         copies = max(len(group) for found in low.values() for group in found.samples)
-        given: dict[str, list[Any]] = {
-            name: [value for value in by_rows(values) for _ in range(copies)]
-            for name, values in (conditions or {}).items()
-        }
         able = [name for name in sorted(low, key=_upscale_rank) if name in self.refined]
         targets = able if targets is None else list(targets)
         if not targets or set(targets) - set(able):
             raise ValueError(f"cannot refine {', '.join(targets or low)}; "
                              f"choose from {', '.join(able) or 'nothing'}")  # fmt: skip
-        for name, found in low.items():
-            if name in self.inputs and self.spec(name, target=False).kind == "seq":
-                given[name] = [value for group in found.samples for value in group]
-            elif name in self.inputs:
-                given[self._token_spec(name).name] = [Tokens(ids) for ids in found.tokens]
+        given = self._shown_again(low, conditions or {}, copies)
         made = self.generate(given, targets, similarity=similarity, **options)
         grouped = {}
         for name, found in made.items():
@@ -153,6 +143,21 @@ class Generator(Sampler):
             values = [combine(name, group, similarity) for group in samples]
             grouped[name] = replace(found, samples=samples, values=values)
         return grouped
+
+    def _shown_again(
+        self, low: Mapping[str, Generated], conditions: Mapping[str, Any], copies: int
+    ) -> dict[str, list[Any]]:
+        """Conditions of every sample: what it was made from, and what was made."""
+        given: dict[str, list[Any]] = {
+            name: [value for value in by_rows(values) for _ in range(copies)]
+            for name, values in conditions.items()
+        }
+        for name, found in low.items():
+            if name in self.inputs and self.spec(name, target=False).kind == "seq":
+                given[name] = [value for group in found.samples for value in group]
+            elif name in self.inputs:
+                given[self._token_spec(name).name] = [Tokens(ids) for ids in found.tokens]
+        return given
 
     @property
     def refined(self) -> list[str]:
@@ -165,6 +170,12 @@ class Generator(Sampler):
             if any(spec.is_target and 0 < least < resolution(spec.name) for spec in own):
                 found.append(name)
         return found
+
+
+def _check_pixels(name: str, values: Sequence[Any]) -> None:
+    if any(isinstance(value, Tokens) for value in values):
+        raise ValueError(f"{name} is given as tokens, which have no pixels to paste: set "
+                         "paste=False")
 
 
 def _upscale_rank(name: str) -> int:

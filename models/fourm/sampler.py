@@ -21,7 +21,7 @@ from models.fourm.guidance import Branch
 from models.fourm.model import FourM
 from models.fourm.presets import base_name, default_decoding
 from models.fourm.spec import ModalitySpec
-from models.fourm.values import HOLE, Part, Translator, alike, row_count
+from models.fourm.values import Translator, alike, row_count
 
 if TYPE_CHECKING:
     from tokenizers_vq.sequences.form import TextForm
@@ -129,7 +129,7 @@ class Sampler(Translator):
         Args:
             conditions: A value a modality, or a list of values, one a row; None where a row lacks
                 it. A `Part` gives some tokens only: of a target itself, they are kept and the
-                rest is generated.
+                rest is generated. A target that is given whole stays as it is.
             targets: What to generate, in this order.
             guides: Weighted conditions, any number of them.
             settings: How to decode a target; the released sampler's settings where absent.
@@ -147,26 +147,23 @@ class Sampler(Translator):
         names = [targets] if isinstance(targets, str) else list(targets)
         given = [_by_row(conditions), *(_by_row(guide.conditions) for guide in guides)]
         rows = row_count(given, seeds)
-        for what, count in (("num_samples", num_samples), ("batch_size", batch_size)):
-            if count < 1:
-                raise ValueError(f"{what} must be at least 1, got {count}")
+        _at_least_one(num_samples=num_samples, batch_size=batch_size)
         own = list(range(rows)) if seeds is None else [int(seed) for seed in seeds]
-        guided = [(part, guide.weight) for part, guide in zip(given[1:], guides, strict=True)]
-        plan = self._plan(names, given[0], guided, settings or {}, num_samples, chain)
+        weights = [guide.weight for guide in guides]
+        plan = self._plan(names, given, weights, settings or {}, num_samples, chain)
         # What a row is given decides how it is decoded, so it never depends on rows beside it.
         groups = alike(given, rows, max(1, batch_size // num_samples))
         parts = [self._draw(plan, names, chosen, [own[i] for i in chosen]) for chosen in groups]
         place = torch.from_numpy(np.concatenate(groups).argsort())
-        return {
-            name: self._generated(spec, _joined([part[spec.name] for part in parts], place),
-                                  num_samples, similarity)
-            for name, spec in zip(names, plan.specs, strict=True)
-        }  # fmt: skip
+        drawn = (_joined([part[spec.name] for part in parts], place) for spec in plan.specs)
+        return {name: self._generated(spec, each, num_samples, similarity)
+                for name, spec, each in zip(names, plan.specs, drawn, strict=True)}  # fmt: skip
 
     def _plan(
-        self, targets: Sequence[str], given: Given, guides: Sequence[tuple[Given, float]],
+        self, targets: Sequence[str], every: Sequence[Given], weights: Sequence[float],
         settings: Mapping[str, Decoding], copies: int, chain: bool,
     ) -> _Plan:  # fmt: skip
+        given, *guides = every
         specs = [self.spec(name, target=True) for name in targets]
         if not specs:
             raise ValueError(f"nothing to generate; choose from {', '.join(self.targets)}")
@@ -174,24 +171,19 @@ class Sampler(Translator):
         order = sorted(settings, key=lambda name: name in self.model.config.by_name)
         chosen = {self.spec(name, target=True).name: settings[name] for name in order}
         for spec in specs:
-            self._check_target(spec, given)
+            self._check_target(spec)
             if spec.name in chosen:
                 others = [other.name for other in specs if other is not spec]
                 self._check_decoding(spec, chosen[spec.name], [*given, *others])
-        return _Plan(given=given, guides=guides, specs=specs, settings=chosen, copies=copies,
+        weighted = list(zip(guides, weights, strict=True))
+        return _Plan(given=given, guides=weighted, specs=specs, settings=chosen, copies=copies,
                      chain=chain)  # fmt: skip
 
-    def _check_target(self, spec: ModalitySpec, given: Given) -> None:
-        """Raises ValueError where nothing of a target would be left to generate, or its tokens
-        could not be turned into values."""
-        name = base_name(spec.name)
-        form = self.form(name)
+    def _check_target(self, spec: ModalitySpec) -> None:
+        """Raises ValueError where the tokens of a target could not be turned into values."""
+        form = self.form(base_name(spec.name))
         if spec.kind != "seq" or (form is not None and form.parts is not None):
             self._tokenizer(spec)
-        told = [value for key in {name, spec.name} & given.keys() for value in given[key]]
-        if spec.kind == "seq" and any(not isinstance(v, Part | None) for v in told):
-            raise ValueError(f"{name} is to be generated and given whole: give it as a `Part`, "
-                             f"with {HOLE} for what is not known")
 
     def _check_decoding(
         self, spec: ModalitySpec, decoding: Decoding, known: Sequence[str]
@@ -278,6 +270,12 @@ def by_rows(values: Any) -> list[Any]:
         isinstance(values, np.ndarray) and values.ndim == 4
     )
     return list(values) if several else [values]
+
+
+def _at_least_one(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def _by_row(conditions: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -213,6 +213,10 @@ class Translator:
         encoded = iter(self._tokenizer(spec).encode_values(raw).astype(np.int64) if raw else ())
         rows = [_token_ids(spec, value) if isinstance(value, Tokens) else next(encoded)
                 for value in values]  # fmt: skip
+        for height, width in (np.shape(value)[:2] for value in raw if np.ndim(value) > 1):
+            if height != width:
+                raise ValueError(f"{base_name(spec.name)} is square to the model, not "
+                                 f"{width} x {height}: crop it")  # fmt: skip
         ids = np.stack(rows)
         if ids.size and not 0 <= ids.min() <= ids.max() < spec.vocab_size:
             raise ValueError(f"tokens of {spec.name} lie in 0..{spec.vocab_size - 1}, "

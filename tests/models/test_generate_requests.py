@@ -47,6 +47,7 @@ def picture(seed: int = 0) -> np.ndarray:
     ({"depth": [Tokens(np.zeros(5, int))]}, r"16 whole numbers, not int64 \[5\]"),
     ({"depth": Tokens(np.full(GRID, 0.7))}, r"16 whole numbers, not float64 \[16\]"),
     ({"depth": Part(np.zeros((64, 64)), [[True] * 5] * 4)}, r"not a mask of shape \(4, 5\)"),
+    ({"depth": np.zeros((32, 128))}, "depth is square to the model, not 128 x 32: crop it"),
     ({"caption": Part("a red cube left of a large red cube and a small metal ___")},
      "must not be cut: it has .* tokens, caption takes 12: 'a red cube"),
     ({"caption": Part("___ a " * 199)}, "at most 198 holes, not 199"),
@@ -116,8 +117,6 @@ ROAR = Decoding(order="roar")
     (["depth", "caption"],
      {"settings": {"caption": Decoding(order="autoregressive", well_formed=True)}},
      "'caption' has no grammar"),
-    (["depth", "caption"], {"conditions": {"caption": "a red cube"}},
-     "caption is to be generated and given whole: give it as a `Part`, with ___"),
 ])
 def test_requests_that_do_not_fit_are_refused_before_anything_is_drawn(
     generator: Generator, targets: list[str], asked: dict[str, Any], sentence: str,
@@ -178,6 +177,16 @@ def test_guidance_goes_by_any_name_of_a_condition_and_leaves_rows_that_lack_it(
     alone = generator.generate({"rgb": picture(1)}, ["depth"], seeds=[1], settings={
         "depth": Decoding(order="roar", steps=3, guidance={"rgb": 3.0})})["depth"].tokens
     assert np.array_equal(alone[0], tokens([0, 1, 2], guidance={"rgb": 3.0, "caption": -1.5})[1])
+
+
+def test_targets_that_are_given_whole_stay_as_they_are(generator: Generator) -> None:
+    depth = np.arange(GRID) % 11
+    given: dict[str, Any] = {"caption": ["a red cube", None], "depth": [None, Tokens(depth)]}
+    found = generator.generate(given, ["caption", "depth"], num_samples=2)
+    assert found["caption"].samples[0] == ["a red cube"] * 2
+    assert (found["depth"].tokens[2:] == depth).all()
+    free = generator.generate({"depth": Tokens(depth)}, ["caption"], seeds=[1], num_samples=2)
+    assert found["caption"].samples[1] == free["caption"].samples[0]
 
 
 def test_edits_of_what_is_no_picture_or_box_are_refused(generator: Generator) -> None:

@@ -93,6 +93,22 @@ def test_standardised_depth_drops_the_tails_before_its_statistics():
     assert abs(plain.mean()) < 0.05
 
 
+@pytest.mark.parametrize(("kind", "given", "sentence"), [
+    ("depth", [np.zeros((SIZE, SIZE), np.uint8)], r"any takes floats \[H, W\], not uint8"),
+    ("depth", [np.zeros((2, SIZE, SIZE))], r"floats \[H, W\], not float64 \[2, 32, 32\]"),
+    ("depth", [np.full((SIZE, SIZE), np.nan)], "any takes finite numbers, but some are none"),
+    ("depth", [np.zeros((SIZE, SIZE)), np.zeros((16, 16))], r"not of \[16, 16\] and \[32, 32\]"),
+    ("depth", [np.zeros((33, 33))], r"any: \[33, 33\] does not divide into patches of 8"),
+    ("normal", [np.zeros((3, SIZE, SIZE))], r"floats \[H, W, 3\], not float64 \[3, 32, 32\]"),
+    ("rgb", [np.zeros((SIZE, SIZE), np.uint8)], r"values \[H, W, 3\], not uint8 \[32, 32\]"),
+    ("feature", [np.zeros((4, 4, 5))], r"floats \[H, W, 6\], not float64 \[4, 4, 5\]"),
+])
+def test_values_that_are_none_of_the_modality_are_refused_by_shape_and_type(kind, given, sentence):
+    tokenizer = Tokenizer("any", VQVAE(config(kind)), codec(kind), "fp32")
+    with pytest.raises(ValueError, match=sentence):
+        tokenizer.encode_values(given)
+
+
 @pytest.mark.parametrize("value", [
     np.zeros((4, 4, 3), np.float32), np.full((4, 4), -1), np.full((4, 4), 256),
 ])
