@@ -224,9 +224,16 @@ class Ledger:
 
     def quarantined(self, stage: Stage | str) -> dict[int, str]:
         """Shard -> reason of what was set aside."""
-        paths = self._numbered(f"quarantine/{_id(stage)}/")
-        read = streamed(lambda item: self.store.read_json(item[1]), sorted(paths.items()))
-        return {n: entry["reason"] for n, entry in zip(sorted(paths), read, strict=True)}
+        paths = sorted(self._numbered(f"quarantine/{_id(stage)}/").items())
+        reasons = streamed(lambda item: self._reason(item[1]), paths)
+        found = zip((shard for shard, _ in paths), reasons, strict=True)
+        return {shard: reason for shard, reason in found if reason is not None}
+
+    def _reason(self, path: str) -> str | None:
+        try:
+            return str(self.store.read_json(path)["reason"])
+        except FileNotFoundError:  # released since it was listed
+            return None
 
     def release(self, stage: Stage | str, shard: int) -> None:
         """Forgets a shard's attempts and quarantine, so that it is tried again."""

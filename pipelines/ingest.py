@@ -38,6 +38,7 @@ def fetch_rows(params: IngestParams | RetryParams) -> list[dict[str, Any]]:
     """Download and clean every planned row."""
     store = Store(params.root)
     dataset = chain.Chain(store)
+    _check(dataset, params)
     job = fetch.fetch_job(dataset.plan, dataset.fetch_config)
     rows = run_jobs(store, [job], params, "fetch")
     fates: Counter[str] = Counter()
@@ -53,6 +54,7 @@ def find_repeated(params: IngestParams | RetryParams) -> list[dict[str, Any]]:
     """Mark pictures that repeat earlier ones, and leave them out where that was chosen."""
     store = Store(params.root)
     dataset = chain.Chain(store)
+    _check(dataset, params)
     marks, table = duplicates.mark_duplicates(store, dataset.download)
     kinds = table.column("kind").value_counts().to_pylist()
     lines = [{"kind": kind["values"], "pictures": kind["counts"]} for kind in kinds]
@@ -62,6 +64,12 @@ def find_repeated(params: IngestParams | RetryParams) -> list[dict[str, Any]]:
         return []
     job = duplicates.distinct_job(store, dataset.download, drop, marks)
     return run_jobs(store, [job], params, "distinct")
+
+
+def _check(dataset: chain.Chain, params: IngestParams | RetryParams) -> None:
+    """A retry goes by whatever was chosen last."""
+    if isinstance(params, IngestParams):
+        dataset.check("ingest", params.model_dump(include=set(IngestOptions.model_fields)))
 
 
 @flow(name="ingest", description=IngestParams.__doc__)

@@ -25,6 +25,7 @@ def label_pictures(params: LabelParams) -> list[dict[str, Any]]:
     """
     store = Store(params.root)
     dataset = chain.Chain(store)
+    dataset.check("label", params.model_dump(include=set(LabelOptions.model_fields)))
     shards = sorted(dataset.ledger.committed(dataset.fetch))
     rows: list[dict[str, Any]] = []
     pictures = previews.Galleries(dataset).update

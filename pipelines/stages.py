@@ -149,7 +149,10 @@ def timed(store: Store, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _spend(store, name, time.monotonic() - began)
+        try:
+            _spend(store, name, time.monotonic() - began)
+        except (OSError, ValueError):  # what ends the block, such as a full disk, is told instead
+            logger.warning("the time of %s could not be noted", name, exc_info=True)
 
 
 def _spend(store: Store, name: str, seconds: float) -> None:

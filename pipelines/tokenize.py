@@ -19,6 +19,7 @@ def tokenize_labels(params: TokenizeParams) -> list[dict[str, Any]]:
     """Run every tokenizer over every labelled shard."""
     store = Store(params.root)
     dataset = chain.Chain(store)
+    dataset.check("tokenize", params.model_dump(include=set(TokenizeOptions.model_fields)))
     jobs = token_jobs(
         dataset.tokens.values(), dataset.labelled(), labelers=dataset.in_passing
     )

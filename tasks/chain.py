@@ -90,6 +90,12 @@ class Chain:
             raise ValueError(_NEEDED[name].format(url=self.store.url))
         return self.settings[name]
 
+    def check(self, name: str, choices: dict[str, Any]) -> None:
+        """Raises ValueError where the choices of one flow are not these any more."""
+        if self.section(name) != choices:
+            raise ValueError(f"another run has chosen otherwise for {self.store.url} meanwhile "
+                             f"({name!r} of {FILE}); run this one again once that one has ended")
+
     @cached_property
     def plan(self) -> dict[str, Any]:
         """What is fetched."""

@@ -215,3 +215,20 @@ def test_statuses_are_one_row_a_sample(tmp_path: Path) -> None:
     assert table.num_rows == 8
     assert table["reason"].to_pylist().count("404") == 2
     assert ledger.statuses(DEPTH).num_rows == 0
+
+
+def test_a_shard_that_is_released_while_it_is_asked_for_is_set_aside_no_longer(
+    tmp_path: Path,
+) -> None:
+    class Behind(Store):
+        """Its listings still tell of what another run has removed."""
+
+        def list(self, prefix: str = "") -> list[str]:
+            found = super().list(prefix)
+            Ledger(Store(self.url)).release(FETCH, 1)
+            return found
+
+    ledger = Ledger(Behind(str(tmp_path)))
+    for shard in (0, 1):
+        ledger.quarantine(FETCH, shard, "broken")
+    assert ledger.quarantined(FETCH) == {0: "broken"}

@@ -1,13 +1,17 @@
 """`fourm status` shows a line for each stage, with everything a person asks of it."""
 
+import errno
 import io
 
+import pytest
 from rich.console import Console
 
 from infra import units
 from infra.ledger import Ledger
+from infra.runner import SystemicFailure
 from infra.store import Store
 from pipelines import stages
+from pipelines.stages import timed
 from pipelines.status import tables
 from tests.infra.test_runner import run, toy_job
 
@@ -52,3 +56,16 @@ def test_flows_that_end_together_both_count_what_they_took(tmp_path, monkeypatch
     stages._spend(store, "publish", 1.0)
     monkeypatch.undo()
     assert stages.seconds_spent(store) == {"fetch": 2.0, "label": 0.75, "publish": 1.0}
+
+
+def test_a_stage_ends_as_it_ended_although_its_time_cannot_be_noted(tmp_path, caplog):
+    class Full(Store):
+        def replace(self, path: str, data: bytes, expected: str | None) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = Full(str(tmp_path))
+    with pytest.raises(SystemicFailure, match="the network is down"), timed(store, "label"):
+        raise SystemicFailure("the network is down")
+    with timed(store, "label"):
+        pass
+    assert caplog.text.count("the time of label could not be noted") == 2

@@ -187,3 +187,22 @@ def test_check_refuses_a_tokenizer_without_labels(store: Store) -> None:
     choices = TokenizerOptions(modalities=["normal"]).model_dump()
     with pytest.raises(ValueError, match=r"no labels for 'normal'; there are rgb, caption, depth"):
         check("train_tokenizers", {"root": store.url, **choices})
+
+
+def test_a_run_whose_choices_another_has_replaced_meanwhile_does_not_go_on_with_those(
+    store: Store, tmp_path: Path
+) -> None:
+    from pipelines.ingest import fetch_rows
+    from pipelines.label import label_pictures
+    from pipelines.params import IngestParams, TokenizeParams
+    from pipelines.tokenize import tokenize_labels
+
+    source = str(tmp_path / "list.tsv")
+    remember(store, "tokenize", TokenizeOptions(crops=2).model_dump())
+    for stage, params in (
+        (fetch_rows, IngestParams(root=store.url, workers=0, source=source, image_size=64)),
+        (label_pictures, LabelParams(root=store.url, workers=0, labelers=["normal"])),
+        (tokenize_labels, TokenizeParams(root=store.url, workers=0, crops=3)),
+    ):
+        with pytest.raises(ValueError, match="another run has chosen otherwise"):
+            stage.fn(params)
