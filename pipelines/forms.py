@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from infra.ray_session import Embedded, Existing, Job, RayJob, RayTarget
+
+SECRET = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]*@")
+"""User and password in an address."""
 
 
 class Form(BaseModel):
     """What all forms share: unknown fields are errors, and so are numbers that JSON cannot hold."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_secrets(cls, value: object) -> object:
+        """Parameters are stored and shown, and so is what is made of them."""
+        if SECRET.search(str(value)):
+            raise ValueError(
+                "an address must not hold a password, since it is stored and shown: credentials "
+                "come from the environment (AWS_* for S3); download what else needs one"
+            )
+        return value
 
 
 class Where(Form):

@@ -16,6 +16,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from pipelines.forms import SECRET
+
 _SCALARS = (str, int, float, bool)
 
 
@@ -75,7 +77,7 @@ def sentence(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return f"--{_dashed(where)} is required"
-    text = f"{where}={error['input']!r}: {message}"
+    text = f"{where}={SECRET.sub('...@', repr(error['input']))}: {message}"
     return text[:1].lower() + text[1:]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from infra.automations import NEXT
 from pipelines import params as forms
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -279,6 +280,20 @@ def test_every_deployment_names_a_flow_and_fills_its_form(path: Path) -> None:
         assert deployment["concurrency_limit"]["limit"] == 1
         assert all(schedule["active"] is False for schedule in deployment.get("schedules", []))
     assert len(names) == len(value["deployments"])
+
+
+def test_steps_hand_over_to_deployments_that_exist_as_the_page_says_on_kubernetes_too() -> None:
+    def names(path: Path) -> set[str]:
+        found = yaml.safe_load(path.read_text())["deployments"]
+        flows = [each["entrypoint"].partition(":")[2].removesuffix("_flow") for each in found]
+        return {f"{flow.replace('_', '-')}/{each['name']}"
+                for flow, each in zip(flows, found, strict=True)}  # fmt: skip
+
+    assert set(NEXT.values()) <= names(ROOT / "prefect.yaml")
+    page = (DEPLOY / "README.md").read_text()
+    (given,) = re.findall(r"^fourm automations --apply --deployment (\S+)$", page, re.MULTILINE)
+    there = names(DEPLOY / "k8s/prefect.yaml")
+    assert {f"{usual.partition('/')[0]}/{given}" for usual in NEXT.values()} <= there
 
 
 def test_flow_runs_on_kubernetes_may_do_what_the_code_does() -> None:

@@ -110,6 +110,22 @@ def test_what_is_wrong_is_said_in_one_sentence_before_any_work(
     assert not list(tmp_path.iterdir()), "work has begun"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ingest", "--source", "https://me:hidden@host/list.tsv"],
+        ["publish", "--root", "s3://KEY:hidden@bucket/set"],
+        ["train", "--data", '{"c4": "s3://KEY:hidden@bucket/set#main"}'],
+        ["label", "--ray", "http://me:hidden@head:8265"],
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_repeated(words: list[str]) -> None:
+    code, output = _run(*words)
+    assert code == 2
+    assert "an address must not hold a password" in " ".join(output.split())
+    assert "hidden" not in output
+
+
 def test_a_place_that_cannot_hold_a_dataset_is_refused_before_any_work(tmp_path: Path) -> None:
     file = tmp_path / "list.tsv"
     file.write_text("http://h/1\ta cat\n")
