@@ -86,7 +86,8 @@ def fast_bf16() -> bool:
 
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"):  # torch 2.8 cannot tell
+    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.8 has none
+    if told.get("amx_bf16"):
         return True
     return BF16_GAIN * _matmul_seconds("bf16") < _matmul_seconds("fp32")
 
