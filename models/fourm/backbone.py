@@ -135,6 +135,9 @@ class Backbone(nn.Module):
     positions: Tensor
     drop_rate = 0.0
     """Share of features that training hides from the head."""
+    drop_path_rate = 0.0
+    """Share of pictures that training takes past the last block; past others fewer, in proportion
+    to their depth, and past the first none (stochastic depth, Huang et al. 2016)."""
 
     def __init__(
         self, config: FourMConfig, name: str | None = None, *, num_classes: int = 0,
@@ -193,8 +196,8 @@ class Backbone(nn.Module):
         """Normalised tokens [B, R + rows * columns, D] of pictures [B, C, H, W], uint8 or
         normalised floats; R register tokens, where the model has any, come first."""
         x = self._embedded(x)
-        for block in self.blocks:
-            x = self._through(block, x)
+        for index in range(len(self.blocks)):
+            x = self._through(index, x)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -229,9 +232,8 @@ class Backbone(nn.Module):
         wanted = self._indices(indices)
         rows, columns = (side // self.spec.patch_size for side in x.shape[-2:])
         x, found = self._embedded(x), []
-        for index, block in enumerate(self.blocks[: max(wanted) + 1] if stop_early
-                                      else self.blocks):
-            x = self._through(block, x)
+        for index in range(max(wanted) + 1 if stop_early else len(self.blocks)):
+            x = self._through(index, x)
             if index in wanted:
                 found.append(self.norm(x) if norm else x)
         prefix = [y[:, : self.num_prefix_tokens] for y in found]
@@ -283,7 +285,7 @@ class Backbone(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of parameter groups for learning rates that fall with depth."""
-        stem = r"^(patches|modality|registers|positions)"
+        stem = r"^(?:patches|modality|registers|positions)"
         return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
     def _indices(self, indices: int | Sequence[int] | None) -> list[int]:
@@ -297,10 +299,17 @@ class Backbone(nn.Module):
             raise ValueError(f"{indices!r} does not pick from the {count} blocks")
         return chosen
 
-    def _through(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _through(self, index: int, x: Tensor) -> Tensor:
+        block = self.blocks[index]
         if self.grad_checkpointing and self.training:
-            return cast(Tensor, checkpoint(block, x, None, use_reentrant=False))
-        return block(x, None)
+            out = cast(Tensor, checkpoint(block, x, None, use_reentrant=False))
+        else:
+            out = block(x, None)
+        past = self.drop_path_rate * index / max(len(self.blocks) - 1, 1)
+        if not (past and self.training):
+            return out
+        through = torch.rand(len(x), 1, 1, device=x.device) >= past
+        return x + (out - x) * (through / (1 - past)).to(x)
 
     def _embedded(self, x: Tensor) -> Tensor:
         """Encoder input [B, R + rows * columns, D]."""

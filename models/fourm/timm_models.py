@@ -31,7 +31,7 @@ class FourMViT(Backbone):
         self, *, embed_dim: int, depth: int, num_heads: int, img_size: int = 224,
         patch_size: int = 16, in_chans: int = 3, num_classes: int = 0, global_pool: str = "avg",
         mlp_ratio: float = 4.0, qk_norm: bool = False, bias: bool = False, gated_mlp: bool = True,
-        num_registers: int = 0, drop_rate: float = 0.0,
+        num_registers: int = 0, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
     ) -> None:
         """
         Args:
@@ -49,7 +49,13 @@ class FourMViT(Backbone):
             gated_mlp: SwiGLU rather than GELU.
             num_registers: Register tokens in front.
             drop_rate: Share of pooled features that training hides from the head.
+            drop_path_rate: Share of pictures that training takes past the last block, below 1.
+
+        Raises:
+            ValueError: a `drop_path_rate` outside [0, 1).
         """
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={drop_path_rate} is not a share in [0, 1)")
         pixels = ModalitySpec(name=PIXELS, kind="pixels", patch_size=patch_size, is_target=False,
                               channels=in_chans, max_tokens=(img_size // patch_size) ** 2)
         config = FourMConfig(
@@ -58,7 +64,7 @@ class FourMViT(Backbone):
             gated_mlp=gated_mlp, num_register_tokens=num_registers,
         )
         super().__init__(config, num_classes=num_classes, global_pool=global_pool)
-        self.drop_rate = drop_rate
+        self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
 
 
 def encoder_weights(released: dict[str, Tensor], model: Backbone) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.optim import param_groups_layer_decay
 
 from models import fourm
 from models.fourm import timm_models
@@ -179,6 +180,40 @@ def test_timm_hides_features_from_the_head_in_training_alone():
 
 
 @torch.no_grad()
+def test_timm_leads_pictures_past_blocks_in_training_alone_the_later_the_more_often():
+    sizes = {**SMALL, "depth": 2}
+    plain, dropped = (timm.create_model("fourm_base_patch16_224", drop_path_rate=rate, **sizes)
+                      for rate in (0.0, 0.5))
+    dropped.load_state_dict(plain.state_dict())
+    x = pictures(1).expand(64, -1, -1, -1)
+    torch.testing.assert_close(plain.eval()(x), dropped.eval()(x))
+    _, (first, last) = plain.forward_intermediates(x[:1], output_fmt="NLC")
+    past, through = (plain.norm(y).mean(1) for y in (first, first + 2 * (last - first)))
+    torch.manual_seed(0)
+    found = dropped.train()(x)
+    near = [torch.isclose(found, each, atol=1e-5).all(1) for each in (past, through)]
+    assert (near[0] ^ near[1]).all()
+    assert 16 < int(near[0].sum()) < 48
+    with pytest.raises(ValueError, match=r"drop_path_rate=1.0 is not a share"):
+        timm.create_model("fourm_base_patch16_224", drop_path_rate=1.0, **SMALL)
+
+
+def test_timm_lets_learning_rates_fall_with_depth():
+    net = timm.create_model("fourm_base_patch16_224", num_classes=7, **SMALL)
+    groups = param_groups_layer_decay(
+        net, 0.05, no_weight_decay_list=net.no_weight_decay(), layer_decay=0.5
+    )
+    scales = {id(each): group["lr_scale"] for group in groups for each in group["params"]}
+    found = [scales[id(net.get_parameter(name))] for name in (
+        "patches.proj.weight", "modality", "blocks.0.norm1.weight", "blocks.1.norm1.weight",
+        "blocks.2.norm1.weight", "norm.weight", "head.weight")]
+    assert found == [0.0625, 0.0625, 0.125, 0.25, 0.5, 0.5, 1.0]
+    undecayed = {id(each) for group in groups if not group["weight_decay"]
+                 for each in group["params"]}
+    assert id(net.modality) in undecayed
+    assert id(net.head.weight) not in undecayed
+
+
 def test_timm_takes_the_encoder_of_a_released_file_and_refuses_another(tmp_path):
     specs = (dataclasses.replace(SPECS[0], name="rgb@224"), ModalitySpec(
         name="tok_rgb@224", kind="img", max_tokens=4, vocab_size=9))
