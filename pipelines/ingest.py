@@ -14,6 +14,7 @@ from infra.store import Store
 from pipelines.params import IngestOptions, IngestParams, RetryParams
 from pipelines.stages import run_jobs, stage_task
 from tasks import chain, duplicates, fetch
+from tasks.checks import check
 
 
 @stage_task("plan")
@@ -75,5 +76,6 @@ def _check(dataset: chain.Chain, params: IngestParams | RetryParams) -> None:
 @flow(name="ingest", description=IngestParams.__doc__)
 def ingest_flow(params: IngestParams) -> list[dict[str, Any]]:
     """Download the pictures of a list into shards, with a fate for every row."""
+    check("ingest", params.model_dump())
     plan_rows(params)
     return fetch_rows(params) + find_repeated(params)

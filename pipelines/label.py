@@ -14,6 +14,7 @@ from pipelines import previews
 from pipelines.params import LabelerResources, LabelOptions, LabelParams
 from pipelines.stages import hand_on, run_jobs, stage_task
 from tasks import chain
+from tasks.checks import check
 from tasks.label import in_turns, label_jobs
 
 
@@ -74,6 +75,7 @@ def show_labels(params: LabelParams) -> None:
 @flow(name="label", description=LabelParams.__doc__)
 def label_flow(params: LabelParams) -> list[dict[str, Any]]:
     """Label every picture: depth, normals, classes, boxes, captions, features."""
+    check("label", params.model_dump())
     choices = params.model_dump(include=set(LabelOptions.model_fields))
     chain.remember(Store(params.root), "label", choices)
     rows = label_pictures(params)

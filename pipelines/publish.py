@@ -14,6 +14,7 @@ from infra.store import Store
 from pipelines.params import PublishOptions, PublishParams
 from pipelines.stages import hand_on, stage_task
 from tasks import chain
+from tasks.checks import check
 from tasks.publish import publish_tokens
 
 
@@ -56,6 +57,7 @@ def _lineage(manifest: Manifest) -> str:
 @flow(name="publish", description=PublishParams.__doc__)
 def publish_flow(params: PublishParams) -> dict[str, Any]:
     """Prove that all modalities align, and publish a version of the token set."""
+    check("publish", params.model_dump())
     choices = params.model_dump(include=set(PublishOptions.model_fields))
     chain.remember(Store(params.root), "publish", choices)
     published = publish_manifest(params)

@@ -11,6 +11,7 @@ from infra.store import Store
 from pipelines.params import TokenizeOptions, TokenizeParams
 from pipelines.stages import hand_on, run_jobs, stage_task
 from tasks import chain
+from tasks.checks import check
 from tasks.tokenize import token_jobs
 
 
@@ -29,6 +30,7 @@ def tokenize_labels(params: TokenizeParams) -> list[dict[str, Any]]:
 @flow(name="tokenize", description=TokenizeParams.__doc__)
 def tokenize_flow(params: TokenizeParams) -> list[dict[str, Any]]:
     """Turn every modality of every sample into tokens."""
+    check("tokenize", params.model_dump())
     choices = params.model_dump(include=set(TokenizeOptions.model_fields))
     chain.remember(Store(params.root), "tokenize", choices)
     rows = tokenize_labels(params)

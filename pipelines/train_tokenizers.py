@@ -14,6 +14,7 @@ from infra.store import Store
 from pipelines.params import TokenizerOptions, TrainTokenizersParams
 from pipelines.stages import hand_on, stage_task
 from tasks import chain
+from tasks.checks import check
 from tasks.train_tokenizers import train_tokenizers
 
 
@@ -43,6 +44,7 @@ def learn_codes(params: TrainTokenizersParams) -> list[dict[str, Any]]:
 @flow(name="train-tokenizers", description=TrainTokenizersParams.__doc__)
 def train_tokenizers_flow(params: TrainTokenizersParams) -> list[dict[str, Any]]:
     """Train the tokenizers that turn each modality into discrete codes and back."""
+    check("train_tokenizers", params.model_dump())
     store = Store(params.root)
     choices = params.model_dump(include=set(TokenizerOptions.model_fields))
     chain.remember_tokenizers(store, choices)

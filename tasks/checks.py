@@ -1,4 +1,5 @@
-"""What a flow is told, checked before any work starts."""
+"""What a flow is told, checked before any work starts: by the command line before there is a flow,
+and by flows that write down what they were told, whoever started them."""
 
 from __future__ import annotations
 
