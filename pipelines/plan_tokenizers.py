@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipelines.params import PlanTokenizersParams
-from tasks.chain import chosen_recipe
+from tasks.choices import chosen_recipe
 from tasks.tokenizer_plan import plan_lines, plan_tokenizer
 from tasks.tokenizer_recipes import PRESETS
 

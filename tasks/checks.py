@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from infra.store import Store
-from tasks.chain import Chain, labelers, tokenizer_recipes
+from tasks.chain import Chain
+from tasks.choices import labelers, tokenizer_recipes
 
 FIRST_ROWS = 100
 """Rows of a list of which one at least must be good, before work starts."""

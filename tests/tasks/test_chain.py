@@ -17,8 +17,9 @@ from pipelines.params import (
     TokenizeOptions,
     TokenizerOptions,
 )
-from tasks.chain import Chain, labelers, remember, remember_tokenizers
+from tasks.chain import Chain, remember, remember_tokenizers
 from tasks.checks import check
+from tasks.choices import labelers
 from tasks.fetch import make_plan
 
 ROWS, SHARD = 6, 2
