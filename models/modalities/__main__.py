@@ -89,7 +89,9 @@ their own sizes: a picture waits for its like while at most 34 megapixels (100 M
 set of many aspect ratios fills its batches too: of 2,000 pictures in 365 sizes, batches of 8 hold
 7.5 for Depth Anything, where pictures of one size in the 16 next ones make batches of 1.1. Resizing
 and normalising run on the network's device, and a label does not depend on what else was in its
-batch.
+batch. A worker decodes pictures and encodes labels on all of its cores meanwhile: the PNG of a
+depth or normal map of 256 x 341 pixels takes about 8 ms of one (measured at 128 x 128), so that a
+GPU which labels 500 pictures a second keeps four or five busy.
 
     fourm label --resources '{"depth": {"gpus": 0.5, "batch_size": 64, "compile": true}}'
 

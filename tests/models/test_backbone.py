@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from timm.optim import param_groups_layer_decay
 
 from models import fourm
 from models.fourm import timm_models
@@ -199,6 +198,8 @@ def test_timm_leads_pictures_past_blocks_in_training_alone_the_later_the_more_of
 
 
 def test_timm_lets_learning_rates_fall_with_depth():
+    from timm.optim import param_groups_layer_decay  # it sets limits of torch's compiler
+
     net = timm.create_model("fourm_base_patch16_224", num_classes=7, **SMALL)
     groups = param_groups_layer_decay(
         net, 0.05, no_weight_decay_list=net.no_weight_decay(), layer_decay=0.5
