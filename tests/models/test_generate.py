@@ -16,19 +16,9 @@ from models.fourm.guidance import Branch
 from models.fourm.model import FourM
 from models.fourm.sampling import filtered, sample, uniform
 from models.fourm.schedules import temperature_schedule, token_schedule
-from tests.models.tiny_fourm import GRID, Grey, network, small_text, words
+from tests.models.tiny_fourm import GRID, Grey, words
 from tests.models.tiny_fourm import tokens as grid
 from tokenizers_vq.text import TextTokenizer
-
-
-@pytest.fixture(scope="module")
-def text() -> TextTokenizer:
-    return small_text()
-
-
-@pytest.fixture(scope="module")
-def model(text: TextTokenizer) -> FourM:
-    return network(text)
 
 
 @pytest.mark.parametrize(

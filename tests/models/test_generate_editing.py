@@ -19,7 +19,16 @@ from models.fourm.orders import halton_order
 from models.fourm.presets import default_decoding
 from models.fourm.schedules import token_schedule
 from models.fourm.spec import EOS_ID, ModalitySpec
-from tests.models.tiny_fourm import CODES, GRID, Grey, grids, network, small_text, tokens, words
+from tests.models.tiny_fourm import (
+    CODES,
+    GRID,
+    Grey,
+    grids,
+    network,
+    picture,
+    tokens,
+    words,
+)
 from tokenizers_vq.text import TextTokenizer
 
 RGB, DEPTH = "tok_rgb@64", "tok_depth@64"
@@ -29,26 +38,6 @@ BOXES: dict[str, Any] = {
         {"box": [0.5, 0.5, 0.75, 0.75], "class_name": "sphere", "score": 1.0},
     ]
 }
-
-
-@pytest.fixture(scope="module")
-def text() -> TextTokenizer:
-    return small_text()
-
-
-@pytest.fixture(scope="module")
-def model(text: TextTokenizer) -> FourM:
-    return network(text)
-
-
-@pytest.fixture(scope="module")
-def generator(model: FourM, text: TextTokenizer) -> Generator:
-    coarse = {"rgb": Grey(colours=True), "depth": Grey()}
-    return Generator(model, coarse, text, bf16=False)  # type: ignore[arg-type]
-
-
-def picture(seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 255, (64, 64, 3), np.uint8)
 
 
 def test_the_halton_order_visits_every_cell_and_spreads_every_prefix() -> None:

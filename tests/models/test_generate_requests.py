@@ -15,28 +15,8 @@ from models.fourm.generate import Generator, Guide, Part, Tokens
 from models.fourm.model import FourM
 from models.fourm.spec import EOS_ID, UNKNOWN_ID, FourMConfig
 from models.fourm.vectors import valid_vectors
-from tests.models.tiny_fourm import GRID, Grey, network, small_text
+from tests.models.tiny_fourm import GRID, network, picture
 from tokenizers_vq.text import TextTokenizer
-
-
-@pytest.fixture(scope="module")
-def text() -> TextTokenizer:
-    return small_text()
-
-
-@pytest.fixture(scope="module")
-def model(text: TextTokenizer) -> FourM:
-    return network(text)
-
-
-@pytest.fixture(scope="module")
-def generator(model: FourM, text: TextTokenizer) -> Generator:
-    coarse = {"rgb": Grey(colours=True), "depth": Grey()}
-    return Generator(model, coarse, text)  # type: ignore[arg-type]
-
-
-def picture(seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 255, (64, 64, 3), np.uint8)
 
 
 @pytest.mark.parametrize(("conditions", "sentence"), [

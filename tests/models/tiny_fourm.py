@@ -76,3 +76,8 @@ def words(rows: int, *ids: int) -> Shown:
     """The same text in every row."""
     values = torch.tensor([ids] * rows)
     return Shown(values, torch.ones_like(values, dtype=torch.bool))
+
+
+def picture(seed: int = 0) -> np.ndarray:
+    """Noise, uint8 [64, 64, 3]."""
+    return np.random.default_rng(seed).integers(0, 255, (64, 64, 3), np.uint8)
