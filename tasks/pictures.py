@@ -24,6 +24,9 @@ MAX_PROFILE = 4 << 20
 MAX_SCANS = 100
 """Most passes over its pixels that a JPEG may ask for; progressive ones have about ten. Each may be
 a few bytes long and take as long as all of the others: 350 kB can take a minute, 20 MB an hour."""
+READS, READ_BYTES = 1000, 64
+"""A picture may be read in so many pieces and in one more for each so many of its bytes. Encoders
+write pieces of kilobytes; 20 MB of empty ones would keep the interpreter busy for ten seconds."""
 Resize = Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"]
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 """[H, W, 3], sRGB."""
@@ -48,6 +51,25 @@ class BadPicture(ValueError):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
+
+
+class _Pieces(io.BytesIO):
+    """Bytes of a picture that cannot be taken apart without end."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._left = READS + len(data) // READ_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of any file.
+
+        Raises:
+            BadPicture: bomb, when it was called too often.
+        """
+        self._left -= 1
+        if self._left < 0:
+            raise BadPicture("bomb", "taken apart into pieces of a few bytes without end")
+        return super().read(size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +131,8 @@ def cleaned(data: bytes, policy: PicturePolicy) -> Picture:
             data = simplejpeg.encode_jpeg(
                 pixels, policy.quality, colorsubsampling="420", fastdct=False
             )
+    except BadPicture:
+        raise
     except _FAULTS as error:
         reason = "truncated" if "truncated" in str(error).lower() else "not_image"
         raise BadPicture(reason, str(error)) from error
@@ -131,7 +155,9 @@ _LUMA = np.array([299, 587, 114], np.int32)  # of ITU-R BT.601, in thousandths
 
 def _open(data: bytes, policy: PicturePolicy) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(_Pieces(data), formats=FORMATS)
+    except BadPicture:
+        raise
     except Image.DecompressionBombError as error:
         raise BadPicture("bomb", str(error)) from error
     except _FAULTS as error:

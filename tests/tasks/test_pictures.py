@@ -48,6 +48,11 @@ def of_many_scans(jpeg: bytes, times: int) -> bytes:
     return jpeg[:-2] + last * times + jpeg[-2:]
 
 
+def with_pieces(picture: bytes, at: int, piece: bytes, size: int) -> bytes:
+    """A picture with so many bytes of empty pieces in it."""
+    return picture[:at] + piece * (size // len(piece)) + picture[at:]
+
+
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
 
 
@@ -77,6 +82,27 @@ def test_a_jpeg_that_asks_for_its_pixels_to_be_gone_over_without_end_is_a_bomb()
     assert opened(clean(of_many_scans(progressive, 20), POLICY)).size == (85, 64)
     with pytest.raises(BadPicture, match=r"\d+ scans of a JPEG, limit 100") as caught:
         clean(of_many_scans(progressive, 100), POLICY)
+    assert caught.value.reason == "bomb"
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "piece"),
+    [
+        ("JPEG", 2, b"\xff\xfe\x00\x02"),
+        ("JPEG", 2, b"\xff"),
+        ("JPEG", 2, b"\xff\xd0"),
+        ("PNG", 33, b"\0\0\0\0IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))),
+        ("PNG", -12, b"\0\0\0\0teSt" + struct.pack(">I", zlib.crc32(b"teSt"))),
+        ("GIF", 13 + 768, b"\x21\xfe\x00"),
+    ],
+    ids=["jpeg-segments", "jpeg-fill", "jpeg-markers", "png-pixels", "png-behind", "gif"],
+)
+def test_a_picture_of_pieces_without_end_is_a_bomb_and_one_with_some_is_kept(kind, at, piece):
+    picture = encoded(NOISE.convert("P", dither=0) if kind == "GIF" else NOISE, kind)
+    some = clean(with_pieces(picture, at, piece, 200 * len(piece)), POLICY)
+    assert some == clean(picture, POLICY)
+    with pytest.raises(BadPicture, match="pieces of a few bytes") as caught:
+        clean(with_pieces(picture, at, piece, 300_000), POLICY)
     assert caught.value.reason == "bomb"
 
 
