@@ -22,7 +22,6 @@ class DepthLabeler(InParts):
     compiles: ClassVar[bool] = True
 
     def __init__(self, spec: LabelerSpec) -> None:
-        import torch
         from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
         super().__init__(spec)
@@ -31,9 +30,7 @@ class DepthLabeler(InParts):
         if self.scale not in ("metric", "inverse"):
             raise ValueError(f"scale={self.scale!r} of a depth labeler: take 'metric' or 'inverse'")
         self.inputs = Inputs(self, AutoImageProcessor.from_pretrained(**self.pretrained()))
-        self.model = self.compiled(self.place(
-            AutoModelForDepthEstimation.from_pretrained(**self.pretrained(), dtype=torch.float32)
-        ))  # fmt: skip
+        self.model = self.compiled(self.place(self.load(AutoModelForDepthEstimation)))
 
     def forward(self, inputs: Any) -> Any:
         return self.model(**inputs).predicted_depth

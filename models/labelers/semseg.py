@@ -28,7 +28,6 @@ class SemsegLabeler(InParts):
     compiles: ClassVar[bool] = True
 
     def __init__(self, spec: LabelerSpec) -> None:
-        import torch
         from transformers import (
             MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
             AutoConfig,
@@ -47,9 +46,7 @@ class SemsegLabeler(InParts):
             else AutoModelForSemanticSegmentation
         )
         self.inputs = Inputs(self, AutoImageProcessor.from_pretrained(**self.pretrained()))
-        self.model = self.compiled(
-            self.place(auto.from_pretrained(**self.pretrained(), dtype=torch.float32))
-        )
+        self.model = self.compiled(self.place(self.load(auto, spare=("auxiliary_head",))))
         self.names = [config.id2label[number] for number in sorted(config.id2label)]
         if len(self.names) > MAX_CLASSES:
             raise ValueError(
