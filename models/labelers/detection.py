@@ -53,6 +53,8 @@ class DetectionLabeler(InParts):
         import torch
 
         sure_of(outputs.logits, outputs.pred_boxes)
+        # Corners and scores in half precision would be coarser than what the network tells.
+        outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
         # The boxes of an image of 1 x 1 pixels are relative ones.
         found = self.inputs.processor.post_process_object_detection(
             outputs, threshold=self.threshold, target_sizes=torch.ones(len(images), 2)
