@@ -142,11 +142,11 @@ class Labeler(ABC):
             if not self.compiles:
                 raise ValueError(f"labeler {spec.name!r} has no network that can be compiled")
             check_compiler(device)
-        precision = spec.precision
-        if precision == "auto":
-            precision = "bf16" if device == "cuda" or fast_bf16() else "fp32"
+        self.precision = spec.precision
+        if self.precision == "auto":
+            self.precision = "bf16" if device == "cuda" or fast_bf16() else "fp32"
         self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[
-            precision
+            self.precision
         ]
         self._batches = FittingBatches(spec.batch_size, f"labeler {spec.name}")
         self._compiled: list[Any] = []
