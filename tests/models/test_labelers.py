@@ -156,6 +156,27 @@ def test_depth_grows_with_distance_whatever_the_network_predicts(
     np.testing.assert_allclose(value[0, ::12], expected)
 
 
+@pytest.mark.parametrize("size", [(30, 50), (64, 41)])
+@pytest.mark.parametrize("kind", ["depth_pro", "zoedepth"])
+def test_depth_in_a_network_s_own_terms_is_metres_as_its_processor_has_them(save, kind, size):
+    rows, columns = torch.linspace(1, 2, 24)[:, None], torch.linspace(1, 3, 32)
+    told = hf.models.depth_pro.modeling_depth_pro.DepthProDepthEstimatorOutput(
+        predicted_depth=torch.stack([rows + columns, rows * 2 + columns]),
+        field_of_view=torch.tensor([50.0, 70.0]),
+    )
+    labeler = load_labeler(_spec("depth", save(_glpn), max_depth=20))
+    labeler.kind, sizes = kind, {"target_sizes": [size, size]}
+    if kind == "depth_pro":
+        processor = hf.DepthProImageProcessor(resample=2)
+    else:
+        processor, sizes["source_sizes"] = hf.ZoeDepthImageProcessor(), sizes["target_sizes"]
+    labeler.inputs.processor = processor
+    expected = processor.post_process_depth_estimation(told, **sizes)
+    found = labeler.finish(told, [np.zeros((*size, 3), np.uint8)] * 2)["depth"]
+    for value, each in zip(found, expected, strict=True):
+        np.testing.assert_allclose(value * 20, each["predicted_depth"], atol=0.02)
+
+
 def test_normals_are_unit_vectors_and_obey_signs(save, images):
     folder = save(_tipsv2)
     plain = load_labeler(_spec("normal", folder)).label(images)["normal"]
