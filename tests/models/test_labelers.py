@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from transformers.models.eomt.modeling_eomt import EomtForUniversalSegmentationOutput
 
 from models.labelers import KINDS, PRESETS, LabelerSpec, load_labeler, preset, weights_revision
 from models.labelers.base import WEIGHTS, Image, Labeler, resize
@@ -95,6 +96,11 @@ def _eomt() -> tuple[Any, Any]:
         size={"shortest_edge": 64, "longest_edge": None}, do_split_image=True
     )
     return hf.EomtForUniversalSegmentation(config), processor
+
+
+def _panoptic_eomt() -> tuple[Any, Any]:
+    size = {"shortest_edge": 64, "longest_edge": 64}
+    return _eomt()[0], hf.EomtImageProcessor(size=size, do_split_image=False, do_pad=True)
 
 
 def _clip() -> tuple[Any, Any]:
@@ -195,6 +201,28 @@ def test_segmentation_is_a_class_id_a_pixel_for_pixel_and_universal_networks(
     values = load_labeler(_spec("semseg", save(build))).label(images)["semseg"]
     assert [value.shape for value in values] == SIZES
     assert all(value.dtype == np.uint8 and value.max() < classes for value in values)
+
+
+@pytest.mark.parametrize("size", [(30, 60), (90, 45)])
+def test_what_fills_a_picture_up_to_a_square_is_not_in_its_classes(save, monkeypatch, size):
+    labeler = load_labeler(_spec("semseg", save(_panoptic_eomt)))
+    image = np.zeros((*size, 3), np.uint8)
+    image[size[0] // 2 :] = 255
+
+    def network(pixel_values: torch.Tensor) -> Any:
+        """Class 0 where it is dark, as what fills up is, and 1 where it is bright."""
+        shade = pixel_values[:, :1]
+        masks = torch.cat([shade < -1.0, shade > 1.0], 1) * 20.0 - 10
+        classes = torch.eye(2, 6).expand(len(masks), 2, 6) * 20
+        return EomtForUniversalSegmentationOutput(
+            masks_queries_logits=masks, class_queries_logits=classes
+        )
+
+    monkeypatch.setattr(labeler, "model", network)
+    (value,) = labeler.label([image])["semseg"]
+    expected = image[..., 0] // 255
+    assert value.shape == expected.shape
+    assert (value == expected).mean() > 0.95
 
 
 @pytest.mark.parametrize("build", [_clip, _siglip])
