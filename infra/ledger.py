@@ -223,8 +223,10 @@ class Ledger:
         return sorted({path.split("/")[1] for path in self.store.list("quarantine/")})
 
     def quarantined(self, stage: Stage | str) -> dict[int, str]:
-        """Shard -> reason of what was set aside."""
-        paths = sorted(self._numbered(f"quarantine/{_id(stage)}/").items())
+        """Shard -> reason of what was set aside, and no other run has committed since."""
+        numbered = self._numbered(f"quarantine/{_id(stage)}/")
+        done = self.committed(stage) if numbered else set()
+        paths = sorted((shard, path) for shard, path in numbered.items() if shard not in done)
         reasons = streamed(lambda item: self._reason(item[1]), paths)
         found = zip((shard for shard, _ in paths), reasons, strict=True)
         return {shard: reason for shard, reason in found if reason is not None}

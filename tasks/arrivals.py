@@ -84,7 +84,7 @@ def _tell(row: dict[str, Any], name: str, data: bytes) -> None:
     if len(data) > MAX_SIDECAR:
         raise ValueError(f"longer than {MAX_SIDECAR} bytes")
     if not name.lower().endswith(".json"):
-        row["caption"] = data.decode("utf-8", "replace")
+        row["caption"] = data.decode("utf-8-sig", "replace")  # Notepad begins files with a mark
         return
     try:
         value = json.loads(data)

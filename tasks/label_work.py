@@ -164,6 +164,8 @@ class LabelWork:
             outputs={output: _tar(samples, output) for output in self._stage.outputs},
             statuses=[(sample.key, sample.reason, sample.detail) for sample in samples],
             seconds=seconds,
+            # What "auto" was here: the workers of a run may be of several kinds.
+            info={"device": self._labeler.device.type, "precision": self._labeler.precision},
             waited=waited,
         )
 

@@ -142,19 +142,52 @@ class Labeler(ABC):
             if not self.compiles:
                 raise ValueError(f"labeler {spec.name!r} has no network that can be compiled")
             check_compiler(device)
-        precision = spec.precision
-        if precision == "auto":
-            precision = "bf16" if device == "cuda" or fast_bf16() else "fp32"
+        self.precision = spec.precision
+        if self.precision == "auto":
+            self.precision = "bf16" if device == "cuda" or fast_bf16() else "fp32"
         self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[
-            precision
+            self.precision
         ]
         self._batches = FittingBatches(spec.batch_size, f"labeler {spec.name}")
         self._compiled: list[Any] = []
 
     def pretrained(self) -> dict[str, Any]:
-        """Arguments that every `from_pretrained` of a model or processor gets."""
-        source = {"pretrained_model_name_or_path": self.spec.source}
+        """Arguments that every `from_pretrained` of a model or processor gets.
+
+        Code of a repository is never run: unless told so, transformers would ask on a terminal.
+        """
+        source = {
+            "pretrained_model_name_or_path": self.spec.source, "trust_remote_code": False,
+        }  # fmt: skip
         return source | ({"revision": self.spec.revision} if self.spec.revision else {})
+
+    def load(self, kind: Any, spare: Sequence[str] = ()) -> Any:
+        """Load the checkpoint through a class of transformers, in float32.
+
+        Args:
+            kind: The class, such as `AutoModel`.
+            spare: Parts of the network whose output is not looked at.
+
+        Raises:
+            OSError: The weights cannot be found.
+            ValueError: The checkpoint holds nothing of a part, as one of a backbone alone holds no
+                head: the part would be left at random, and so would be the labels.
+        """
+        import torch
+
+        model, told = kind.from_pretrained(
+            **self.pretrained(), dtype=torch.float32, output_loading_info=True
+        )
+        missing = set(told["missing_keys"])
+        for name, part in model.named_children():
+            weights = {f"{name}.{each}" for each, _ in part.named_parameters()}
+            if weights and weights <= missing and name not in spare:
+                raise ValueError(
+                    f"{self.spec.model_id} holds no weights of {name!r}, which "
+                    f"{type(model).__name__} needs: take a checkpoint that was trained for "
+                    f"{self.spec.name!r}"
+                )
+        return model
 
     def place(self, model: Any) -> Any:
         """Return a model in evaluation mode on the labeler's device, gradients off."""

@@ -26,7 +26,6 @@ class CaptionLabeler(InParts):
     compiles: ClassVar[bool] = True
 
     def __init__(self, spec: LabelerSpec) -> None:
-        import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         super().__init__(spec)
@@ -37,9 +36,7 @@ class CaptionLabeler(InParts):
                 raise ValueError(f"{name}={value} of a captioner is below 1")
         self.search = options
         self.inputs = Inputs(self, AutoProcessor.from_pretrained(**self.pretrained()))
-        self.model = self.place(
-            AutoModelForImageTextToText.from_pretrained(**self.pretrained(), dtype=torch.float32)
-        )
+        self.model = self.place(self.load(AutoModelForImageTextToText))
         if spec.compile:
             self.compiled(self._vision_part())
 

@@ -31,7 +31,6 @@ class DetectionLabeler(InParts):
     compiles: ClassVar[bool] = True
 
     def __init__(self, spec: LabelerSpec) -> None:
-        import torch
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
         super().__init__(spec)
@@ -44,9 +43,7 @@ class DetectionLabeler(InParts):
         if self.max_instances < 1:
             raise ValueError(f"max_instances={self.max_instances} of a detector is below 1")
         self.inputs = Inputs(self, AutoImageProcessor.from_pretrained(**self.pretrained()))
-        self.model = self.compiled(self.place(
-            AutoModelForObjectDetection.from_pretrained(**self.pretrained(), dtype=torch.float32)
-        ))  # fmt: skip
+        self.model = self.compiled(self.place(self.load(AutoModelForObjectDetection)))
         self.names = self.model.config.id2label
 
     def forward(self, inputs: Any) -> Any:
@@ -56,6 +53,8 @@ class DetectionLabeler(InParts):
         import torch
 
         sure_of(outputs.logits, outputs.pred_boxes)
+        # Corners and scores in half precision would be coarser than what the network tells.
+        outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
         # The boxes of an image of 1 x 1 pixels are relative ones.
         found = self.inputs.processor.post_process_object_detection(
             outputs, threshold=self.threshold, target_sizes=torch.ones(len(images), 2)

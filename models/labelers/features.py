@@ -124,12 +124,12 @@ class _HubTower:
     """The vision tower of a checkpoint of `AutoModel`, with its processor."""
 
     def __init__(self, labeler: Labeler) -> None:
-        import torch
         from transformers import AutoImageProcessor, AutoModel
 
-        source = labeler.pretrained()
-        self.labeler, self.processor = labeler, AutoImageProcessor.from_pretrained(**source)
-        model = AutoModel.from_pretrained(**source, dtype=torch.float32)
+        self.labeler = labeler
+        self.processor = AutoImageProcessor.from_pretrained(**labeler.pretrained())
+        pooled = any(name.endswith(GLOBAL) for name in labeler.spec.outputs)
+        model = labeler.load(AutoModel, spare=() if pooled else ("pooler",))
         self.model = labeler.compiled(labeler.place(getattr(model, "vision_model", model)))
         self.projection: Any = getattr(model, "visual_projection", None)
         self.projected = False

@@ -28,9 +28,7 @@ class NormalLabeler(InParts):
             raise ValueError(f"signs={signs!r} of a normal labeler: take three of 1 and -1")
         self.signs = torch.tensor(signs, dtype=torch.float32, device=self.device).view(1, 3, 1, 1)
         self.inputs = Inputs(self, AutoImageProcessor.from_pretrained(**self.pretrained()))
-        self.model = self.compiled(self.place(
-            AutoModelForNormalEstimation.from_pretrained(**self.pretrained(), dtype=torch.float32)
-        ))  # fmt: skip
+        self.model = self.compiled(self.place(self.load(AutoModelForNormalEstimation)))
 
     def forward(self, inputs: Any) -> Any:
         return self.model(**inputs).normals

@@ -35,7 +35,6 @@ class PoseLabeler(Labeler):
     at_once: ClassVar[int] = 4  # pictures without people among them fill no batch
 
     def __init__(self, spec: LabelerSpec) -> None:
-        import torch
         from transformers import AutoImageProcessor, AutoModelForPoseEstimation
 
         super().__init__(spec)
@@ -47,9 +46,7 @@ class PoseLabeler(Labeler):
             )
         self.options = options
         self.processor = AutoImageProcessor.from_pretrained(**self.pretrained())
-        self.model = self.compiled(self.place(
-            AutoModelForPoseEstimation.from_pretrained(**self.pretrained(), dtype=torch.float32)
-        ))  # fmt: skip
+        self.model = self.compiled(self.place(self.load(AutoModelForPoseEstimation)))
         if (known := len(self.model.config.id2label)) != len(KEYPOINTS):
             raise ValueError(f"{spec.model_id} knows {known} keypoints, not {len(KEYPOINTS)}")
 

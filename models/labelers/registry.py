@@ -135,6 +135,10 @@ def weights_revision(spec: LabelerSpec) -> str:
         return spec.revision or "main"
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts):
+            continue  # notes of git, or of the download: they change and the weights do not
+        digest.update(name.as_posix().encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

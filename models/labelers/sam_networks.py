@@ -46,9 +46,7 @@ class HubSam:
 
         self.device = labeler.device
         self.inputs = Inputs(labeler, AutoImageProcessor.from_pretrained(**labeler.pretrained()))
-        self.model = labeler.place(
-            SamModel.from_pretrained(**labeler.pretrained(), dtype=torch.float32)
-        )
+        self.model = labeler.place(labeler.load(SamModel))
         labeler.compiled(self.model.vision_encoder)
 
     def embed(self, images: Sequence[Image]) -> tuple[Tensor, list[Shape]]:

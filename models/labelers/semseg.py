@@ -28,7 +28,6 @@ class SemsegLabeler(InParts):
     compiles: ClassVar[bool] = True
 
     def __init__(self, spec: LabelerSpec) -> None:
-        import torch
         from transformers import (
             MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
             AutoConfig,
@@ -47,9 +46,7 @@ class SemsegLabeler(InParts):
             else AutoModelForSemanticSegmentation
         )
         self.inputs = Inputs(self, AutoImageProcessor.from_pretrained(**self.pretrained()))
-        self.model = self.compiled(
-            self.place(auto.from_pretrained(**self.pretrained(), dtype=torch.float32))
-        )
+        self.model = self.compiled(self.place(self.load(auto, spare=("auxiliary_head",))))
         self.names = [config.id2label[number] for number in sorted(config.id2label)]
         if len(self.names) > MAX_CLASSES:
             raise ValueError(
@@ -71,10 +68,28 @@ class SemsegLabeler(InParts):
 
     def _universal(self, outputs: Any, images: Sequence[Image]) -> list[Any]:
         sure_of(*(outputs[name] for name in _LOGITS if name in outputs))
+        sizes = [image.shape[:2] for image in images]
         maps = self.inputs.processor.post_process_semantic_segmentation(
-            outputs, target_sizes=[image.shape[:2] for image in images]
+            outputs, target_sizes=[self._filled(*size) for size in sizes]
         )
-        return [each.byte().cpu().numpy() for each in maps]
+        return [
+            each[:height, :width].byte().cpu().numpy()
+            for each, (height, width) in zip(maps, sizes, strict=True)
+        ]
+
+    def _filled(self, height: int, width: int) -> tuple[int, int]:
+        """Size of a picture with what EoMT's processor adds below or beside it to fill a square,
+        as for networks of panoptic classes: its semantic maps show that, too."""
+        from transformers.image_transforms import get_size_with_aspect_ratio
+
+        processor = self.inputs.processor
+        fills = hasattr(processor, "unpad_image") and processor.do_pad
+        if not fills or processor.do_split_image:
+            return height, width
+        short, long = processor.size["shortest_edge"], processor.size["longest_edge"]
+        seen = get_size_with_aspect_ratio((height, width), short, long)
+        whole = (max(short, seen[0]), max(long or short, seen[1]))
+        return round(height * whole[0] / seen[0]), round(width * whole[1] / seen[1])
 
 
 def _classes(logits: Any) -> Any:

@@ -30,7 +30,6 @@ class T5Labeler(Labeler):
     compiles: ClassVar[bool] = True
 
     def __init__(self, spec: LabelerSpec) -> None:
-        import torch
         from transformers import AutoModelForTextEncoding, AutoTokenizer
 
         super().__init__(spec)
@@ -40,13 +39,11 @@ class T5Labeler(Labeler):
             raise ValueError(f"max_tokens={self.max_tokens} of T5 captions: take 1 to {MAX_TOKENS}")
         words = options["tokenizer"]
         self.tokenizer = (
-            AutoTokenizer.from_pretrained(words)
+            AutoTokenizer.from_pretrained(words, trust_remote_code=False)
             if words
             else AutoTokenizer.from_pretrained(**self.pretrained())
         )
-        self.model = self.compiled(self.place(
-            AutoModelForTextEncoding.from_pretrained(**self.pretrained(), dtype=torch.float32)
-        ))  # fmt: skip
+        self.model = self.compiled(self.place(self.load(AutoModelForTextEncoding)))
 
     def label_samples(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         return self.in_batches([sample["caption"] for sample in samples])

@@ -12,6 +12,7 @@ import pytest
 from infra.blocks import BlockWriter, Column
 from infra.ledger import Commit, Ledger, ShardData, Stage
 from infra.shards import TarIndex, TornShard, hole, key_digest, sample_key, write_tar
+from infra.status import status
 from infra.store import Store
 
 FETCH = Stage("fetch", 1, {"size": 128}, ("rgb", "caption"))
@@ -164,6 +165,19 @@ def test_resuming_is_subtraction(tmp_store: Store) -> None:
     assert [ledger.is_committed(FETCH, shard) for shard in range(3)] == [False, True, False]
     ledger.release(FETCH, 2)
     assert ledger.todo(FETCH, range(4)) == [0, 2, 3]
+
+
+def test_a_shard_that_another_run_commits_after_all_is_no_longer_set_aside(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    ledger = Ledger(store)
+    ledger.write_plan({"num_shards": 3})
+    for shard in (0, 1):
+        ledger.quarantine(FETCH, shard, "broken")
+    ledger.commit(FETCH, 1, fetched(1))
+    assert ledger.quarantined(FETCH) == {0: "broken"}
+    (line,) = status(store)
+    assert (line.done, line.quarantined, line.left) == (1, 1, 1)
+    assert ledger.todo(FETCH, range(3)) == [2]
 
 
 def test_attempts_count_up_and_can_be_forgotten(tmp_store: Store) -> None:

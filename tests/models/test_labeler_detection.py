@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from infra.scenes import EVAL_SEED, SHAPES, render, sample_scene
 from models.labelers.base import LabelerSpec
@@ -95,6 +98,23 @@ def test_any_detector_gives_relative_named_boxes_best_first(checkpoint, tmp_path
             assert 0 <= top < bottom <= 1
             assert each["class_name"] in CLASSES.values()
     assert any(value["instances"] for value in values)
+
+
+def test_corners_and_scores_are_as_fine_as_a_network_in_half_precision_tells():
+    labeler = DetectionLabeler(replace(
+        spec("shipped:det", threshold=0, max_overlap=1.0, max_instances=1), precision="bf16"
+    ))  # fmt: skip
+    logits = torch.full((1, 4, len(labeler.names)), -8.0, dtype=torch.bfloat16)
+    logits[0, 0, 0] = 0.30859375
+    boxes = torch.tensor([[[0.91796875, 0.6953125, 0.0517578125, 0.0927734375]] * 4]).bfloat16()
+    with labeler.inference():
+        outputs = SimpleNamespace(logits=logits, pred_boxes=boxes)
+        (value,) = labeler.finish(outputs, images(1))["det"]
+    (best,) = value["instances"]
+    x, y, width, height = boxes[0, 0].double().tolist()
+    corners = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+    np.testing.assert_allclose(best["box"], corners, atol=1e-6)
+    assert best["score"] == pytest.approx(1 / (1 + np.exp(-0.30859375)), abs=1e-6)
 
 
 def test_a_threshold_of_one_finds_nothing(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from transformers.models.eomt.modeling_eomt import EomtForUniversalSegmentationOutput
 
 from models.labelers import KINDS, PRESETS, LabelerSpec, load_labeler, preset, weights_revision
 from models.labelers.base import WEIGHTS, Image, Labeler, resize
@@ -97,6 +98,11 @@ def _eomt() -> tuple[Any, Any]:
     return hf.EomtForUniversalSegmentation(config), processor
 
 
+def _panoptic_eomt() -> tuple[Any, Any]:
+    size = {"shortest_edge": 64, "longest_edge": 64}
+    return _eomt()[0], hf.EomtImageProcessor(size=size, do_split_image=False, do_pad=True)
+
+
 def _clip() -> tuple[Any, Any]:
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
               "num_attention_heads": 2, "image_size": 32, "patch_size": 8}  # fmt: skip
@@ -156,6 +162,27 @@ def test_depth_grows_with_distance_whatever_the_network_predicts(
     np.testing.assert_allclose(value[0, ::12], expected)
 
 
+@pytest.mark.parametrize("size", [(30, 50), (64, 41)])
+@pytest.mark.parametrize("kind", ["depth_pro", "zoedepth"])
+def test_depth_in_a_network_s_own_terms_is_metres_as_its_processor_has_them(save, kind, size):
+    rows, columns = torch.linspace(1, 2, 24)[:, None], torch.linspace(1, 3, 32)
+    told = hf.models.depth_pro.modeling_depth_pro.DepthProDepthEstimatorOutput(
+        predicted_depth=torch.stack([rows + columns, rows * 2 + columns]),
+        field_of_view=torch.tensor([50.0, 70.0]),
+    )
+    labeler = load_labeler(_spec("depth", save(_glpn), max_depth=20))
+    labeler.kind, sizes = kind, {"target_sizes": [size, size]}
+    if kind == "depth_pro":
+        processor = hf.DepthProImageProcessor(resample=2)
+    else:
+        processor, sizes["source_sizes"] = hf.ZoeDepthImageProcessor(), sizes["target_sizes"]
+    labeler.inputs.processor = processor
+    expected = processor.post_process_depth_estimation(told, **sizes)
+    found = labeler.finish(told, [np.zeros((*size, 3), np.uint8)] * 2)["depth"]
+    for value, each in zip(found, expected, strict=True):
+        np.testing.assert_allclose(value * 20, each["predicted_depth"], atol=0.02)
+
+
 def test_normals_are_unit_vectors_and_obey_signs(save, images):
     folder = save(_tipsv2)
     plain = load_labeler(_spec("normal", folder)).label(images)["normal"]
@@ -174,6 +201,28 @@ def test_segmentation_is_a_class_id_a_pixel_for_pixel_and_universal_networks(
     values = load_labeler(_spec("semseg", save(build))).label(images)["semseg"]
     assert [value.shape for value in values] == SIZES
     assert all(value.dtype == np.uint8 and value.max() < classes for value in values)
+
+
+@pytest.mark.parametrize("size", [(30, 60), (90, 45)])
+def test_what_fills_a_picture_up_to_a_square_is_not_in_its_classes(save, monkeypatch, size):
+    labeler = load_labeler(_spec("semseg", save(_panoptic_eomt)))
+    image = np.zeros((*size, 3), np.uint8)
+    image[size[0] // 2 :] = 255
+
+    def network(pixel_values: torch.Tensor) -> Any:
+        """Class 0 where it is dark, as what fills up is, and 1 where it is bright."""
+        shade = pixel_values[:, :1]
+        masks = torch.cat([shade < -1.0, shade > 1.0], 1) * 20.0 - 10
+        classes = torch.eye(2, 6).expand(len(masks), 2, 6) * 20
+        return EomtForUniversalSegmentationOutput(
+            masks_queries_logits=masks, class_queries_logits=classes
+        )
+
+    monkeypatch.setattr(labeler, "model", network)
+    (value,) = labeler.label([image])["semseg"]
+    expected = image[..., 0] // 255
+    assert value.shape == expected.shape
+    assert (value == expected).mean() > 0.95
 
 
 @pytest.mark.parametrize("build", [_clip, _siglip])

@@ -89,7 +89,8 @@ def test_a_list_cannot_name_files_only_a_folder_can(folder, tmp_path):
 
 def test_tars_of_others_are_imported_without_a_download(tmp_path):
     members = [
-        ("000.jpg", jpeg(1)), ("000.txt", b"one"), ("000.json", b'{"caption": "no", "w": 3}'),
+        ("000.jpg", jpeg(1)), ("000.txt", b"\xef\xbb\xbfone"),
+        ("000.json", b'{"caption": "no", "w": 3}'),
         ("001.txt", b"lost"),
         ("002.JPG", jpeg(2, 128)), ("002.json", b'{"caption": "two \\ud83d"}'),
         ("003.jpg", jpeg(1)), ("004.jpg", b"x" * 200_000),

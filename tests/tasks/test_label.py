@@ -122,6 +122,19 @@ def test_a_commit_tells_what_its_network_waited_for(tmp_path, monkeypatch, slow,
     assert Ledger(store).read_commit(label_stage(SPEC, FETCH), 0).waited == data.waited
 
 
+@pytest.mark.parametrize(("precision", "fast", "used"), [
+    ("auto", True, "bf16"), ("auto", False, "fp32"), ("fp16", True, "fp16"),
+])  # fmt: skip
+def test_a_commit_tells_the_precision_that_auto_was_on_its_machine(
+    tmp_path, monkeypatch, precision, fast, used
+):
+    monkeypatch.setattr("models.labelers.base.fast_bf16", lambda: fast)
+    store, own = Store(str(tmp_path)), dataclasses.replace(SPEC, precision=precision)
+    commit_pictures(store, [("00000000000.jpg", jpeg(9))])
+    data = LabelWork(store, label_stage(own, FETCH), Brightness(own)).run(0)
+    assert data.info == {"device": "cpu", "precision": used}
+
+
 def test_a_picture_that_its_network_cannot_see_is_a_hole_with_a_reason(tmp_path):
     store = Store(str(tmp_path))
     commit_pictures(store, [("00000000000.jpg", jpeg(9, size=64)), ("00000000001.jpg", jpeg(9, 1))])
