@@ -33,3 +33,12 @@ def test_miou_leaves_out_unlabelled_pixels_and_absent_classes_and_counts_strays_
     # class 0: 1 of 2; class 1: 1 of 3; classes 2 and 3 occur nowhere
     assert miou(counts) == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert miou(confusion(np.zeros(0), np.zeros(0), 3)) == 0
+
+
+def test_unlabelled_is_a_wrong_prediction_and_no_class_of_its_own():
+    true = np.repeat(np.arange(2, dtype=np.uint8), 8).reshape(4, 4)
+    pred = true.copy()
+    pred[0, 0] = 255
+    found = reconstruction_quality("semseg", [pred], [true])
+    assert found["miou"] == pytest.approx((7 / 8 + 1) / 2)
+    assert found["miou"] == pytest.approx(miou(confusion(pred, true, 2)))
