@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from models.fourm.ensemble import word_overlap
 from tasks.evaluation import truth as truths
 from tasks.evaluation.baseline import constant
 from tasks.evaluation.scores import box_f1, class_f1, semseg_scores
@@ -21,6 +22,8 @@ from tasks.metrics import (
     recall,
 )
 from tokenizers_vq.quality import reconstruction_quality
+from tokenizers_vq.sequences.captions import string_to_caption
+from tokenizers_vq.text import train_text_tokenizer
 
 
 def test_depth_metrics_skip_pixels_without_truth():
@@ -100,3 +103,12 @@ def test_palettes_that_not_all_pictures_have_are_held_against_the_nearest():
     assert palette_distance({"1": [[3, 0, 4]]}, {}) == 5
     means = constant("color_palette", [{}, few, {"1": [[10, 0, 0]]}], lambda a, b: 1.0)
     assert means == {"1": [[5, 0, 0]], "3": few["3"]}
+
+
+def test_captions_are_compared_without_capitals_and_punctuation_which_tokens_do_not_keep():
+    corpus = ["A black-and-white Dog, on the Beach."] * 3
+    text = train_text_tokenizer(corpus, bins=2, vocab_size=300)
+    told = string_to_caption(text.decode(text.encode(corpus[0])))
+    assert told != corpus[0]
+    assert word_overlap(told, corpus[0]) == 1
+    assert word_overlap("a dog", "A cat.") == pytest.approx(1 / 3)
