@@ -98,12 +98,14 @@ class ValueCodec:
                              f"{found.max():g}")  # fmt: skip
 
     def _bounds(self) -> tuple[float, float]:
-        """Between which numbers values lie; standardised depth may be in any unit."""
+        """Between which numbers values lie; standardised depth may be in any unit, as far as it
+        can be packed."""
         if self.kind == "normal":
             return -1.0, 1.0
         if self.kind == "depth" and self.depth_mode == "log":
             return 0.0, 1.0
-        return -math.inf, math.inf
+        most = float(np.finfo(np.float16).max) if self.kind in ("depth", "feature") else math.inf
+        return -most, most
 
     def pack(self, value: NDArray[Any]) -> NDArray[Any]:
         """One value [H, W(, C)] in its smallest form."""

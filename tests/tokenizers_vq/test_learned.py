@@ -104,6 +104,7 @@ def test_standardised_depth_may_be_in_any_unit():
     ("depth", [np.zeros((2, SIZE, SIZE))], r"floats \[H, W\], not float64 \[2, 32, 32\]"),
     ("depth", [np.full((SIZE, SIZE), np.nan)], "any takes finite numbers, but some are none"),
     ("depth", [np.full((SIZE, SIZE), 3.5)], r"takes numbers in 0\.\.1, not in 3\.5\.\.3\.5"),
+    ("feature", [np.full((4, 4, 6), 1e5)], r"numbers in -65504\.\.65504, not in 100000"),
     ("normal", [np.full((SIZE, SIZE, 3), 128.0)], r"numbers in -1\.\.1, not in 128\.\.128"),
     ("depth", [np.zeros((SIZE, SIZE)), np.zeros((16, 16))], r"not of \[16, 16\] and \[32, 32\]"),
     ("depth", [np.zeros((33, 33))], r"any: \[33, 33\] does not divide into patches of 8"),
