@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tokenizers_vq.sequences.metadata import FIELDS
+from tokenizers_vq.text import told
 
 if TYPE_CHECKING:
     import torch
@@ -219,8 +220,9 @@ def _whole_masks(value: dict[str, Any]) -> NDArray[np.float32]:
 
 
 def class_of(instance: dict[str, Any]) -> str:
-    """The class of a box as all compare it: in lower case, which is all that texts tell."""
-    return str(instance["class_name"]).lower()
+    """The class of a box as all compare it: without what tokens do not tell, capitals, accents and
+    blanks among them."""
+    return "".join(told(instance["class_name"]).split())
 
 
 def detection_ap50(predicted: Sequence[Detections], truth: Sequence[Detections]) -> float:
