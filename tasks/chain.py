@@ -9,7 +9,7 @@ what was made under the old ones stays, and counts again when the choice is take
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,14 +36,22 @@ _NEEDED = {
 
 def remember(store: Store, section: str, choices: dict[str, Any]) -> None:
     """Write the choices of one flow into the dataset, those of other flows kept."""
+    _remember(store, section, lambda known: choices)
+
+
+def _remember(
+    store: Store, section: str, chosen: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Write what `chosen` makes of the choices that stand, anew where these change meanwhile."""
     while True:
         version = store.version(FILE)
         settings = store.read_json(FILE) if version else {}
+        choices = chosen(settings.get(section, {}))
         if settings.get(section) == choices:
             return
         try:
             store.replace(FILE, json_bytes({**settings, section: choices}), version)
-        except StoreConflict:  # another flow wrote its section at the same time
+        except StoreConflict:  # another flow wrote at the same time
             continue
         return
 
@@ -57,17 +65,20 @@ def remember_tokenizers(store: Store, choices: dict[str, Any]) -> None:
     """
     from tasks.tokenizer_recipes import COMMON
 
-    chain = Chain(store)
     usual = COMMON[choices["preset"]]
     choices = {**choices, **{name: choices[name] or usual[name] for name in usual}}
-    known = dict(chain.settings.get("tokenizers", {}))
-    labelled = chain.learnable()
-    shards = known.pop("shards", [])
-    # What an older version did not ask for was as it is by default.
-    same = {**choices, **known} == choices
-    if not (shards and same and set(shards) <= set(labelled)):
-        shards = labelled[: choices["max_shards"]]
-    remember(store, "tokenizers", {**choices, "shards": shards})
+    labelled = Chain(store).learnable()
+
+    def chosen(known: dict[str, Any]) -> dict[str, Any]:
+        rest, shards = dict(known), known.get("shards", [])
+        rest.pop("shards", None)
+        # What an older version did not ask for was as it is by default.
+        same = {**choices, **rest} == choices
+        if not (shards and same and set(shards) <= set(labelled)):
+            shards = labelled[: choices["max_shards"]]
+        return {**choices, "shards": shards}
+
+    _remember(store, "tokenizers", chosen)
 
 
 class Chain:

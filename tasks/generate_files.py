@@ -24,13 +24,15 @@ def read_input(generator: Generator, name: str, given: str) -> Any:
     Raises:
         ValueError: the modality does not exist, or the file cannot be read as one of it.
     """
+    from tasks.pictures import upright
+
     spec = generator.spec(name, target=False)
     modality = modalities.get(name)
     if name == "caption":
         return _text(given)
     try:
         data = given.encode() if given.lstrip().startswith(("{", "[")) else _bytes(given)
-        value = modality.decode(data)
+        value = upright(data) if name == "rgb" else modality.decode(data)
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{given!r} cannot be read as {name} ({modality.description}): {error}") \
             from None  # fmt: skip

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tokenizers_vq.sequences.metadata import FIELDS
+from tokenizers_vq.text import told
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,8 @@ NEAREST = 0.01
 """Depth that nearer ones count as, in their own unit, where what depth codes tell apart begins.
 Depth without a scale is 0 at a picture's nearest pixel: relative errors beside it have no bound.
 """
+
+_EQUAL = 1e-12  # cosines that part by less are equal
 
 Detections = dict[str, Any]
 """A "det" value: {"instances": [{"box", "class_name", "score"}]}."""
@@ -91,10 +94,15 @@ def edge_f1(predicted: ArrayLike, truth: ArrayLike, *, reach: int = 1) -> float:
         predicted: Strength of edges [N, H, W] in 0..255; those from `EDGE` on are edges.
         truth: The same.
         reach: Pixels, also diagonally.
+
+    Returns:
+        In 0..1; 1 where there is no edge and none is predicted.
     """
     from scipy.ndimage import maximum_filter
 
     guess, fact = np.asarray(predicted) >= EDGE, np.asarray(truth) >= EDGE
+    if not (guess.any() or fact.any()):
+        return 1.0
     window = (1, 2 * reach + 1, 2 * reach + 1)
     right = int((guess & maximum_filter(fact, window)).sum())
     found = int((fact & maximum_filter(guess, window)).sum())
@@ -120,7 +128,8 @@ def recall(predicted: ArrayLike, gallery: ArrayLike, at: Sequence[int] = (1, 5))
     sides = [np.asarray(side, np.float64) for side in (predicted, gallery)]
     guess, fact = (s / np.maximum(np.linalg.norm(s, axis=1, keepdims=True), 1e-9) for s in sides)
     likeness = guess @ fact.T
-    rank = (~(likeness < np.diag(likeness)[:, None])).sum(1)  # what is no number finds nothing
+    # What is no number finds nothing; sums of equal numbers differ in their last bits.
+    rank = (~(likeness < np.diag(likeness)[:, None] - _EQUAL)).sum(1)
     return [float((rank <= place).mean()) for place in at]
 
 
@@ -129,12 +138,15 @@ def palette_distance(
 ) -> float:
     """Return how far colours of two palettes lie apart, in 0..255 a channel (Euclidean).
 
-    Each predicted palette is held against the true one of as many colours: the mean distance of
-    a colour to the nearest one of the other, both ways. No palette at all counts as black.
+    Each predicted palette is held against the true one of as many colours, or of the nearest number
+    that there is: the mean distance of a colour to the nearest one of the other, both ways. No
+    palette at all counts as black.
     """
-    apart = []
-    for number, colors in (predicted or {"1": [[0, 0, 0]]}).items():
-        guess, fact = np.array(colors, np.float64), np.array(truth[number], np.float64)
+    black = {"1": [[0, 0, 0]]}
+    apart, facts = [], truth or black
+    for number, colors in (predicted or black).items():
+        near = min(facts, key=lambda known: abs(int(known) - int(number)))
+        guess, fact = np.array(colors, np.float64), np.array(facts[near], np.float64)
         distance = np.linalg.norm(guess[:, None] - fact[None], axis=-1)
         apart.append((distance.min(0).mean() + distance.min(1).mean()) / 2)
     return float(np.mean(apart))
@@ -207,6 +219,12 @@ def _whole_masks(value: dict[str, Any]) -> NDArray[np.float32]:
     return masks.reshape(len(masks), height * width)
 
 
+def class_of(instance: dict[str, Any]) -> str:
+    """The class of a box as all compare it: without what tokens do not tell, capitals, accents and
+    blanks among them."""
+    return "".join(told(instance["class_name"]).split())
+
+
 def detection_ap50(predicted: Sequence[Detections], truth: Sequence[Detections]) -> float:
     """Return the mean over classes of average precision at IoU 0.5, by COCO's rules.
 
@@ -222,7 +240,7 @@ def detection_ap50(predicted: Sequence[Detections], truth: Sequence[Detections])
     # The backend reports every evaluation in twelve lines.
     logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
     values = [*predicted, *truth]
-    names = sorted({each["class_name"] for value in values for each in value["instances"]})
+    names = sorted({class_of(each) for value in values for each in value["instances"]})
     metric = MeanAveragePrecision(
         iou_type="bbox", iou_thresholds=[0.5], backend="faster_coco_eval"
     )
@@ -243,5 +261,5 @@ def _as_tensors(value: Detections, names: list[str]) -> dict[str, torch.Tensor]:
     return {
         "boxes": boxes * 1000,
         "scores": torch.tensor([float(each.get("score", 1.0)) for each in found]),
-        "labels": torch.tensor([names.index(each["class_name"]) for each in found]),
+        "labels": torch.tensor([names.index(class_of(each)) for each in found]),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import math
 import struct
 import warnings
 from dataclasses import dataclass
@@ -134,9 +135,28 @@ def cleaned(data: bytes, policy: PicturePolicy) -> Picture:
     except BadPicture:
         raise
     except _FAULTS as error:
-        reason = "truncated" if "truncated" in str(error).lower() else "not_image"
-        raise BadPicture(reason, str(error)) from error
+        raise _faulty(error) from error
     return Picture(data, *size, seen, hashlib.sha256(data).hexdigest())
+
+
+def upright(data: bytes) -> Pixels:
+    """The pixels of a picture as it is downloaded, in its own size: what a camera has noted beside
+    them - which side is up, what its colours mean - is obeyed.
+
+    Raises:
+        BadPicture: reason not_image, bomb or truncated.
+    """
+    policy = PicturePolicy(resize="no", min_side=1, max_aspect=math.inf)
+    image = _open(data, policy)
+    try:
+        return _pixels(image, data, policy)
+    except _FAULTS as error:
+        raise _faulty(error) from error
+
+
+def _faulty(error: Exception) -> BadPicture:
+    reason = "truncated" if "truncated" in str(error).lower() else "not_image"
+    return BadPicture(reason, str(error))
 
 
 def difference_hash(pixels: Pixels) -> int:

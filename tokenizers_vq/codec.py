@@ -32,6 +32,7 @@ Values = Sequence[NDArray[Any]] | NDArray[Any]
 
 _TRUNCATED = 0.1
 _EPS = 1e-6
+_SLACK = 1e-3  # what resizing adds to the largest number of a map
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class ValueCodec:
 
     def check(self, value: NDArray[Any]) -> None:
         """Raises ValueError for a value of another shape than the contract's, or of other numbers:
-        whole ones where it wants floats, or infinite ones."""
+        whole ones where it wants floats, infinite ones, or such as would be clipped."""
         shape, found = _SHAPES[self.kind], np.asarray(value)
         sides = [len(self.mean) if side == "C" else side for side in shape]
         fits = found.ndim == len(sides) and all(
@@ -91,6 +92,20 @@ class ValueCodec:
                              f"{list(found.shape)}")  # fmt: skip
         if floats and not np.isfinite(found).all():
             raise ValueError("takes finite numbers, but some are none")
+        low, high = self._bounds()
+        if found.size and not low - _SLACK <= found.min() <= found.max() <= high + _SLACK:
+            raise ValueError(f"takes numbers in {low:g}..{high:g}, not in {found.min():g}.."
+                             f"{found.max():g}")  # fmt: skip
+
+    def _bounds(self) -> tuple[float, float]:
+        """Between which numbers values lie; standardised depth may be in any unit, as far as it
+        can be packed."""
+        if self.kind == "normal":
+            return -1.0, 1.0
+        if self.kind == "depth" and self.depth_mode == "log":
+            return 0.0, 1.0
+        most = float(np.finfo(np.float16).max) if self.kind in ("depth", "feature") else math.inf
+        return -most, most
 
     def pack(self, value: NDArray[Any]) -> NDArray[Any]:
         """One value [H, W(, C)] in its smallest form."""

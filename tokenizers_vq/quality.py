@@ -49,9 +49,10 @@ def _normal(pred: Array, true: Array) -> Sums:
 
 def _semseg(pred: Array, true: Array) -> Sums:
     known = true != UNLABELLED
+    pred, true = pred[known], true[known]
     sums: Sums = {}
-    for label in np.union1d(pred[known], true[known]):
-        ours, theirs = pred[known] == label, true[known] == label
+    for label in np.setdiff1d(np.union1d(pred, true), UNLABELLED):  # which is wrong, but no class
+        ours, theirs = pred == label, true == label
         sums[f"iou_{label}"] = (float((ours & theirs).sum()), float((ours | theirs).sum()))
     return sums
 

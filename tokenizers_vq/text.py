@@ -13,6 +13,7 @@ of a box are one token and share what is learned about it. The released vocabula
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,12 @@ RELEASED_BINS, RELEASED_SIZE = 1000, 30_000
 FILE = "tokenizer.json"
 
 _SPECIAL = ("[PAD]", "[UNK]", "[SOS]", "[EOS]")
+
+
+def told(text: str) -> str:
+    """What tokens keep of the letters of a text: neither capitals nor accents."""
+    letters = unicodedata.normalize("NFD", text.lower())
+    return "".join(letter for letter in letters if not unicodedata.combining(letter))
 
 
 class TextTokenizer:

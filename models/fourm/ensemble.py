@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median_low
@@ -9,15 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from tokenizers_vq.text import told
+
 SAME_BOX = 0.5
 """Boxes of one class that overlap more than this (IoU) are taken for one object."""
+
+_WORD = re.compile(r"\w+")
 
 Similarity = Callable[[str, str], float]
 
 
 def word_overlap(first: str, second: str) -> float:
-    """Share of the words of two texts that they have in common, in 0..1."""
-    a, b = set(first.split()), set(second.split())
+    """Share of the words of two texts that they have in common, in 0..1. Tokens tell neither
+    capitals and accents nor where blanks stand beside punctuation: none of these counts."""
+    a, b = (set(_WORD.findall(told(text))) for text in (first, second))
     return len(a & b) / len(a | b) if a | b else 1.0
 
 

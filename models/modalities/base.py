@@ -71,6 +71,18 @@ def open_image(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     return image
 
 
+def open_map(data: bytes, *modes: str) -> Image.Image:
+    """Decodes a PNG of one of Pillow's modes: read as another, its numbers would mean nothing.
+
+    Raises:
+        ValueError: as of a map of 8 bits where 16 are stored, or of colours where classes are.
+    """
+    image = open_image(data, ("PNG",))
+    if image.mode not in modes:
+        raise ValueError(f"a PNG of mode {image.mode}, not {modes[0]}")
+    return image
+
+
 def numbers(array: np.ndarray) -> np.ndarray:
     """The array itself, where all of it are finite numbers.
 

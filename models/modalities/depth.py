@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.modalities.base import Modality, crop_float, numbers, open_image, png
+from models.modalities.base import Modality, crop_float, numbers, open_map, png
 
 
 def _encode(value: np.ndarray) -> bytes:
@@ -16,7 +16,7 @@ def _encode(value: np.ndarray) -> bytes:
 
 
 def _decode(data: bytes) -> np.ndarray:
-    return np.asarray(open_image(data, ("PNG",)), dtype=np.float32) / 65535
+    return np.asarray(open_map(data, "I;16", "I"), dtype=np.float32) / 65535
 
 
 def _render(value: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from models.modalities.base import Modality, to_json
 from tokenizers_vq.sequences.form import TextForm
 from tokenizers_vq.sequences.metadata import FIELDS as _FIELDS
-from tokenizers_vq.sequences.metadata import metadata_to_string, string_to_metadata
+from tokenizers_vq.sequences.metadata import LEVELS, metadata_to_string, string_to_metadata
 
 FIELDS = tuple(_FIELDS)
 
@@ -57,7 +57,7 @@ MODALITY = Modality(
     text=TextForm(
         write=lambda value, page: metadata_to_string(value, bins=page.bins),
         read=lambda text, page: string_to_metadata(text),
-        min_bins=len(FIELDS),
+        min_bins=LEVELS,
         whole=True,
     ),
 )

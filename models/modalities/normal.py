@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from models.crops import CropBox
-from models.modalities.base import Modality, crop_float, numbers, open_image, png
+from models.modalities.base import Modality, crop_float, numbers, open_map, png
 
 
 def normalise(value: np.ndarray) -> np.ndarray:
@@ -21,7 +21,7 @@ def _picture(value: np.ndarray) -> np.ndarray:
 
 
 def _decode(data: bytes) -> np.ndarray:
-    raw = np.asarray(open_image(data, ("PNG",)), dtype=np.float32)
+    raw = np.asarray(open_map(data, "RGB"), dtype=np.float32)
     return normalise(raw / 127.5 - 1).astype(np.float32)
 
 

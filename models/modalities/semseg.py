@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from models.crops import CropBox
-from models.modalities.base import Modality, crop_image, open_image, png
+from models.modalities.base import Modality, crop_image, open_map, png
 
 UNLABELLED = 255
 
@@ -37,7 +37,7 @@ MODALITY = Modality(
     kind="map",
     ext="png",
     encode=lambda value: png(np.ascontiguousarray(value, dtype=np.uint8)),
-    decode=lambda data: np.asarray(open_image(data, ("PNG",)), dtype=np.uint8),
+    decode=lambda data: np.asarray(open_map(data, "L", "P", "1"), dtype=np.uint8),
     crop=_crop,
     render=lambda value: PALETTE[value],
     description="uint8 [H, W] class ids, 255 = unlabelled",

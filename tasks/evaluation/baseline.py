@@ -38,7 +38,8 @@ def constant(modality: str, labels: Sequence[Any], similarity: Similarity) -> An
     if modality == "caption":
         return medoid([text for text, _ in Counter(labels).most_common(_CAPTIONS)], similarity)
     if modality == "color_palette":
-        means = {n: np.mean([value[n] for value in labels], axis=0) for n in labels[0]}
+        numbers = sorted({number for value in labels for number in value})
+        means = {n: np.mean([v[n] for v in labels if n in v], axis=0) for n in numbers}
         return {number: np.rint(colors).astype(int).tolist() for number, colors in means.items()}
     if modality == "metadata":
         names = dict.fromkeys(name for value in labels for name in value)

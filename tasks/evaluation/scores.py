@@ -129,7 +129,7 @@ def box_f1(predicted: Sequence[dict[str, Any]], facts: Sequence[dict[str, Any]])
         if not guess["instances"] or not fact["instances"]:
             continue
         boxes = [np.array([i["box"] for i in v["instances"]]) for v in (guess, fact)]
-        names = [np.array([i["class_name"] for i in v["instances"]]) for v in (guess, fact)]
+        names = [np.array([*map(metrics.class_of, v["instances"])]) for v in (guess, fact)]
         overlap = box_iou(*boxes) * (names[0][:, None] == names[1][None, :])
         while overlap.max() >= 0.5:
             row, column = np.unravel_index(overlap.argmax(), overlap.shape)
@@ -144,7 +144,7 @@ def class_f1(predicted: Sequence[dict[str, Any]], facts: Sequence[dict[str, Any]
 
     hits = total = 0
     for guess, fact in zip(predicted, facts, strict=True):
-        counts = [Counter(i["class_name"] for i in v["instances"]) for v in (guess, fact)]
+        counts = [Counter(map(metrics.class_of, v["instances"])) for v in (guess, fact)]
         hits += sum((counts[0] & counts[1]).values())
         total += sum(counts[0].values()) + sum(counts[1].values())
     return 2 * hits / total if total else 1.0

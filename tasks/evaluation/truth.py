@@ -12,6 +12,7 @@ from PIL import Image
 
 from models import modalities
 from models.crops import CropPolicy, crop_box
+from models.modalities.semseg import UNLABELLED
 
 if TYPE_CHECKING:
     from infra.scenes import Rendering
@@ -31,7 +32,7 @@ class Truth:
         source: "scenes", or "labels" where the labelers' word stands for the truth.
         rgb: uint8 [S, S, 3] each.
         values: One value a picture, of each modality that is known.
-        classes: Number of class ids of semseg.
+        classes: Number of class ids that semseg may have; those that occur count.
         similarity: Share of a caption that is right, from (prediction, truth).
     """
 
@@ -103,9 +104,8 @@ def label_truth(chain: Chain, names: Iterable[str], shards: list[int], count: in
     values = read_centred(chain, ["rgb", *wanted], shards, count)
     if not values["rgb"]:
         raise ValueError(f"no picture of shards {shards} has all of {', '.join(wanted)}")
-    top = max((int(v[v < 255].max(initial=0)) for v in values.get("semseg", [])), default=0)
     rgb = values.pop("rgb")
-    return Truth("labels", rgb, values, top + 1, word_overlap)
+    return Truth("labels", rgb, values, UNLABELLED, word_overlap)
 
 
 def read_centred(chain: Chain, names: list[str], shards: list[int], count: int) -> Values:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from models import modalities
 from models.crops import CropBox, CropPolicy, crop_box
+from models.modalities.base import png
 
 WHOLE = CropBox(0.0, 0.0, 1.0, 1.0)
 
@@ -159,6 +160,11 @@ def test_a_crop_that_the_policy_does_not_have_is_refused():
         ("human_poses", b'{"humans": [{}]}', "17 keypoints"),
         ("sam_instance", b'{"instances": []}', "'size' and 'instances'"),
         ("sam_instance", b'{"size": [9, 9], "instances": [{}]}', "'box', 'score' and 'counts'"),
+        ("depth", png(np.zeros((4, 4), np.uint8)), "PNG of mode L, not I;16"),
+        ("depth", png(np.zeros((4, 4, 3), np.uint8)), "PNG of mode RGB, not I;16"),
+        ("semseg", png(np.full((4, 4), 300, np.uint16)), "PNG of mode I;16, not L"),
+        ("semseg", png(np.zeros((4, 4, 3), np.uint8)), "PNG of mode RGB, not L"),
+        ("normal", png(np.zeros((4, 4), np.uint8)), "PNG of mode L, not RGB"),
         ("t5_caption", modalities.get("clip").encode(np.zeros((78, 4))), "1 to 77 rows"),
         ("dinov2", b"\x93NUMPY junk", "version"),
     ],

@@ -14,6 +14,7 @@ from models.modalities.human_poses import RELEASED_TEXT
 from models.modalities.sam_instance import PATCH
 from tests.tasks.every_modality import value_of
 from tokenizers_vq.sequences.form import Page, TextForm, seed_of
+from tokenizers_vq.sequences.metadata import FIELDS
 from tokenizers_vq.text import TextTokenizer, train_text_tokenizer
 
 TOLD = ("caption", "color_palette", "det", "human_poses", "metadata", "sam_instance")
@@ -158,3 +159,11 @@ def test_the_released_text_of_poses_stays_readable_and_writable() -> None:
     assert np.allclose(back["shape"], person["shape"], atol=6 / 999)
     with pytest.raises(ValueError, match="at least 1000 coordinate bins"):
         RELEASED_TEXT.check_bins("human_poses", 64)
+
+
+@given(share=st.floats(0, 1))
+def test_metadata_tells_all_levels_of_a_quality_with_the_fewest_bins_that_it_takes(share) -> None:
+    form, field = form_of("metadata"), FIELDS["brightness"]
+    page = Page(bins=form.min_bins)
+    found = form.read(form.write({"brightness": 255 * share}, page), page)
+    assert field.level(found["brightness"]) == field.level(255 * share)

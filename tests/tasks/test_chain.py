@@ -101,6 +101,26 @@ def test_tokenizers_learn_from_the_shards_of_the_first_time(store: Store) -> Non
     assert Chain(store).tokenizer_shards == [0]
 
 
+def test_of_two_runs_at_once_the_shards_of_the_first_stay(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain, replace = Chain(store), Store.replace
+    choices = TokenizerOptions(modalities=["rgb", "depth"], max_shards=2).model_dump()
+    for shard in range(2):
+        _commit(chain, chain.fetch, shard)
+        _commit(chain, chain.labels["depth"], shard)
+    section = {**choices, "size": 128, "max_samples": 4000, "shards": [1]}
+
+    def after_another(self: Store, path: str, data: bytes, expected: str | None) -> None:
+        monkeypatch.setattr(Store, "replace", replace)
+        remember(store, "tokenizers", section)
+        replace(self, path, data, expected)
+
+    monkeypatch.setattr(Store, "replace", after_another)
+    remember_tokenizers(store, choices)
+    assert Chain(store).tokenizer_shards == [1]
+
+
 def test_untrained_tokenizers_are_named(store: Store) -> None:
     chain = Chain(store)
     _commit(chain, chain.fetch, 0)

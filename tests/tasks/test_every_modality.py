@@ -151,7 +151,7 @@ def test_tokenizing_takes_a_list_of_modalities(trained: Store) -> None:
 def test_a_text_that_its_vocabulary_cannot_hold_is_refused_before_work(trained: Store) -> None:
     few = {**choices(), "root": trained.url, "coordinate_bins": 16, "changes": {},
            "modalities": ["rgb", "depth"]}  # fmt: skip
-    with pytest.raises(ValueError, match="metadata is written with at least 21 coordinate bins"):
+    with pytest.raises(ValueError, match="metadata is written with at least 50 coordinate bins"):
         check("train_tokenizers", few)
     wide = {**choices(), "root": trained.url}
     wide["changes"] = {"sam_instance": {"levels": [4, 4, 4, 4, 4]}}

@@ -232,6 +232,17 @@ def test_settings_of_what_is_not_there_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_photo_is_seen_upright_as_downloaded_ones_are(store: Store, tmp_path: Path) -> None:
+    """A camera held upright stores its rows as they come, and notes which side is up."""
+    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+    pixels[: SIDE // 2] = 255
+    turned, path = Image.Exif(), tmp_path / "photo.png"
+    turned[0x0112] = 6
+    Image.fromarray(pixels).save(path, exif=turned)
+    seen = read_input(task.load_generator(store, "main"), "rgb", str(path))
+    assert np.array_equal(seen, np.rot90(pixels, -1))
+
+
 def test_what_does_not_exist_is_one_sentence_with_the_choices(
     store: Store, photo: str, tmp_path: Path
 ) -> None:

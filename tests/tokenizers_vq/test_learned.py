@@ -93,10 +93,19 @@ def test_standardised_depth_drops_the_tails_before_its_statistics():
     assert abs(plain.mean()) < 0.05
 
 
+def test_standardised_depth_may_be_in_any_unit():
+    contract = ValueCodec(kind="depth", depth_mode="standardise")
+    contract.check(np.full((4, 4), 350.0))
+    ValueCodec(kind="depth").check(np.full((4, 4), 1 + 1e-6))  # as resizing leaves it
+
+
 @pytest.mark.parametrize(("kind", "given", "sentence"), [
     ("depth", [np.zeros((SIZE, SIZE), np.uint8)], r"any takes floats \[H, W\], not uint8"),
     ("depth", [np.zeros((2, SIZE, SIZE))], r"floats \[H, W\], not float64 \[2, 32, 32\]"),
     ("depth", [np.full((SIZE, SIZE), np.nan)], "any takes finite numbers, but some are none"),
+    ("depth", [np.full((SIZE, SIZE), 3.5)], r"takes numbers in 0\.\.1, not in 3\.5\.\.3\.5"),
+    ("feature", [np.full((4, 4, 6), 1e5)], r"numbers in -65504\.\.65504, not in 100000"),
+    ("normal", [np.full((SIZE, SIZE, 3), 128.0)], r"numbers in -1\.\.1, not in 128\.\.128"),
     ("depth", [np.zeros((SIZE, SIZE)), np.zeros((16, 16))], r"not of \[16, 16\] and \[32, 32\]"),
     ("depth", [np.zeros((33, 33))], r"any: \[33, 33\] does not divide into patches of 8"),
     ("normal", [np.zeros((3, SIZE, SIZE))], r"floats \[H, W, 3\], not float64 \[3, 32, 32\]"),
