@@ -39,6 +39,8 @@ _PRODUCTS = {
 _WIDE = {nn.functional.layer_norm, torch.layer_norm, torch.softmax, Tensor.softmax, Tensor.pow,
          nn.functional.softmax, nn.functional.cross_entropy, torch.cumsum, Tensor.cumsum}
 """What it computes in fp32 on a GPU."""
+_WIDEST = {nn.functional.grid_sample, torch.grid_sampler, torch.atan2, torch.cross}
+"""What it computes in the widest type that it is given."""
 
 
 class OnGPU(Tensor):
@@ -154,7 +156,7 @@ def _to(x: Tensor, *how: Any, copy: bool = False, **named: Any) -> Tensor:
 
 
 def _autocast(func: Any, args: Any, kwargs: Any) -> Any:
-    if not torch.is_autocast_enabled("cuda") or func not in _PRODUCTS | _WIDE:
+    if not torch.is_autocast_enabled("cuda") or func not in _PRODUCTS | _WIDE | _WIDEST:
         return args, kwargs
     kind = torch.get_autocast_dtype("cuda") if func in _PRODUCTS else torch.float32
     return tree_map_only(OnGPU, lambda x: x.to(kind) if x.is_floating_point() else x,
@@ -176,6 +178,8 @@ def _attention(
     if torch.is_autocast_enabled("cuda"):
         kind = torch.get_autocast_dtype("cuda")
         q, k, v = (each.to(kind) for each in (q, k, v))
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(kind)
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, q.dtype):
         raise RuntimeError(f"a mask of {attn_mask.dtype} for queries of {q.dtype}")
     score = q @ k.transpose(-2, -1) * (scale or q.shape[-1] ** -0.5)
