@@ -12,9 +12,10 @@ R = TypeVar("R")
 Items = Any
 """A sequence, or an array whose first axis counts items: whatever has a length and slices."""
 
-_SIGNS = ("can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory")
-"""What torch says on a CPU, and what cuBLAS, cuDNN and CUDA say, in errors of no kind of their own.
-"""
+_SIGNS = ("can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory",
+          "Triton Error [CUDA]: out of memory")  # fmt: skip
+"""What torch says on a CPU, and what cuBLAS, cuDNN, CUDA and Triton say, in errors of no kind of
+their own."""
 
 
 class FittingBatches:

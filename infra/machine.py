@@ -7,6 +7,7 @@ import functools
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -75,8 +76,8 @@ def most_files() -> int:
 
 
 @functools.cache
-def fast_bf16() -> bool:
-    """Whether bf16 matrix products are faster than fp32 here.
+def fast_bf16(device: str = "cpu") -> bool:
+    """Whether bf16 matrix products are faster than fp32 on this machine's "cpu" or "cuda".
 
     GPUs, and CPUs that have AMX for it and gain 3-10x, are simply asked: all workers of a run shall
     hear the same, and a busy moment would measure anything. Of other CPUs, which mostly lose, it
@@ -84,7 +85,7 @@ def fast_bf16() -> bool:
     """
     import torch
 
-    if torch.cuda.is_available():
+    if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.8 has none
     if told.get("amx_bf16"):
@@ -163,10 +164,13 @@ def check_compiler(device: str) -> None:
             get_cpp_compiler()
         else:
             import triton  # noqa: F401
+
+            if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+                raise OSError("triton makes what starts kernels with a C compiler")
     except Exception as error:
         raise ValueError(
-            f"compile=True finds no compiler for {device} ({error}); install g++ (CPU) or triton "
-            "(GPU), or take compile=False, which computes the same"
+            f"compile=True finds no compiler for {device} ({error}); install g++ (CPU), or gcc "
+            "and triton (GPU), or take compile=False, which computes the same"
         ) from error
 
 

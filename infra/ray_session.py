@@ -29,6 +29,9 @@ log = logging.getLogger("fourm.ray")
 OBJECT_STORE_BYTES = 512 * 1024**2
 """Only small status rows travel through Ray's object store: the data goes through the store."""
 START_ATTEMPTS = 3
+_HIDE_GPUS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
+"""Workers that were given no GPU see none. Ray by itself shows them all GPUs of their node, where
+each of them would take the first one."""
 STOP_SECONDS = 15.0
 """Most seconds for Ray to stop by itself. Prefect kills a cancelled run after 30 s."""
 
@@ -150,7 +153,8 @@ def _init(target: Embedded | Existing) -> None:
         "logging_level": logging.WARNING,
     }
     if isinstance(target, Existing):
-        ray.init(address=target.address, **common)
+        told = {name: value for name, value in _HIDE_GPUS.items() if name not in os.environ}
+        ray.init(address=target.address, runtime_env={"env_vars": told}, **common)
         return
     with _loopback_allowed():
         ray.init(
@@ -190,6 +194,7 @@ def _environment(target: Embedded | Existing) -> Iterator[None]:
     # Ray's core prints an error about constructor arguments for every actor of Ray Data.
     wanted["RAY_BACKEND_LOG_LEVEL"] = "fatal"
     if isinstance(target, Embedded):
+        wanted |= _HIDE_GPUS
         # An embedded cluster listens on the loopback only and lives as long as this process.
         wanted["RAY_AUTH_MODE"] = "disabled"
         wanted["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for Ray's own child processes

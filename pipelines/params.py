@@ -164,7 +164,7 @@ class LabelOptions(Form):
         None, ge=1, description="Pictures a forward pass; none: the preset's."
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 on a GPU, or a CPU that is fast at it, else fp32."
+        "auto", description="auto: bf16 on a GPU or CPU that is fast at it, else fp32."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where networks run.")
     resources: dict[LabelerName, LabelerResources] = Field(

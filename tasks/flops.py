@@ -7,6 +7,7 @@ and the device's peak.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from models.fourm.batch import Batch
     from models.fourm.spec import FourMConfig
 
-# Dense bf16 and fp32 peaks in TFLOP/s from NVIDIA's data sheets; the first name that fits counts.
+# Dense bf16 and fp32 peaks in TFLOP/s from NVIDIA's data sheets; the first that fits counts.
 _GPUS = {
     "B200": (2250.0, 75.0), "H100 PCIe": (756.0, 51.0), "H100 NVL": (835.0, 60.0),
     "H200": (989.0, 67.0), "H100": (989.0, 67.0), "L40S": (362.0, 91.6), "A100": (312.0, 19.5),
@@ -67,6 +68,8 @@ def peak_flops(device: torch.device, products: Products) -> float:
     if device.type == "cpu":
         return matmul_flops(products, torch.get_num_threads())
     name = torch.cuda.get_device_name(device)
-    bf16, fp32 = next((peaks for part, peaks in _GPUS.items() if part in name), (0.0, 0.0))
+    # "L4" is no part of "L40", nor "A10" of "A1000".
+    bf16, fp32 = next((peaks for part, peaks in _GPUS.items()
+                       if re.search(rf"{part}(?![0-9A-Z])", name)), (0.0, 0.0))
     # All of these have half of bf16's rate in TF32.
     return {"bf16": bf16, "tf32": bf16 / 2, "fp32": fp32}[products] * 1e12

@@ -157,7 +157,7 @@ def products_of(
         return config.precision
     if begun:
         return begun
-    fast = int(fast_bf16())
+    fast = int(fast_bf16(device.type))
     if world > 1:
         fast = first_says(fast, device)
     return "bf16" if fast else "fp32"

@@ -150,6 +150,8 @@ def upright(data: bytes) -> Pixels:
     image = _open(data, policy)
     try:
         return _pixels(image, data, policy)
+    except BadPicture:
+        raise
     except _FAULTS as error:
         raise _faulty(error) from error
 

@@ -347,6 +347,9 @@ def _learned(
     device = config.get("device", "auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{stage.id}: device 'cuda' asked, but no GPU is visible; workers see "
+                         "those that they are given (gpus)")
     return tokenizer.to(device)
 
 

@@ -126,8 +126,8 @@ def train_tokenizers(
         shards: Shards whose labels are read; the last one is held out where there are several.
         text: Also trains the text tokenizer (key `text`) on `caption` and the classes of `det`.
         target: Where Ray runs, if `workers` is not 0.
-        workers: Tokenizers trained at the same time, a core each; 0 trains one after another
-            in this process.
+        workers: Tokenizers trained at the same time, a core each, and a GPU where Ray has any;
+            0 trains one after another in this process.
         on_progress: Called with (modality, step, steps), in this process only.
 
     Raises:
@@ -179,7 +179,8 @@ def _train_on_ray(
 
     found: dict[str, TokenizerInfo] = {}
     with ray_session(target or Embedded()):
-        remote = ray.remote(num_cpus=1, max_retries=2)(train_tokenizer)
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(train_tokenizer)
         waiting = list(recipes)
         running: dict[Any, str] = {}
         bar = ui.progress("train tokenizers")

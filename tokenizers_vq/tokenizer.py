@@ -44,7 +44,7 @@ class Tokenizer:
         modality: Name of the modality whose values it takes.
         net: The network; put in evaluation mode.
         codec: The value contract.
-        precision: `bf16`, `fp32`, or `auto`, which takes bf16 where this machine is fast at it.
+        precision: `bf16`, `fp32`, or `auto`, which takes bf16 on devices that are fast at it.
 
     Raises:
         ValueError: if the vocabulary does not fit uint16.
@@ -59,7 +59,8 @@ class Tokenizer:
         self.net = net.eval()
         self.codec = codec
         self.batches = FittingBatches(_BATCH, f"tokenizer {modality}")
-        self.bf16 = precision == "bf16" or (precision == "auto" and fast_bf16())
+        self._decoding = FittingBatches(_BATCH, f"decoder of tokenizer {modality}")
+        self._precision = precision
 
     @property
     def vocab_size(self) -> int:
@@ -91,6 +92,12 @@ class Tokenizer:
     def device(self) -> torch.device:
         """Where the network lies."""
         return next(self.net.parameters()).device
+
+    @property
+    def bf16(self) -> bool:
+        """Whether products take bf16 where the network lies."""
+        auto = self._precision == "auto"
+        return self._precision == "bf16" or (auto and fast_bf16(self.device.type))
 
     def to(self, device: str | torch.device) -> Tokenizer:
         """Moves the network; returns itself."""
@@ -147,22 +154,32 @@ class Tokenizer:
 
         Raises:
             ValueError: if N forms no grid or a token is outside the vocabulary.
+            MemoryError: a single sample is too large for the memory.
         """
-        grid = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=self.device)
+        return torch.cat(list(self._outputs(tokens)))
+
+    def _outputs(self, tokens: NDArray[Any] | Tensor) -> Iterator[Tensor]:
+        """What `decode_output` gives, in parts that fit into memory."""
+        ids = tokens if isinstance(tokens, Tensor) else np.asarray(tokens, dtype=np.int64)
+        grid = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
         try:
             shape = self.net.config.token_shape(grid.shape[1])
         except ValueError as error:
             raise ValueError(f"{self.modality}: {error}") from None
         if grid.numel() and not 0 <= int(grid.min()) <= int(grid.max()) < self.vocab_size:
             raise ValueError(f"{self.modality}: tokens must lie in 0..{self.vocab_size - 1}")
-        with self._inference():
-            grids = grid.unflatten(1, shape).split(_BATCH)
-            parts = [self.net.decode(part) for part in grids]
-        return torch.cat(parts).float()
+
+        def decode(part: Tensor) -> Tensor:
+            with self._inference():
+                return self.net.decode(part).float()
+
+        for _, output in self._decoding(decode, grid.unflatten(1, shape)):
+            yield output
 
     def decode_tokens(self, tokens: NDArray[Any] | Tensor) -> list[NDArray[Any]]:
-        """Tokens [B, N] to values in the types of the modality table."""
-        return self.codec.from_tensor(self.decode_output(tokens))
+        """Tokens [B, N] to values in the types of the modality table; raises as `decode_output`."""
+        return [value for output in self._outputs(tokens)
+                for value in self.codec.from_tensor(output)]  # fmt: skip
 
     def files(self) -> dict[str, bytes]:
         """The tokenizer as files, byte-identical for equal weights."""

@@ -170,6 +170,9 @@ def fill_holes(given: Shown, runs: Shown, sure: Tensor, limit: int) -> tuple[Sho
     Returns:
         The whole text [R, limit] and its confidences, 1 where a token was given.
     """
+    device = sure.device  # token by token: on a GPU each would be a kernel of its own
+    given, runs = (Shown(part.values.cpu(), part.visible.cpu()) for part in (given, runs))
+    sure = sure.cpu()
     filled = Shown(*(given.values.new_zeros(len(given.values), limit).to(kind)
                      for kind in (torch.long, torch.bool)))  # fmt: skip
     confidence = sure.new_zeros(len(sure), limit)
@@ -190,4 +193,5 @@ def fill_holes(given: Shown, runs: Shown, sure: Tensor, limit: int) -> tuple[Sho
         for place_, (token, share) in enumerate(whole[:limit]):
             filled.values[row, place_], confidence[row, place_] = token, share
             filled.visible[row, place_] = True
-    return filled, confidence
+    whole_text = Shown(filled.values.to(device), filled.visible.to(device))
+    return whole_text, confidence.to(device)

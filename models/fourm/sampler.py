@@ -102,7 +102,7 @@ class Sampler(Translator):
             catalogue name.
         text: The tokenizer of all sequences.
         bf16: Whether to run in bf16, in which a row's result may depend on how many rows there are;
-            None does so where this machine is fast at it.
+            None does so on devices that are fast at it.
         forms: Text forms other than those of the catalogue, by catalogue name.
     """
 
@@ -115,7 +115,7 @@ class Sampler(Translator):
         forms: Mapping[str, TextForm] | None = None,
     ) -> None:
         super().__init__(model, tokenizers, text, forms)
-        self.bf16 = fast_bf16() if bf16 is None else bf16
+        self.bf16 = bf16
         self._grammars: dict[str, Grammar] = {}
 
     def generate(
@@ -251,7 +251,8 @@ class Sampler(Translator):
     def precision(self) -> Any:
         """The context in which the network runs: bf16 autocast, or nothing."""
         kind = self.model.mask_token.device.type
-        return torch.autocast(kind, torch.bfloat16) if self.bf16 else nullcontext()
+        bf16 = fast_bf16(kind) if self.bf16 is None else self.bf16
+        return torch.autocast(kind, torch.bfloat16) if bf16 else nullcontext()
 
     def _generated(
         self, spec: ModalitySpec, drawn: Drawn, copies: int, similarity: Similarity

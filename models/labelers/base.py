@@ -44,8 +44,8 @@ class LabelerSpec:
             where there are none.
         revision: Commit or tag of a hub model; "" is the hub's default.
         batch_size: Images a forward pass (halved as often as memory demands).
-        precision: "fp32", "bf16" or "fp16" (autocast), or "auto": bf16 on a GPU and on a CPU
-            that is fast at it, else fp32.
+        precision: "fp32", "bf16" or "fp16" (autocast), or "auto": bf16 where the device is
+            fast at it, else fp32.
         device: "cpu", "cuda", or "auto": a GPU where there is one.
         options: Of the kind, such as {"threshold": 0.3}; its class documents them.
         compile: Run the network through torch.compile, which takes a while once for each shape of
@@ -136,7 +136,8 @@ class Labeler(ABC):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"labeler {spec.name!r}: device 'cuda' asked, but no GPU is visible")
+            raise ValueError(f"labeler {spec.name!r}: device 'cuda' asked, but no GPU is "
+                             "visible; workers see those that they are given (gpus)")
         self.device = torch.device(device)
         if spec.compile:
             if not self.compiles:
@@ -144,7 +145,7 @@ class Labeler(ABC):
             check_compiler(device)
         self.precision = spec.precision
         if self.precision == "auto":
-            self.precision = "bf16" if device == "cuda" or fast_bf16() else "fp32"
+            self.precision = "bf16" if fast_bf16(device) else "fp32"
         self.autocast_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[
             self.precision
         ]

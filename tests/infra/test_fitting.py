@@ -30,6 +30,7 @@ ERRORS = [
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
     MemoryError(),
 ]
 

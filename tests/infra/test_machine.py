@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -36,6 +37,15 @@ def test_a_busy_moment_does_not_decide_about_bf16_where_the_cpu_has_units_for_it
         assert machine.fast_bf16.__wrapped__() is capabilities.get("amx_bf16", False)
 
 
+def test_a_gpu_that_is_fast_at_bf16_says_nothing_of_the_cpu_beside_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    monkeypatch.setattr(machine, "_matmul_seconds", {"bf16": 1.0, "fp32": 1.0}.get)
+    assert machine.fast_bf16.__wrapped__("cuda") is True
+    assert machine.fast_bf16.__wrapped__("cpu") is False
+
+
 def test_products_round_only_where_asked_and_what_was_set_comes_back():
     set_to = torch.get_float32_matmul_precision
     before = set_to()
@@ -50,6 +60,21 @@ def test_products_round_only_where_asked_and_what_was_set_comes_back():
     with pytest.raises(KeyError), machine.fp32_products("cpu", rounded=True):
         raise KeyError
     assert set_to() == before
+
+
+def test_a_gpu_s_compiler_needs_triton_and_a_c_compiler(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    monkeypatch.delenv("CC", raising=False)
+    found = {"clang": "/usr/bin/clang"}
+    monkeypatch.setattr("shutil.which", found.get)
+    machine.check_compiler("cuda")
+    found.clear()
+    with pytest.raises(ValueError, match=r"no compiler for cuda .*C compiler.*install"):
+        machine.check_compiler("cuda")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setenv("CC", "cc")
+    with pytest.raises(ValueError, match=r"no compiler for cuda .*triton.*install"):
+        machine.check_compiler("cuda")
 
 
 def test_the_rate_of_products_does_not_depend_on_what_torch_is_set_to():

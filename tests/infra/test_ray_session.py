@@ -52,6 +52,33 @@ def test_session_keeps_handlers_and_environment_nests_and_leaves_no_process(monk
         signal.signal(signal.SIGTERM, previous)
 
 
+def test_workers_see_the_gpus_that_they_are_given_and_no_others(monkeypatch):
+    import ray
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.delenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", raising=False)
+
+    def seen() -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    with ray_session(Embedded(num_cpus=1, num_gpus=1)):
+        for gpus, visible in ((0, ""), (1, "7"), (0.5, "7")):
+            assert ray.get(ray.remote(num_gpus=gpus)(seen).remote()) == visible
+
+
+def test_a_cluster_of_others_is_asked_to_hide_gpus_unless_the_user_says_otherwise(monkeypatch):
+    import ray
+
+    told = []
+    monkeypatch.setattr(ray, "init", lambda **options: told.append(options["runtime_env"]))
+    name = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
+    monkeypatch.delenv(name, raising=False)
+    module._init(Existing(address="127.0.0.1:1"))
+    monkeypatch.setenv(name, "0")
+    module._init(Existing(address="127.0.0.1:1"))
+    assert told == [{"env_vars": {name: "1"}}, {"env_vars": {}}]
+
+
 def test_a_ray_that_does_not_start_in_time_is_tried_again(monkeypatch):
     outcomes = [RuntimeError("timed out during startup"), RuntimeError("once more"), None]
 

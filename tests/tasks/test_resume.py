@@ -90,9 +90,9 @@ def test_steps_done_again_from_the_start_are_shown_once(tmp_path):
 def test_a_run_keeps_the_precision_that_it_measured_when_it_began(tmp_path, monkeypatch):
     store = Store(str(tmp_path))
     auto = dataclasses.replace(CONFIG, precision="auto")
-    monkeypatch.setattr("tasks.parallel.fast_bf16", lambda: False)
+    monkeypatch.setattr("tasks.parallel.fast_bf16", lambda device: False)
     killed(store, 7, auto)
-    monkeypatch.setattr("tasks.parallel.fast_bf16", lambda: True)
+    monkeypatch.setattr("tasks.parallel.fast_bf16", lambda device: True)
     resumed = Trainer(store, "run", Regression(), auto).fit().model
     whole = Trainer(store, "whole", Regression(), CONFIG).fit().model
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):

@@ -221,6 +221,16 @@ def test_rates_of_tokens_and_utilisation_are_points_of_the_curve(tmp_path):
     assert line["mfu"] == pytest.approx(3e6 * line["samples_per_second"] / 8 / peak)
 
 
+@pytest.mark.parametrize(("name", "tflops"), [
+    ("NVIDIA L4", 121), ("NVIDIA L40", 0), ("NVIDIA L40S", 362), ("NVIDIA A10", 125),
+    ("NVIDIA A10G", 70), ("NVIDIA RTX A1000 Laptop GPU", 0), ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA GH200 480GB", 989),
+])  # fmt: skip
+def test_the_peak_of_a_gpu_is_that_of_its_own_name(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), "bf16") == tflops * 1e12
+
+
 def test_points_are_means_over_the_steps_and_samples_of_all_workers():
     def everyone(own):
         return [own, [{"loss": 9.0, "loss/b": 4.0}, {"loss": 2, "loss/b": 1}, {"x": 5}, 30.0]]

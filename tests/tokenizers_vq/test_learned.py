@@ -49,6 +49,24 @@ def config(kind: str, **changes) -> VQConfig:
 KINDS = ("rgb", "depth", "normal", "semseg", "feature")
 
 
+def test_tokens_are_decoded_in_batches_that_fit_into_memory(monkeypatch):
+    net = VQVAE(config("depth"))
+    tokenizer = Tokenizer("depth", net, codec("depth"), "fp32")
+    tokens = torch.from_numpy(tokenizer.encode_values(values("depth", 5)).astype(np.int64))
+    whole, decode, sizes = tokenizer.decode_tokens(tokens), net.decode, []
+
+    def fits(part: torch.Tensor) -> torch.Tensor:
+        if len(part) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(part))
+        return decode(part)
+
+    monkeypatch.setattr(net, "decode", fits)
+    for one, other in zip(tokenizer.decode_tokens(tokens), whole, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert sizes == [2, 2, 1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_and_decoded_values_have_the_contract_s_types(kind):
     tokenizer = Tokenizer("any", VQVAE(config(kind)), codec(kind), "fp32")
