@@ -229,6 +229,23 @@ def test_the_server_of_compose_has_postgres_and_redis() -> None:
         assert events.messaging_broker == "prefect_redis.messaging"
 
 
+def test_browsers_and_notifications_find_the_server_of_compose_where_its_port_is() -> None:
+    from prefect.settings import Settings
+
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    (published,) = services["server"]["ports"]
+    port = published.split(":")[1]
+    for name in ("server", "services"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("PREFECT_API_URL", raising=False)
+            patch.setenv("PREFECT_SERVER_API_HOST", "0.0.0.0")  # as `--host` sets it
+            for key, text in services[name]["environment"].items():
+                patch.setenv(key, text)
+            settings = Settings()
+        assert settings.server.ui.api_url == f"http://localhost:{port}/api"
+        assert settings.ui_url == f"http://localhost:{port}"
+
+
 def test_images_are_pinned_and_ours_has_the_packages_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     files = [*MANIFESTS, *DEPLOYMENTS, DEPLOY / "compose.yaml", DEPLOY / "Dockerfile"]
