@@ -33,6 +33,7 @@ def learn_codes(params: TrainTokenizersParams) -> list[dict[str, Any]]:
         text=dataset.text_recipe,
         target=params.ray,
         workers=workers,
+        gpus=params.gpus,
         on_progress=lambda name, step, steps: bar.update(step, steps, f"{name} {step}/{steps}"),
     )
     return [
