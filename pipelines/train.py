@@ -112,7 +112,11 @@ def _picture(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-@flow(name="train", description=TrainParams.__doc__)
+@flow(
+    name="train",
+    flow_run_name="train/{params.dataset}",
+    description=TrainParams.__doc__,
+)
 def train_flow(params: TrainParams) -> dict[str, Any]:
     """Train 4M on a published token set."""
     return train_model(params)

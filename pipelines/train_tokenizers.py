@@ -42,7 +42,11 @@ def learn_codes(params: TrainTokenizersParams) -> list[dict[str, Any]]:
     ]
 
 
-@flow(name="train-tokenizers", description=TrainTokenizersParams.__doc__)
+@flow(
+    name="train-tokenizers",
+    flow_run_name="train-tokenizers/{params.dataset}",
+    description=TrainTokenizersParams.__doc__,
+)
 def train_tokenizers_flow(params: TrainTokenizersParams) -> list[dict[str, Any]]:
     """Train the tokenizers that turn each modality into discrete codes and back."""
     check("train_tokenizers", params.model_dump())
