@@ -69,7 +69,10 @@ class KubeRay:
         status = found.get("status") or {}
         parts = (status.get("reason"), status.get("message"))
         owner = (found["metadata"].get("annotations") or {}).get(OWNER, "")
-        return JobInfo(_state(status), " ".join(part for part in parts if part), owner)
+        # It is there until its cluster is gone, which takes a while, and is no job to wait for.
+        removed = "deletionTimestamp" in found["metadata"]
+        state = "stopped" if removed else _state(status)
+        return JobInfo(state, " ".join(part for part in parts if part), owner)
 
     async def tail(self, job_id: str) -> AsyncIterator[str]:
         """Through the dashboard of the job's own cluster, once there is one."""

@@ -157,6 +157,21 @@ def test_stopping_removes_the_cluster_and_may_be_repeated(api):
     assert kube.find(REQUEST.job_id) is None
 
 
+def test_a_rayjob_that_is_being_removed_is_followed_by_another(api):
+    kube = KubeRay(RayJob(), api)
+    kube.submit(REQUEST)
+    about = api.objects["default", REQUEST.job_id]
+    about["metadata"]["deletionTimestamp"] = "2026-11-22T12:00:00Z"
+    about["status"] = {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}
+    assert kube.find(REQUEST.job_id).state == "stopped"
+
+    def request(name: str) -> JobRequest:
+        return JobRequest(name, COMMAND, "run-1")
+
+    assert attach(kube, "fourm-label-1", request, owner="run-1") == "fourm-label-1-1"
+    assert len(api.objects) == 2
+
+
 def test_a_restarted_flow_finds_its_rayjob(api):
     def submit_or_find() -> str:
         kube = KubeRay(RayJob(), api)
