@@ -7,6 +7,7 @@ import functools
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -72,6 +73,27 @@ def most_files() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         return wanted
     return soft
+
+
+def auto_device() -> str:
+    """"cuda" where torch sees a GPU, else "cpu".
+
+    Raises:
+        RuntimeError: Ray has given this worker a GPU that torch cannot use: it would stay idle
+            while the work goes on for days on a few cores.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized() and (given := ray.get_gpu_ids()):
+        raise RuntimeError(
+            f"this worker occupies GPU {', '.join(map(str, given))}, which torch "
+            f"{torch.__version__} cannot use: run it where torch is built for CUDA and finds the "
+            "driver (the image with TORCH_INDEX for CUDA), or ask for no GPUs"
+        )
+    return "cpu"
 
 
 @functools.cache
@@ -163,10 +185,14 @@ def check_compiler(device: str) -> None:
             get_cpp_compiler()
         else:
             import triton  # noqa: F401
+
+            # It compiles what starts its kernels on the machine that they run on.
+            if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+                raise FileNotFoundError("there is neither gcc nor clang")
     except Exception as error:
         raise ValueError(
-            f"compile=True finds no compiler for {device} ({error}); install g++ (CPU) or triton "
-            "(GPU), or take compile=False, which computes the same"
+            f"compile=True finds no compiler for {device} ({error}); install g++ (CPU), or triton "
+            "and gcc (GPU), or take compile=False, which computes the same"
         ) from error
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.fitting import FittingBatches
-from infra.machine import check_compiler, fast_bf16
+from infra.machine import auto_device, check_compiler, fast_bf16
 
 logger = logging.getLogger("fourm.label")
 Image = NDArray[np.uint8]
@@ -134,7 +134,7 @@ class Labeler(ABC):
         self.spec = spec
         device = spec.device
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = auto_device()
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"labeler {spec.name!r}: device 'cuda' asked, but no GPU is visible")
         self.device = torch.device(device)
