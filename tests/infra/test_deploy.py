@@ -213,6 +213,14 @@ def test_volumes_of_our_image_belong_to_its_user() -> None:
     assert set(folders) <= set(owned[1].split())
 
 
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, str):
+        yield value
+
+
 def test_the_server_of_compose_has_postgres_and_redis() -> None:
     from prefect.settings import Settings
 
@@ -225,8 +233,11 @@ def test_the_server_of_compose_has_postgres_and_redis() -> None:
         with pytest.MonkeyPatch.context() as patch:
             for key, text in environment.items():
                 patch.setenv(key, text)
-            events = Settings().server.events
-        assert events.messaging_broker == "prefect_redis.messaging"
+            settings = Settings().server
+        assert settings.events.messaging_broker == "prefect_redis.messaging"
+        alone = [text for text in _texts(settings.model_dump())
+                 if text.endswith(".memory") or text.startswith("memory:")]
+        assert alone == [], "what one process keeps in memory the other one never sees"
 
 
 def test_browsers_and_notifications_find_the_server_of_compose_where_its_port_is() -> None:
