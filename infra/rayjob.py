@@ -199,7 +199,12 @@ def _status(error: Exception) -> int | None:
 
 
 def _reworded(error: Exception) -> Exception:
-    """Kubernetes' errors derive from Exception alone: as the OSError that a network trouble is."""
+    """Errors of Kubernetes and of its client's connections derive from Exception alone: as the
+    OSError that a network trouble is."""
+    from urllib3.exceptions import HTTPError
+
+    if isinstance(error, HTTPError):
+        return ConnectionError(f"Kubernetes cannot be reached: {error}")
     if _status(error) is None:
         return error
     reason = getattr(error, "reason", "")
