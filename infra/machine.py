@@ -75,6 +75,31 @@ def most_files() -> int:
     return soft
 
 
+def chosen_device(asked: str = "auto") -> str:
+    """"cpu" or "cuda", as asked; "auto" is "cuda" where torch sees a GPU, else "cpu".
+
+    Raises:
+        ValueError: "cuda" was asked for, and torch sees no GPU.
+        RuntimeError: Ray has given this worker a GPU that torch cannot use: it would stay idle
+            while the work goes on for days on a few cores.
+    """
+    import torch
+
+    if asked == "cpu" or torch.cuda.is_available():
+        return "cuda" if asked == "auto" else asked
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized() and (given := ray.get_gpu_ids()):
+        raise RuntimeError(
+            f"this worker occupies GPU {', '.join(map(str, given))}, which torch "
+            f"{torch.__version__} cannot use: run it where torch is built for CUDA and finds the "
+            "driver (the image with TORCH_INDEX for CUDA), or ask for no GPUs"
+        )
+    if asked == "cuda":
+        raise ValueError("device 'cuda' was asked for, and no GPU is visible here: workers see "
+                         "those that they are given (gpus)")
+    return "cpu"
+
+
 @functools.cache
 def fast_bf16(device: str = "cpu") -> bool:
     """Whether bf16 matrix products are faster than fp32 on this machine's "cpu" or "cuda".
@@ -165,12 +190,13 @@ def check_compiler(device: str) -> None:
         else:
             import triton  # noqa: F401
 
+            # It compiles what starts its kernels on the machine that they run on.
             if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-                raise OSError("triton makes what starts kernels with a C compiler")
+                raise FileNotFoundError("there is neither gcc nor clang")
     except Exception as error:
         raise ValueError(
-            f"compile=True finds no compiler for {device} ({error}); install g++ (CPU), or gcc "
-            "and triton (GPU), or take compile=False, which computes the same"
+            f"compile=True finds no compiler for {device} ({error}); install g++ (CPU), or triton "
+            "and gcc (GPU), or take compile=False, which computes the same"
         ) from error
 
 

@@ -14,11 +14,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -37,6 +39,8 @@ TAIL_LINES = 20
 
 OURS = "fourm-"
 """How the ids of our jobs begin; a cluster may be shared with others."""
+
+_ENVIRONMENT = threading.Lock()
 
 State = Literal["waiting", "running", "succeeded", "failed", "stopped"]
 ALIVE = ("waiting", "running")
@@ -229,7 +233,8 @@ class JobsApi:
     def _client(self) -> Any:
         from ray.job_submission import JobSubmissionClient
 
-        return JobSubmissionClient(self._target.address)
+        with _of_no_cluster():
+            return JobSubmissionClient(self._target.address)
 
     def submit(self, request: JobRequest) -> None:
         try:
@@ -272,6 +277,19 @@ class JobsApi:
                 if info.state in ALIVE and info.owner:
                     found[job_id] = info.owner
         return found
+
+
+@contextmanager
+def _of_no_cluster() -> Iterator[None]:
+    """Hides the cluster that this process belongs to or is told of: Ray's client would ask it in
+    place of the one that is named."""
+    with _ENVIRONMENT:
+        names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+        kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+        try:
+            yield
+        finally:
+            os.environ.update(kept)
 
 
 def _info(details: Any) -> JobInfo:

@@ -69,7 +69,10 @@ class KubeRay:
         status = found.get("status") or {}
         parts = (status.get("reason"), status.get("message"))
         owner = (found["metadata"].get("annotations") or {}).get(OWNER, "")
-        return JobInfo(_state(status), " ".join(part for part in parts if part), owner)
+        # It is there until its cluster is gone, which takes a while, and is no job to wait for.
+        removed = "deletionTimestamp" in found["metadata"]
+        state = "stopped" if removed else _state(status)
+        return JobInfo(state, " ".join(part for part in parts if part), owner)
 
     async def tail(self, job_id: str) -> AsyncIterator[str]:
         """Through the dashboard of the job's own cluster, once there is one."""
@@ -196,7 +199,12 @@ def _status(error: Exception) -> int | None:
 
 
 def _reworded(error: Exception) -> Exception:
-    """Kubernetes' errors derive from Exception alone: as the OSError that a network trouble is."""
+    """Errors of Kubernetes and of its client's connections derive from Exception alone: as the
+    OSError that a network trouble is."""
+    from urllib3.exceptions import HTTPError
+
+    if isinstance(error, HTTPError):
+        return ConnectionError(f"Kubernetes cannot be reached: {error}")
     if _status(error) is None:
         return error
     reason = getattr(error, "reason", "")

@@ -23,7 +23,11 @@ from tasks.chain import Chain
 from tasks.publish import is_current
 
 
-@flow(name="end-to-end", description=EndToEndParams.__doc__)
+@flow(
+    name="end-to-end",
+    flow_run_name="end-to-end/{params.dataset}",
+    description=EndToEndParams.__doc__,
+)
 def end_to_end_flow(params: EndToEndParams) -> dict[str, Any]:
     """From a list of links to a trained and measured model; resumes wherever it stopped."""
     with _one_session(params):

@@ -58,7 +58,11 @@ def _config(store: Store, params: EvaluateParams) -> EvaluateConfig:
     )
 
 
-@flow(name="evaluate", description=EvaluateParams.__doc__)
+@flow(
+    name="evaluate",
+    flow_run_name="evaluate/{params.dataset}",
+    description=EvaluateParams.__doc__,
+)
 def evaluate_flow(params: EvaluateParams) -> dict[str, Any]:
     """Measure a model against the truth; writes results.json, report.html and pictures."""
     return measure(params)

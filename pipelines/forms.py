@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import PurePosixPath
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -35,6 +36,11 @@ class Where(Form):
     root: str = Field(
         "data/dataset", min_length=1, description="Dataset: a folder, or s3://bucket/prefix."
     )
+
+    @property
+    def dataset(self) -> str:
+        """What runs are named after: the end of the address, of plain characters."""
+        return re.sub(r"[^\w.-]+", "-", PurePosixPath(self.root).name)[:40].strip("-") or "dataset"
 
 
 class Compute(Form):

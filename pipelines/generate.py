@@ -39,7 +39,11 @@ def _show(files: list[Path]) -> None:
         ui.markdown("generated-texts", "\n\n".join(texts))
 
 
-@flow(name="generate", description=GenerateParams.__doc__)
+@flow(
+    name="generate",
+    flow_run_name="generate/{params.dataset}",
+    description=GenerateParams.__doc__,
+)
 def generate_flow(params: GenerateParams) -> list[str]:
     """Predict modalities from others; returns the files written."""
     return predict(params)

@@ -9,6 +9,7 @@ from prefect import flow
 from infra.store import Store
 from pipelines.params import ImportParams
 from pipelines.stages import run_jobs, stage_task
+from pipelines.workers import NO_GPU
 from tasks.interchange import finish_import, import_jobs
 
 
@@ -16,12 +17,16 @@ from tasks.interchange import finish_import, import_jobs
 def import_shards(params: ImportParams) -> list[dict[str, Any]]:
     """Rebuild the shards of the set, compare them with what was exported, and publish them."""
     store, source = Store(params.root), Store(params.source)
-    rows = run_jobs(store, import_jobs(store, source), params, "import")
+    rows = run_jobs(store, import_jobs(store, source), params, "import", own=NO_GPU)
     finish_import(store, source)
     return rows
 
 
-@flow(name="import", description=ImportParams.__doc__)
+@flow(
+    name="import",
+    flow_run_name="import/{params.dataset}",
+    description=ImportParams.__doc__,
+)
 def import_flow(params: ImportParams) -> list[dict[str, Any]]:
     """Take over a set in the layout ml-4m, webdataset or parquet, to the same bytes."""
     return import_shards(params)

@@ -13,6 +13,7 @@ from infra.sources import Source
 from infra.store import Store
 from pipelines.params import IngestOptions, IngestParams, RetryParams
 from pipelines.stages import run_jobs, stage_task
+from pipelines.workers import NO_GPU
 from tasks import chain, duplicates, fetch
 from tasks.checks import check
 
@@ -41,7 +42,7 @@ def fetch_rows(params: IngestParams | RetryParams) -> list[dict[str, Any]]:
     dataset = chain.Chain(store)
     _check(dataset, params)
     job = fetch.fetch_job(dataset.plan, dataset.fetch_config)
-    rows = run_jobs(store, [job], params, "fetch")
+    rows = run_jobs(store, [job], params, "fetch", own=NO_GPU)
     fates: Counter[str] = Counter()
     for commit in dataset.ledger.each_commit(dataset.download):
         fates.update({OK: commit.samples, **commit.drops})
@@ -64,7 +65,7 @@ def find_repeated(params: IngestParams | RetryParams) -> list[dict[str, Any]]:
     if drop == "mark":
         return []
     job = duplicates.distinct_job(store, dataset.download, drop, marks)
-    return run_jobs(store, [job], params, "distinct")
+    return run_jobs(store, [job], params, "distinct", own=NO_GPU)
 
 
 def _check(dataset: chain.Chain, params: IngestParams | RetryParams) -> None:
@@ -73,7 +74,11 @@ def _check(dataset: chain.Chain, params: IngestParams | RetryParams) -> None:
         dataset.check("ingest", params.model_dump(include=set(IngestOptions.model_fields)))
 
 
-@flow(name="ingest", description=IngestParams.__doc__)
+@flow(
+    name="ingest",
+    flow_run_name="ingest/{params.dataset}",
+    description=IngestParams.__doc__,
+)
 def ingest_flow(params: IngestParams) -> list[dict[str, Any]]:
     """Download the pictures of a list into shards, with a fate for every row."""
     check("ingest", params.model_dump())

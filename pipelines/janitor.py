@@ -78,7 +78,11 @@ def _has_ended(run_id: str) -> bool:
     return state is not None and state.is_final() and datetime.now(UTC) - state.timestamp > GRACE
 
 
-@flow(name="janitor", description=JanitorParams.__doc__)
+@flow(
+    name="janitor",
+    flow_run_name="janitor/{params.dataset}",
+    description=JanitorParams.__doc__,
+)
 def janitor_flow(params: JanitorParams) -> list[dict[str, Any]]:
     """Remove what no commit and no manifest names: orphans, old attempts and checkpoints."""
     if params.dashboard:

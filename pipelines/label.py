@@ -72,7 +72,11 @@ def show_labels(params: LabelParams) -> None:
     previews.show(chain.Chain(Store(params.root)))
 
 
-@flow(name="label", description=LabelParams.__doc__)
+@flow(
+    name="label",
+    flow_run_name="label/{params.dataset}",
+    description=LabelParams.__doc__,
+)
 def label_flow(params: LabelParams) -> list[dict[str, Any]]:
     """Label every picture: depth, normals, classes, boxes, captions, features."""
     check("label", params.model_dump())

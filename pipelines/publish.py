@@ -54,7 +54,11 @@ def _lineage(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-@flow(name="publish", description=PublishParams.__doc__)
+@flow(
+    name="publish",
+    flow_run_name="publish/{params.dataset}",
+    description=PublishParams.__doc__,
+)
 def publish_flow(params: PublishParams) -> dict[str, Any]:
     """Prove that all modalities align, and publish a version of the token set."""
     check("publish", params.model_dump())

@@ -25,7 +25,11 @@ def plan_pass(params: RetryParams) -> int:
     return int(plan_retry(store, dataset.download, params.reasons)["rows"])
 
 
-@flow(name="retry", description=RetryParams.__doc__)
+@flow(
+    name="retry",
+    flow_run_name="retry/{params.dataset}",
+    description=RetryParams.__doc__,
+)
 def retry_flow(params: RetryParams) -> list[dict[str, Any]]:
     """Download once more the rows that failed for passing reasons, as further shards."""
     plan_pass(params)

@@ -27,7 +27,11 @@ def tokenize_labels(params: TokenizeParams) -> list[dict[str, Any]]:
     return run_jobs(store, jobs, params, "tokenize")
 
 
-@flow(name="tokenize", description=TokenizeParams.__doc__)
+@flow(
+    name="tokenize",
+    flow_run_name="tokenize/{params.dataset}",
+    description=TokenizeParams.__doc__,
+)
 def tokenize_flow(params: TokenizeParams) -> list[dict[str, Any]]:
     """Turn every modality of every sample into tokens."""
     check("tokenize", params.model_dump())

@@ -14,7 +14,7 @@ from prefect import flow
 
 from infra import ui
 from infra.manifest import Manifest
-from infra.ray_session import ray_session
+from infra.ray_session import Embedded, ray_session
 from infra.store import Store
 from pipelines.params import TrainParams
 from pipelines.stages import stage_task
@@ -58,6 +58,8 @@ def train_model(params: TrainParams) -> dict[str, Any]:
             run=run,
             num_workers=params.train_workers,
             on_progress=curve.add,
+            # An embedded Ray never grows: it has its GPUs now or not at all.
+            on_gpus=params.gpus > 0 and not isinstance(params.ray, Embedded),
         )
     curve.show()
     metrics = [{"metric": name, "value": round(v, 4)} for name, v in info.metrics.items()]
@@ -110,7 +112,11 @@ def _picture(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-@flow(name="train", description=TrainParams.__doc__)
+@flow(
+    name="train",
+    flow_run_name="train/{params.dataset}",
+    description=TrainParams.__doc__,
+)
 def train_flow(params: TrainParams) -> dict[str, Any]:
     """Train 4M on a published token set."""
     return train_model(params)

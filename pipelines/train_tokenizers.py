@@ -33,6 +33,7 @@ def learn_codes(params: TrainTokenizersParams) -> list[dict[str, Any]]:
         text=dataset.text_recipe,
         target=params.ray,
         workers=workers,
+        gpus=params.gpus,
         on_progress=lambda name, step, steps: bar.update(step, steps, f"{name} {step}/{steps}"),
     )
     return [
@@ -41,7 +42,11 @@ def learn_codes(params: TrainTokenizersParams) -> list[dict[str, Any]]:
     ]
 
 
-@flow(name="train-tokenizers", description=TrainTokenizersParams.__doc__)
+@flow(
+    name="train-tokenizers",
+    flow_run_name="train-tokenizers/{params.dataset}",
+    description=TrainTokenizersParams.__doc__,
+)
 def train_tokenizers_flow(params: TrainTokenizersParams) -> list[dict[str, Any]]:
     """Train the tokenizers that turn each modality into discrete codes and back."""
     check("train_tokenizers", params.model_dump())

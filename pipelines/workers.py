@@ -7,6 +7,9 @@ from infra.ray_session import Embedded
 from infra.runner import Resources
 from pipelines.params import Compute, LabelerResources
 
+NO_GPU = LabelerResources(gpus=0)
+"""Of work that no GPU is of use to."""
+
 
 def resources(compute: Compute, own: LabelerResources | None = None) -> Resources:
     """Workers of a stage: as many as asked, else one for each core, or GPU that it may occupy, of

@@ -37,10 +37,11 @@ SIGNAL_SECONDS = 0.5
 
 def fit_distributed(
     store: Store, path: str, task: Task, config: TrainConfig, num_workers: int,
-    on_progress: ProgressCallback | None = None,
+    on_progress: ProgressCallback | None = None, *, on_gpus: bool = False,
 ) -> TrainResult:
-    """Runs `Trainer.fit` on `num_workers` Ray Train workers: one GPU each where there are any,
-    else an equal share of the cores, which on a CPU beats as many threads in one process.
+    """Runs `Trainer.fit` on `num_workers` Ray Train workers: one GPU each where there are any or
+    they are asked for, since a cluster may have to grow for them; else an equal share of the
+    cores, which on a CPU beats as many threads in one process.
 
     The run, its checkpoints and its resume are those of `Trainer`; Ray only restarts workers.
     Needs a Ray session.
@@ -65,7 +66,7 @@ def fit_distributed(
         TorchTrainer(
             _worker,
             train_loop_config=arguments,
-            scaling_config=_scaling(num_workers),
+            scaling_config=_scaling(num_workers, on_gpus),
             run_config=RunConfig(
                 storage_path=scratch, failure_config=FailureConfig(max_failures=2)
             ),
@@ -76,14 +77,14 @@ def fit_distributed(
     return TrainResult(**store.read_json(f"{path}/{RESULT}"))
 
 
-def _scaling(num_workers: int) -> ScalingConfig:
+def _scaling(num_workers: int, on_gpus: bool = False) -> ScalingConfig:
     """What each worker gets. Where there are GPUs is the cluster's to say: the machine that waits
     for the workers often has none."""
     import ray
     from ray.train import ScalingConfig
 
     there = ray.cluster_resources()
-    kind = "GPU" if there.get("GPU", 0) else "CPU"
+    kind = "GPU" if on_gpus or there.get("GPU", 0) else "CPU"
     if there.get(kind, 0) < num_workers:
         log.warning("%d workers take a %s each, and the cluster has %g as yet: the training waits "
                     "until it has grown", num_workers, kind, there.get(kind, 0))

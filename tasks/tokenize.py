@@ -23,6 +23,7 @@ import numpy as np
 
 from infra.blocks import BlockWriter, Column
 from infra.ledger import OK, Ledger, ShardData, Stage
+from infra.machine import chosen_device
 from infra.overlap import UNITS_AT_ONCE, Lane, Waits
 from infra.runner import StageJob
 from infra.shards import MISSING_EXT, TarIndex
@@ -338,19 +339,11 @@ def _learned(
     store: Store, path: str, expected: str, stage: Stage, config: dict[str, Any]
 ) -> Tokenizer:
     """A stored network on the device that is asked for."""
-    import torch
-
     from tokenizers_vq.tokenizer import fingerprint, load_tokenizer
 
     tokenizer = load_tokenizer(store, path, config.get("precision", "auto"))
     _require(fingerprint(tokenizer.files()), path, expected, stage)
-    device = config.get("device", "auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{stage.id}: device 'cuda' asked, but no GPU is visible; workers see "
-                         "those that they are given (gpus)")
-    return tokenizer.to(device)
+    return tokenizer.to(chosen_device(config.get("device", "auto")))
 
 
 def _require(found: str, path: str, expected: str, stage: Stage) -> None:

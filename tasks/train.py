@@ -220,7 +220,7 @@ def _sources(config: FourMConfig, part: Bound, target: ModalitySpec) -> list[str
 
 def train_fourm(
     store: Store, data: Manifest | Mapping[str, Sequence[SetOf]], recipe: TrainRecipe, *, run: str,
-    num_workers: int = 0, on_progress: ProgressCallback | None = None,
+    num_workers: int = 0, on_progress: ProgressCallback | None = None, on_gpus: bool = False,
 ) -> RunInfo:
     """Trains `recipe` on `data` and stores the model under `runs/<run>/model`.
 
@@ -234,6 +234,7 @@ def train_fourm(
         run: Name of the run.
         num_workers: Ray Train workers with DDP; 0 trains in this process.
         on_progress: Called with (step, steps, metrics) at the points of the loss curve.
+        on_gpus: Those workers wait for a GPU each, where the cluster has none as yet.
 
     Raises:
         ValueError: the data cannot serve the recipe, or a run of this name has other settings.
@@ -246,7 +247,7 @@ def train_fourm(
         return finished_before
     task.check_start()
     _ = task.data, task.validation  # refuses a set that does not fit before anything starts
-    result_model, result = _fit(store, path, task, num_workers, on_progress)
+    result_model, result = _fit(store, path, task, num_workers, on_progress, on_gpus)
     for name, content in _files(result_model).items():
         store.write(f"{path}/model/{name}", content)
     info = RunInfo(path, result.steps, round(result.seconds, 2),
@@ -258,7 +259,7 @@ def train_fourm(
 
 def _fit(
     store: Store, path: str, task: FourMTask, num_workers: int,
-    on_progress: ProgressCallback | None,
+    on_progress: ProgressCallback | None, on_gpus: bool,
 ) -> tuple[Any, Any]:
     if not num_workers:
         result = Trainer(store, path, task, task.recipe.training).fit(on_progress)
@@ -266,7 +267,7 @@ def _fit(
     from tasks.distributed import fit_distributed
 
     result = fit_distributed(
-        store, path, task, task.recipe.training, num_workers, on_progress
+        store, path, task, task.recipe.training, num_workers, on_progress, on_gpus=on_gpus
     )
     newest = Checkpoints(store, path).newest()
     assert newest is not None

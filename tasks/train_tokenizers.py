@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra import ui
 from infra.ledger import Ledger, Stage
+from infra.ray_session import Embedded, RayTarget, ray_session
 from infra.store import Store
 from tasks.tokenizer_config import TextRecipe, TokenizerRecipe, identity
 from tasks.tokenizer_data import load_crops, read_values
@@ -28,7 +29,6 @@ from tasks.tokenizer_task import reconstruction_task
 from tasks.trainer import Trainer
 
 if TYPE_CHECKING:
-    from infra.ray_session import RayTarget
     from tokenizers_vq.tokenizer import Tokenizer
 
 logger = logging.getLogger("fourm.tokenizers")
@@ -115,6 +115,7 @@ def train_tokenizers(
     text: TextRecipe | None = None,
     target: RayTarget | None = None,
     workers: int = 0,
+    gpus: float = 0,
     on_progress: Progress | None = None,
 ) -> dict[str, TokenizerInfo]:
     """Trains what is not there yet and returns all tokenizers by modality.
@@ -126,12 +127,14 @@ def train_tokenizers(
         shards: Shards whose labels are read; the last one is held out where there are several.
         text: Also trains the text tokenizer (key `text`) on `caption` and the classes of `det`.
         target: Where Ray runs, if `workers` is not 0.
-        workers: Tokenizers trained at the same time, a core each, and a GPU where Ray has any;
-            0 trains one after another in this process.
+        workers: Tokenizers trained at the same time, a core each; 0 trains one after another
+            in this process.
+        gpus: GPUs that each of them occupies on Ray, may be a fraction.
         on_progress: Called with (modality, step, steps), in this process only.
 
     Raises:
-        ValueError: if a modality has no stage, or its labels are all missing.
+        ValueError: if a modality has no stage, its labels are all missing, or this machine's Ray
+            is not given the GPUs that a tokenizer occupies.
     """
     if missing := sorted(recipes.keys() - stages.keys()):
         raise ValueError(f"no labels for {missing[0]!r}; labelled are {', '.join(sorted(stages))}")
@@ -148,7 +151,9 @@ def train_tokenizers(
         else:
             todo[name] = recipe
     if todo and workers:
-        found |= _train_on_ray(store, stages, todo, shards, target, workers)
+        found |= _train_on_ray(
+            store, stages, todo, shards, target or Embedded(), workers, gpus
+        )
     for name in todo.keys() - found.keys():
         found[name] = train_tokenizer(
             store, name, stages[name], todo[name], shards=shards, on_progress=on_progress
@@ -169,17 +174,20 @@ def _train_on_ray(
     stages: Mapping[str, Stage],
     recipes: Mapping[str, TokenizerRecipe],
     shards: Sequence[int],
-    target: RayTarget | None,
+    target: RayTarget,
     workers: int,
+    gpus: float,
 ) -> dict[str, TokenizerInfo]:
     """One Ray task a tokenizer, at most `workers` at a time."""
     import ray
 
-    from infra.ray_session import Embedded, ray_session
-
+    if isinstance(target, Embedded) and gpus > target.num_gpus:
+        raise ValueError(  # Ray would wait without end; a cluster may grow
+            f"a tokenizer occupies {gpus:g} GPU and Ray has {target.num_gpus}: lower gpus, or "
+            "raise num_gpus in the Ray target"
+        )
     found: dict[str, TokenizerInfo] = {}
-    with ray_session(target or Embedded()):
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    with ray_session(target):
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(train_tokenizer)
         waiting = list(recipes)
         running: dict[Any, str] = {}

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from infra.machine import check_compiler, fp32_products, keep_freed_memory
+from infra.machine import check_compiler, chosen_device, fp32_products, keep_freed_memory
 from infra.overlap import prefetch
 from tasks.batches import to_device
 from tasks.buffers import Buffers
@@ -209,7 +209,7 @@ class Trainer:
 
         config = self.config
         torch.manual_seed(config.seed)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(chosen_device())
         if self.device.type == "cpu":
             keep_freed_memory()
         if config.compile:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.fitting import FittingBatches
-from infra.machine import check_compiler, fast_bf16
+from infra.machine import check_compiler, chosen_device, fast_bf16
 
 logger = logging.getLogger("fourm.label")
 Image = NDArray[np.uint8]
@@ -132,12 +132,7 @@ class Labeler(ABC):
 
         chatter.disable_progress_bar()  # workers log; nobody watches bars there
         self.spec = spec
-        device = spec.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"labeler {spec.name!r}: device 'cuda' asked, but no GPU is "
-                             "visible; workers see those that they are given (gpus)")
+        device = chosen_device(spec.device)
         self.device = torch.device(device)
         if spec.compile:
             if not self.compiles:

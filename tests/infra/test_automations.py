@@ -124,7 +124,8 @@ def test_a_deployment_that_is_missing_is_named():
 
 def test_every_flow_is_watched():
     flows = (path.read_text() for path in (ROOT / "pipelines").glob("*.py"))
-    names = {name for text in flows for name in re.findall(r'^@flow\(name="([^"]+)"', text, re.M)}
+    pattern = r'^@flow\(\s*name="([^"]+)"'
+    names = {name for text in flows for name in re.findall(pattern, text, re.M)}
     assert names == set(FLOWS)
 
 

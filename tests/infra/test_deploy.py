@@ -213,6 +213,14 @@ def test_volumes_of_our_image_belong_to_its_user() -> None:
     assert set(folders) <= set(owned[1].split())
 
 
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, str):
+        yield value
+
+
 def test_the_server_of_compose_has_postgres_and_redis() -> None:
     from prefect.settings import Settings
 
@@ -225,8 +233,55 @@ def test_the_server_of_compose_has_postgres_and_redis() -> None:
         with pytest.MonkeyPatch.context() as patch:
             for key, text in environment.items():
                 patch.setenv(key, text)
-            events = Settings().server.events
-        assert events.messaging_broker == "prefect_redis.messaging"
+            settings = Settings().server
+        assert settings.events.messaging_broker == "prefect_redis.messaging"
+        alone = [text for text in _texts(settings.model_dump())
+                 if text.endswith(".memory") or text.startswith("memory:")]
+        assert alone == [], "what one process keeps in memory the other one never sees"
+
+
+def test_browsers_and_notifications_find_the_server_of_compose_where_its_port_is() -> None:
+    from prefect.settings import Settings
+
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    (published,) = services["server"]["ports"]
+    port = published.split(":")[1]
+    for name in ("server", "services"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("PREFECT_API_URL", raising=False)
+            patch.setenv("PREFECT_SERVER_API_HOST", "0.0.0.0")  # as `--host` sets it
+            for key, text in services[name]["environment"].items():
+                patch.setenv(key, text)
+            settings = Settings()
+        assert settings.server.ui.api_url == f"http://localhost:{port}/api"
+        assert settings.ui_url == f"http://localhost:{port}"
+
+
+def test_what_the_image_adds_is_locked_too() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (DEPLOY / "Dockerfile").read_text()
+    for extra in re.search(r"'\.\[(.+)\]'", text)[1].split(","):
+        for wanted in extras["optional-dependencies"][extra]:
+            assert locked(re.match(r"[\w-]+", wanted)[0])
+
+
+def test_workers_with_gpus_have_the_image_whose_torch_can_use_them() -> None:
+    page, text = ((DEPLOY / name).read_text() for name in ("README.md", "Dockerfile"))
+    built = set(re.findall(r"-t (fourm:\S+)", page))
+    assert built == set(re.findall(r"-t (fourm:\S+)", text))
+    for group in _groups(DEPLOY / "rayjob.yaml"):
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["image"] in built
+        on_gpus = "nvidia.com/gpu" in container["resources"]["limits"]
+        assert container["image"].endswith("-cuda") == on_gpus
+
+
+def test_what_deployments_write_by_default_outlives_the_containers_of_compose() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    folders = [volume.split(":")[1] for volume in services["worker"]["volumes"]]
+    for deployment in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]:
+        root = Path("/app") / deployment["parameters"]["params"]["root"]
+        assert any(root.is_relative_to(folder) for folder in folders), root
 
 
 def test_images_are_pinned_and_ours_has_the_packages_version() -> None:
@@ -242,7 +297,7 @@ def test_images_are_pinned_and_ours_has_the_packages_version() -> None:
         name, _, tag = image.partition(":")
         assert tag not in ("", "latest"), image
         if name == "fourm":
-            assert tag == project["version"]
+            assert tag.removesuffix("-cuda") == project["version"]
     base = re.search(r"FROM python:(\d+\.\d+)", (DEPLOY / "Dockerfile").read_text())
     assert base
     assert project["requires-python"] == f">={base[1]}"

@@ -126,3 +126,30 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (256, 300))
 assert most_files() == 300
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_worker_with_a_gpu_that_torch_cannot_use_is_an_error_and_other_processes_take_the_cpu(
+    monkeypatch,
+):
+    given: list[int] = []
+    ray = types.SimpleNamespace(is_initialized=lambda: True, get_gpu_ids=lambda: given)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.chosen_device() == "cpu"
+    given.append(3)
+    with pytest.raises(RuntimeError, match=r"occupies GPU 3, which torch \S+ cannot use"):
+        machine.chosen_device()
+    monkeypatch.delitem(sys.modules, "ray")
+    assert machine.chosen_device() == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert machine.chosen_device() == "cuda"
+
+
+def test_compiling_for_gpus_without_a_c_compiler_is_refused_first(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="neither gcc nor clang"):
+        machine.check_compiler("cuda")
+    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/bin/{name}")
+    machine.check_compiler("cuda")

@@ -1,5 +1,6 @@
 """Jobs are submitted once, found again, and followed to their end through a bad network."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,21 @@ def test_rays_answers_are_understood():
     api.stop("fourm-a")
     assert client.stops == ["fourm-a"], "what has ended is not stopped again"
     assert api.running() == {}
+
+
+@pytest.mark.parametrize("name", ["RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"])
+def test_the_cluster_that_is_named_is_asked_whatever_the_environment_names(monkeypatch, name):
+    from ray.job_submission import JobSubmissionClient
+
+    asked = []
+    monkeypatch.setattr(
+        JobSubmissionClient, "_check_connection_and_version",
+        lambda client, *_, **__: asked.append(client._address),
+    )  # fmt: skip
+    monkeypatch.setenv(name, "http://127.0.0.1:2")
+    client = JobsApi(Job(address="http://127.0.0.1:1"))._client
+    assert {*asked, client._address} == {"http://127.0.0.1:1"}
+    assert os.environ[name] == "http://127.0.0.1:2"
 
 
 def test_an_error_other_than_a_taken_id_is_raised():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from infra.ray_jobs import JobInfo, JobRequest, attach
+from infra import ray_jobs
+from infra.ray_jobs import JobInfo, JobRequest, attach, follow
 from infra.ray_session import RayJob
 from infra.rayjob import OWNER, KubeRay, manifest, read_template
 
@@ -157,6 +159,21 @@ def test_stopping_removes_the_cluster_and_may_be_repeated(api):
     assert kube.find(REQUEST.job_id) is None
 
 
+def test_a_rayjob_that_is_being_removed_is_followed_by_another(api):
+    kube = KubeRay(RayJob(), api)
+    kube.submit(REQUEST)
+    about = api.objects["default", REQUEST.job_id]
+    about["metadata"]["deletionTimestamp"] = "2026-11-22T12:00:00Z"
+    about["status"] = {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}
+    assert kube.find(REQUEST.job_id).state == "stopped"
+
+    def request(name: str) -> JobRequest:
+        return JobRequest(name, COMMAND, "run-1")
+
+    assert attach(kube, "fourm-label-1", request, owner="run-1") == "fourm-label-1-1"
+    assert len(api.objects) == 2
+
+
 def test_a_restarted_flow_finds_its_rayjob(api):
     def submit_or_find() -> str:
         kube = KubeRay(RayJob(), api)
@@ -170,6 +187,33 @@ def test_what_kubernetes_forbids_is_said(api):
     api.refuse = 403
     with pytest.raises(ConnectionError, match="Kubernetes answers 403 Forbidden"):
         KubeRay(RayJob(), api).find("a")
+
+
+def test_a_control_plane_that_is_away_for_a_while_is_borne(api, monkeypatch):
+    """As for minutes while a managed cluster is upgraded; its client's errors are no OSErrors."""
+    from urllib3.exceptions import MaxRetryError
+
+    monkeypatch.setattr(ray_jobs, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(ray_jobs, "LAST_WORDS_SECONDS", 0.0)
+    kube = KubeRay(RayJob(), api)
+    kube.submit(REQUEST)
+    asked = iter([MaxRetryError(None, "/apis", "refused"), Refused(503, "Unavailable")])
+    answer = api.get_namespaced_custom_object
+
+    def get(**where: Any) -> dict[str, Any]:
+        trouble = next(asked, None)
+        if trouble:
+            raise trouble
+        found = answer(**where)
+        found["status"] = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
+        return found
+
+    monkeypatch.setattr(ray_jobs, "_Tail", lambda *_: SimpleNamespace(
+        drain=lambda *_: None, finish=lambda *_: None))  # fmt: skip
+    monkeypatch.setattr(api, "get_namespaced_custom_object", get)
+    info = follow(kube, REQUEST.job_id, on_line=lambda line: None)
+    assert info.state == "succeeded"
+    assert next(asked, None) is None
 
 
 def test_a_missing_client_names_the_extra(monkeypatch):

@@ -1,10 +1,16 @@
 """Workers and cores that nobody chose are as many as a cluster's nodes have room for."""
 
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pyarrow as pa
 import pytest
 
 from infra.ray_session import Embedded, Existing
 from infra.runner import Resources
-from pipelines.params import LabelerResources, LabelParams
+from pipelines import importing, ingest
+from pipelines.forms import Compute
+from pipelines.params import ImportParams, IngestParams, LabelerResources, LabelParams
 from pipelines.workers import resources
 
 HEAD = {"memory": 1e9}
@@ -53,6 +59,46 @@ def test_this_machine_is_known_and_a_cluster_is_asked_by_the_run() -> None:
     assert (resources(there).workers, resources(there).threads) == (None, 0)
     assert resources(there, LabelerResources(workers=3)).workers == 3
     assert resources(LabelParams(ray=Existing(), workers=0)).threads >= 1
+
+
+@pytest.mark.parametrize("steps", [ingest, importing])
+def test_downloads_and_copies_keep_no_gpu_from_those_who_compute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: ModuleType
+) -> None:
+    asked: list[Resources] = []
+
+    def run(store: object, jobs: list, form: Compute, *_: object, own: LabelerResources) -> list:
+        asked.append(resources(form, own))
+        return []
+
+    class Dataset:
+        """Just enough of one."""
+
+        plan = fetch_config = download = None
+        ledger = SimpleNamespace(each_commit=lambda _: ())
+        duplicates = "drop_exact"
+
+        def __init__(self, store: object) -> None:
+            self.check = lambda *_: None
+
+    monkeypatch.setattr(steps, "run_jobs", run)
+    ray = Embedded(num_cpus=8, num_gpus=1)
+    if steps is importing:
+        monkeypatch.setattr(steps, "import_jobs", lambda *_: [])
+        monkeypatch.setattr(steps, "finish_import", lambda *_: None)
+        form = ImportParams(root=str(tmp_path), source="set", ray=ray, gpus=1)
+        steps.import_shards.fn(form)
+    else:
+        marks = pa.table({"kind": pa.array([], pa.string())})
+        monkeypatch.setattr(steps.chain, "Chain", Dataset)
+        monkeypatch.setattr(steps.fetch, "fetch_job", lambda *_: None)
+        monkeypatch.setattr(steps.duplicates, "mark_duplicates", lambda *_: ("", marks))
+        monkeypatch.setattr(steps.duplicates, "distinct_job", lambda *_: None)
+        form = IngestParams(root=str(tmp_path), source="list.tsv", ray=ray, gpus=1)
+        steps.fetch_rows.fn(form)
+        steps.find_repeated.fn(form)
+    assert asked
+    assert all((each.workers, each.num_gpus) == (8, 0) for each in asked)
 
 
 def test_nothing_is_left_open_where_there_are_no_nodes_to_ask() -> None:

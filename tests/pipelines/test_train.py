@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 from infra import ui
 from infra.store import Store
 from pipelines import train as flow
-from pipelines.params import TrainParams
+from pipelines import train_tokenizers as tokenizers
+from pipelines.params import TrainParams, TrainTokenizersParams
 from tasks.report import pace_figure
 from tasks.train import RunInfo
 
@@ -73,3 +76,36 @@ def test_the_form_decides_how_the_recipe_is_trained(
     assert (config.parallel, config.accumulate, config.recompute) == ("fsdp", 2, True)
     assert (config.compile, config.wandb) == (True, "project")
     assert (recipe.freeze, recipe.lora.rank, recipe.start) == (("encoder.*",), 4, "none")
+
+
+@pytest.mark.parametrize(("where", "waits"), [
+    ({"ray": "auto", "gpus": 1}, True), ({"ray": "auto"}, False), ({"gpus": 1}, False),
+])
+def test_workers_wait_for_gpus_where_they_are_asked_for_and_ray_may_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: dict[str, Any], waits: bool
+) -> None:
+    asked: list[bool] = []
+
+    def train(*_: Any, **options: Any) -> RunInfo:
+        asked.append(options["on_gpus"])
+        return RunInfo("runs/x", 1, 1.0, 1.0, {}, 0)
+
+    monkeypatch.setattr(flow, "train_fourm", train)
+    monkeypatch.setattr(flow, "open_sets", lambda *_: {})
+    monkeypatch.setattr(flow, "ray_session", nullcontext)
+    flow.train_model.fn(TrainParams(root=str(tmp_path), run="x", train_workers=2, **where))
+    assert asked == [waits]
+
+
+def test_the_form_says_what_a_tokenizers_training_occupies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    dataset = SimpleNamespace(sources={}, recipes={}, tokenizer_shards=[], text_recipe=None)
+    monkeypatch.setattr(tokenizers.chain, "Chain", lambda _: dataset)
+    monkeypatch.setattr(
+        tokenizers, "train_tokenizers", lambda *_, **options: asked.append(options) or {}
+    )
+    params = TrainTokenizersParams(root=str(tmp_path), ray="auto", workers=8, gpus=0.5)
+    assert tokenizers.learn_codes.fn(params) == []
+    assert (asked[0]["workers"], asked[0]["gpus"], asked[0]["target"]) == (8, 0.5, params.ray)

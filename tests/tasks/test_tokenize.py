@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import nullcontext
 from threading import current_thread
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from infra import ui
 from infra.blocks import BlockReader
 from infra.ledger import Ledger, ShardData, Stage
+from infra.ray_session import Existing
 from infra.shards import hole, sample_key, write_tar
 from infra.store import Store
 from models import modalities
@@ -164,6 +166,30 @@ def test_trained_on_ray_two_at_a_time(dataset, monkeypatch):
     infos = train_tokenizers(store, stages, recipes, shards=range(SHARDS), workers=2)
     assert infos.keys() == recipes.keys()
     assert all(store.exists(f"{info.path}/info.json") for info in infos.values())
+
+
+def test_tokenizers_that_occupy_gpus_are_refused_where_ray_never_has_any(dataset):
+    store, stages, _, _ = dataset
+    recipes = {"depth": tokenizer_recipe("depth", **{**SMALL, "seed": 2})}
+    with pytest.raises(ValueError, match=r"occupies 0\.5 GPU and Ray has 0: lower gpus, or raise"):
+        train_tokenizers(store, stages, recipes, shards=range(SHARDS), workers=1, gpus=0.5)
+
+
+def test_tokenizers_on_a_cluster_that_may_grow_ask_it_for_their_gpus(dataset, monkeypatch):
+    import ray
+
+    from tasks import train_tokenizers as module
+
+    def remote(**options):
+        raise KeyError(options["num_gpus"])
+
+    monkeypatch.setattr(module, "ray_session", nullcontext)
+    monkeypatch.setattr(ray, "remote", remote)
+    store, stages, _, _ = dataset
+    recipes = {"depth": tokenizer_recipe("depth", **{**SMALL, "seed": 2})}
+    with pytest.raises(KeyError, match=r"0\.5"):
+        train_tokenizers(store, stages, recipes, shards=range(SHARDS), workers=1, gpus=0.5,
+                         target=Existing())  # fmt: skip
 
 
 def test_no_labels_and_unknown_modalities_are_refused_before_any_work(dataset):

@@ -327,6 +327,17 @@ def test_workers_take_the_gpus_of_the_cluster_whatever_the_driver_has(
     assert (found.num_workers, found.use_gpu, found.resources_per_worker) == (2, on_gpu, each)
 
 
+def test_workers_that_are_to_have_gpus_wait_for_a_cluster_that_starts_with_none(
+    monkeypatch, caplog
+):
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 32.0})
+    found = _scaling(2, on_gpus=True)
+    assert (found.num_workers, found.use_gpu, found.resources_per_worker) == (2, True, None)
+    assert "2 workers take a GPU each, and the cluster has 0 as yet" in caplog.text
+
+
 def test_more_workers_than_the_cluster_has_room_for_are_told_of(monkeypatch, caplog):
     import ray
 
