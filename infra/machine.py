@@ -75,6 +75,19 @@ def most_files() -> int:
     return soft
 
 
+_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""What the drivers of GPUs show under Linux: NVIDIA's, AMD's, and that of Windows beneath."""
+
+
+def gpus() -> int:
+    """GPUs of this machine that torch can use; without a driver torch is not even imported."""
+    if not any(map(os.path.exists, _DRIVERS)):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def chosen_device(asked: str = "auto") -> str:
     """"cpu" or "cuda", as asked; "auto" is "cuda" where torch sees a GPU, else "cpu".
 

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from infra.machine import gpus
+
 if TYPE_CHECKING:
     import psutil
 
@@ -43,7 +45,12 @@ class Embedded(BaseModel):
 
     kind: Literal["embedded"] = "embedded"
     num_cpus: int | None = Field(None, ge=1, description="CPU cores to use; empty means all.")
-    num_gpus: int = Field(0, ge=0, description="GPUs to use.")
+    num_gpus: int | None = Field(None, ge=0, description="GPUs to use; empty means all.")
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that Ray is given."""
+        return gpus() if self.num_gpus is None else self.num_gpus
 
 
 class Existing(BaseModel):
@@ -161,7 +168,7 @@ def _init(target: Embedded | Existing) -> None:
             # "local" never joins a cluster that happens to run on this machine.
             address="local",
             num_cpus=target.num_cpus,
-            num_gpus=target.num_gpus,
+            num_gpus=target.gpus,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             _node_ip_address="127.0.0.1",

@@ -54,7 +54,10 @@ class Compute(Form):
     workers: int | None = Field(
         None, ge=0, description="Worker processes; none: one for each core or GPU. 0: without Ray."
     )
-    gpus: float = Field(0, ge=0, description="GPUs that each worker occupies, may be a fraction.")
+    gpus: float | None = Field(
+        None, ge=0, description="GPUs that each worker occupies, may be a fraction; none: one, or "
+        "an equal share, where this machine has any, none of a cluster's."
+    )
 
     @field_validator("ray", mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,11 @@ from prefect import flow
 from infra.automations import version_of
 from infra.runner import StageJob
 from infra.store import Store
+from models.labelers.base import COMPUTED
 from pipelines import previews
 from pipelines.params import LabelerResources, LabelOptions, LabelParams
 from pipelines.stages import hand_on, run_jobs, stage_task
+from pipelines.workers import NO_GPU, gpus_each
 from tasks import chain
 from tasks.checks import check
 from tasks.label import in_turns, label_jobs
@@ -32,7 +35,8 @@ def label_pictures(params: LabelParams) -> list[dict[str, Any]]:
     pictures = previews.Galleries(dataset).update
     share = [group.split("+") for group in params.share]
     jobs = label_jobs(dataset.labelers.values(), dataset.fetch, shards, share)
-    alike = [pair for turn in in_turns(jobs) for pair in _alike(turn, params)]
+    computed = [name for name, spec in dataset.labelers.items() if spec.model_id == COMPUTED]
+    alike = [pair for turn in in_turns(jobs) for pair in _alike(turn, params, computed)]
     for number, (own, group) in enumerate(alike, start=1):
         done = {stage: dataset.ledger.committed(stage) for job in group
                 for stage in job.stage.upstream}
@@ -49,13 +53,18 @@ def label_pictures(params: LabelParams) -> list[dict[str, Any]]:
 
 
 def _alike(
-    jobs: list[StageJob], params: LabelParams
+    jobs: list[StageJob], params: LabelParams, computed: Collection[str]
 ) -> list[tuple[LabelerResources, list[StageJob]]]:
-    """Jobs by what their workers occupy; those that occupy the same run one after another."""
+    """Jobs by what their workers occupy; those that occupy the same run one after another.
+
+    Where networks occupy GPUs, what is `computed` without one occupies none, unless told so.
+    """
+    every = LabelerResources()
+    usual = NO_GPU if gpus_each(params) else every
     groups: list[tuple[LabelerResources, list[StageJob]]] = []
     for job in jobs:
         name = job.stage.name.partition(":")[2]
-        own = params.resources.get(name, LabelerResources()).model_copy(
+        own = params.resources.get(name, usual if name in computed else every).model_copy(
             update={"batch_size": None, "compile": False}  # told to the labeler
         )
         same = next((group for known, group in groups if known == own), None)

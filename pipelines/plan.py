@@ -11,7 +11,7 @@ from infra.store import Store
 from models import modalities
 from models.labelers import outputs
 from pipelines.params import PlanParams
-from pipelines.workers import resources
+from pipelines.workers import gpus_each, resources
 from tasks.chain import Chain
 from tasks.estimate import Line, estimate, rates, total
 
@@ -53,7 +53,7 @@ def lines(params: PlanParams) -> list[Line]:
         done=_done(chain) if planned else {},
         measured=rates(store) if planned else {},
         workers=compute.workers or 1,  # of a cluster that says how many only once it is asked, 1
-        gpus=params.gpus,
+        gpus=gpus_each(params),
     )
 
 

@@ -47,6 +47,7 @@ def train_model(params: TrainParams) -> dict[str, Any]:
     )
     how = params.model_dump(include={"parallel", "accumulate", "recompute", "compile", "wandb"})
     chosen = replace(chosen, training=replace(chosen.training, **how))
+    _check_workers(params)
     data = open_sets(store, chosen, params.data or params.manifest)
     run = params.run or run_name(next(iter(data.values()))[0][1], chosen)
     curve = LiveCurve(store, run)
@@ -59,12 +60,23 @@ def train_model(params: TrainParams) -> dict[str, Any]:
             num_workers=params.train_workers,
             on_progress=curve.add,
             # An embedded Ray never grows: it has its GPUs now or not at all.
-            on_gpus=params.gpus > 0 and not isinstance(params.ray, Embedded),
+            on_gpus=bool(params.gpus) and not isinstance(params.ray, Embedded),
         )
     curve.show()
     metrics = [{"metric": name, "value": round(v, 4)} for name, v in info.metrics.items()]
     ui.table(f"{run}-metrics", metrics, f"Run {run} after {info.steps} steps")
     return {"run": run, **asdict(info)}
+
+
+def _check_workers(params: TrainParams) -> None:
+    """Ray would wait for GPUs without end where no node can come along."""
+    there = params.ray.gpus if isinstance(params.ray, Embedded) else 0
+    if 0 < there < params.train_workers:
+        raise ValueError(
+            f"{params.train_workers} training workers take a GPU each, and this machine has "
+            f"{there}: lower train_workers, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on "
+            "cores"
+        )
 
 
 def run_name(manifest: Manifest, chosen: TrainRecipe) -> str:

@@ -13,6 +13,7 @@ from infra.machine import cores
 from infra.store import Store
 from pipelines.params import TokenizerOptions, TrainTokenizersParams
 from pipelines.stages import hand_on, stage_task
+from pipelines.workers import gpus_each
 from tasks import chain
 from tasks.checks import check
 from tasks.train_tokenizers import train_tokenizers
@@ -33,7 +34,7 @@ def learn_codes(params: TrainTokenizersParams) -> list[dict[str, Any]]:
         text=dataset.text_recipe,
         target=params.ray,
         workers=workers,
-        gpus=params.gpus,
+        gpus=gpus_each(params),
         on_progress=lambda name, step, steps: bar.update(step, steps, f"{name} {step}/{steps}"),
     )
     return [

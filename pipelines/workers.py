@@ -5,7 +5,7 @@ from __future__ import annotations
 from infra.machine import cores
 from infra.ray_session import Embedded
 from infra.runner import Resources
-from pipelines.params import Compute, LabelerResources
+from pipelines.params import Compute, LabelerResources, LabelOptions
 
 NO_GPU = LabelerResources(gpus=0)
 """Of work that no GPU is of use to."""
@@ -20,13 +20,13 @@ def resources(compute: Compute, own: LabelerResources | None = None) -> Resource
         own: What one of them gets instead, as far as it says so.
     """
     own = own or LabelerResources()
-    each = compute.gpus if own.gpus is None else own.gpus
+    each = gpus_each(compute, own)
     workers = compute.workers if own.workers is None or compute.workers == 0 else own.workers
     threads = 0
     if workers == 0 or isinstance(compute.ray, Embedded):
         available = getattr(compute.ray, "num_cpus", None) or cores()
         if workers is None:
-            gpus = getattr(compute.ray, "num_gpus", 0)
+            gpus = compute.ray.gpus if isinstance(compute.ray, Embedded) else 0
             workers = max(1, int(gpus / each)) if each else available
         threads = max(1, available // max(1, workers))
     return Resources(
@@ -36,3 +36,22 @@ def resources(compute: Compute, own: LabelerResources | None = None) -> Resource
         threads=threads,
         accelerator=own.accelerator,
     )
+
+
+def gpus_each(compute: Compute, own: LabelerResources | None = None) -> float:
+    """GPUs that each worker of a stage occupies: as told, else one of this machine's where it has
+    any, or what so many workers can have of them.
+
+    A cluster's are given to those who ask for them: it may be shared.
+    """
+    own = own or LabelerResources()
+    told = compute.gpus if own.gpus is None else own.gpus
+    if told is not None:
+        return told
+    if compute.workers == 0 or not isinstance(compute.ray, Embedded) or _on_cpu(compute):
+        return 0.0
+    return min(1.0, compute.ray.gpus / (own.workers or compute.workers or 1))
+
+
+def _on_cpu(compute: Compute) -> bool:
+    return isinstance(compute, LabelOptions) and compute.device == "cpu"

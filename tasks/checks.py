@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from infra.ray_session import Embedded
 from infra.store import Store
 from tasks.chain import Chain
 from tasks.choices import labelers, tokenizer_recipes
@@ -112,6 +113,8 @@ def _check_resources(chain: Chain, choices: dict[str, Any]) -> None:
             )
     for name, own in needs.items():
         gpus = choices["gpus"] if own["gpus"] is None else own["gpus"]
+        if gpus is None and choices["ray"]["kind"] == "embedded":
+            gpus = Embedded(**choices["ray"]).gpus
         if own["accelerator"] and not gpus:
             raise ValueError(f"resources of {name!r}: an accelerator, but no gpus")
         if choices["resources"][name].get("compile"):

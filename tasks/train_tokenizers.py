@@ -181,9 +181,9 @@ def _train_on_ray(
     """One Ray task a tokenizer, at most `workers` at a time."""
     import ray
 
-    if isinstance(target, Embedded) and gpus > target.num_gpus:
+    if isinstance(target, Embedded) and gpus > target.gpus:
         raise ValueError(  # Ray would wait without end; a cluster may grow
-            f"a tokenizer occupies {gpus:g} GPU and Ray has {target.num_gpus}: lower gpus, or "
+            f"a tokenizer occupies {gpus:g} GPU and Ray has {target.gpus}: lower gpus, or "
             "raise num_gpus in the Ray target"
         )
     found: dict[str, TokenizerInfo] = {}

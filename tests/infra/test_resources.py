@@ -2,16 +2,18 @@
 
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from infra import ray_session
 from infra.ray_session import Embedded, Existing
 from infra.runner import Resources
-from pipelines import importing, ingest
+from pipelines import importing, ingest, label
 from pipelines.forms import Compute
 from pipelines.params import ImportParams, IngestParams, LabelerResources, LabelParams
-from pipelines.workers import resources
+from pipelines.workers import gpus_each, resources
 
 HEAD = {"memory": 1e9}
 SMALL, LARGE = {"CPU": 4.0}, {"CPU": 16.0}
@@ -53,12 +55,61 @@ def test_a_worker_never_takes_more_cores_than_a_node_that_it_fits_on_has() -> No
 
 def test_this_machine_is_known_and_a_cluster_is_asked_by_the_run() -> None:
     here = LabelParams(ray=Embedded(num_cpus=6, num_gpus=2))
-    assert told(resources(here)) == (6, 1, 1)
+    assert told(resources(here)) == (2, 3, 3)
+    assert told(resources(here, LabelerResources(gpus=0))) == (6, 1, 1)
     assert told(resources(here, LabelerResources(gpus=0.5))) == (4, 1, 1)
     there = LabelParams(ray=Existing(), gpus=1)
     assert (resources(there).workers, resources(there).threads) == (None, 0)
     assert resources(there, LabelerResources(workers=3)).workers == 3
     assert resources(LabelParams(ray=Existing(), workers=0)).threads >= 1
+
+
+@pytest.mark.parametrize(
+    ("form", "gpus", "expected"),
+    [
+        ({}, 1, (1, 8, 1)),
+        ({}, 4, (4, 2, 1)),
+        ({"workers": 4}, 1, (4, 2, 0.25)),
+        ({"workers": 2}, 4, (2, 4, 1)),
+        ({"gpus": 0}, 1, (8, 1, 0)),
+        ({"gpus": 0.5}, 1, (2, 4, 0.5)),
+        ({"device": "cpu"}, 1, (8, 1, 0)),
+        ({"workers": 0}, 1, (0, 8, 0)),
+        ({}, 0, (8, 1, 0)),
+    ],
+)
+def test_gpus_of_this_machine_are_used_without_being_asked_for(
+    monkeypatch: pytest.MonkeyPatch, form: dict, gpus: int, expected: tuple
+) -> None:
+    monkeypatch.setattr(ray_session, "gpus", lambda: gpus)
+    found = resources(LabelParams(ray=Embedded(num_cpus=8), **form))
+    assert (found.workers, found.threads, found.num_gpus) == expected
+
+
+def test_gpus_of_a_cluster_are_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_session, "gpus", lambda: 1)
+    assert resources(LabelParams(ray=Existing())).num_gpus == 0
+    assert resources(LabelParams(ray=Existing(), gpus=1)).num_gpus == 1
+
+
+def test_what_is_computed_without_a_network_keeps_no_gpu_from_those_with_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray_session, "gpus", lambda: 1)
+    labels = [SimpleNamespace(stage=SimpleNamespace(name=f"label:{name}"))
+              for name in ("depth", "canny_edge", "clip", "color_palette")]  # fmt: skip
+    computed = ["canny_edge", "color_palette"]
+
+    def occupied(**form: Any) -> list[tuple[float, list[str]]]:
+        params = LabelParams(**form)
+        return [(gpus_each(params, own), [job.stage.name for job in jobs])
+                for own, jobs in label._alike(labels, params, computed)]  # fmt: skip
+
+    every = [job.stage.name for job in labels]
+    assert occupied() == [(1, every[::2]), (0, every[1::2])]
+    assert occupied(gpus=0) == [(0, every)]
+    told = {"canny_edge": {"gpus": 0.5}}
+    assert (0.5, ["label:canny_edge"]) in occupied(resources=told)
 
 
 @pytest.mark.parametrize("steps", [ingest, importing])

@@ -109,3 +109,11 @@ def test_the_form_says_what_a_tokenizers_training_occupies(
     params = TrainTokenizersParams(root=str(tmp_path), ray="auto", workers=8, gpus=0.5)
     assert tokenizers.learn_codes.fn(params) == []
     assert (asked[0]["workers"], asked[0]["gpus"], asked[0]["target"]) == (8, 0.5, params.ray)
+
+
+def test_more_training_workers_than_this_machine_has_gpus_are_refused_instead_of_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infra.ray_session.gpus", lambda: 1)
+    with pytest.raises(ValueError, match=r"2 training workers take a GPU each, .* has 1"):
+        flow.train_model.fn(TrainParams(root=str(tmp_path), train_workers=2))
