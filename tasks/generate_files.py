@@ -32,7 +32,7 @@ def read_input(generator: Generator, name: str, given: str) -> Any:
         return _text(given)
     try:
         data = given.encode() if given.lstrip().startswith(("{", "[")) else _bytes(given)
-        value = upright(data) if name == "rgb" else modality.decode(data)
+        value: Any = upright(data) if name == "rgb" else modality.decode(data)
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{given!r} cannot be read as {name} ({modality.description}): {error}") \
             from None  # fmt: skip
