@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 _SPREAD_SIZE = 1 << 24  # latents x codes that the loss of missing codes looks at
 _RARE = 0.01  # share of its even use below which a code counts as missing
-DEAD_CODE = 2
-"""A VQ code whose moving count falls below this is replaced by a latent of the batch."""
+DEAD_CODE = 32
+"""A VQ code that occurs so many times more seldom than the average is replaced by a latent of the
+batch, as in the released tokenizers."""
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[None]:
@@ -199,13 +200,19 @@ class Codebook(nn.Module):
             use_cosine_sim=True,
             rotation_trick=True,
             kmeans_init=True,
-            threshold_ema_dead_code=DEAD_CODE,
+            threshold_ema_dead_code=1,  # set for each batch
             decay=0.99,
             commitment_weight=0.25,
         )
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantises [B, N, D]; the codebook follows by moving averages in training."""
+        if self.training:
+            # The library takes a number of latents. Whichever it is, it is most of what codes of a
+            # large book get: 2 of 2,048 replaced a third of 1,000 codes at every step.
+            book = self.vq._codebook
+            rare = z.shape[0] * z.shape[1] / self.vocab_size / DEAD_CODE
+            book.threshold_ema_dead_code = book.reset_cluster_size = rare
         with full_precision(z):
             latents, tokens, loss = self.vq(self.norm(z.float()))
         return Quantized(latents, tokens.long(), loss.sum())

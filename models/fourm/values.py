@@ -360,7 +360,11 @@ def _picture(spec: ModalitySpec, value: Any) -> np.ndarray:
 
 
 def _shown_vectors(spec: ModalitySpec, values: Sequence[Any]) -> Shown:
-    """Feature vectors [L, C], or `emb` with `mask_valid`, of any lengths."""
-    vectors, length = pad_vectors(spec, [valid_vectors(value) for value in values])
+    """Feature vectors [L, C], or `emb` with `mask_valid`, of any lengths. Raises ValueError where
+    some are no finite numbers: all that is generated from them would mean nothing."""
+    tables = [valid_vectors(value) for value in values]
+    if not all(np.isfinite(table).all() for table in tables):
+        raise ValueError(f"{base_name(spec.name)} takes finite numbers, but some are none")
+    vectors, length = pad_vectors(spec, tables)
     visible = np.arange(vectors.shape[1]) < length[:, None]
     return Shown(torch.from_numpy(vectors), torch.from_numpy(visible))

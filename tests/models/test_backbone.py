@@ -71,6 +71,19 @@ def test_feature_vectors_of_any_length_are_conditions():
     assert drawn.ids.shape == (3, 4)
 
 
+def test_feature_vectors_that_are_no_numbers_are_refused_where_they_would_be_seen():
+    spec = ModalitySpec(name="t5_caption", kind="seq_emb", max_tokens=4, channels=3,
+                        is_target=False)  # fmt: skip
+    model = make(FourMConfig(modalities=(spec, SPECS[1]), dim=16, num_heads=2))
+    translator = Translator(model, {}, small_text())
+    table = np.ones((3, 3), np.float16)
+    table[1, 2] = np.nan
+    unseen = {"emb": table, "mask_valid": [1, 0, 1]}
+    assert translator.show({"t5_caption": [unseen]})["t5_caption"].visible.sum() == 2
+    with pytest.raises(ValueError, match="t5_caption takes finite numbers, but some are none"):
+        translator.show({"t5_caption": [table]})
+
+
 @pytest.mark.parametrize(("given", "sentence"), [
     ({}, "one batch of samples"),
     ({"sound": pictures()}, "unknown modality 'sound'"),

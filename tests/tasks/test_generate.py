@@ -15,7 +15,7 @@ from models.fourm.generate import Generator
 from models.fourm.spec import ModalitySpec
 from tasks import generate as task
 from tasks.generate import How
-from tasks.generate_files import read_input
+from tasks.generate_files import read_input, write_value
 from tests.models import tiny_fourm
 from tests.tasks.tiny import SIDE, Coarse, network
 from tokenizers_vq.text import train_text_tokenizer
@@ -68,6 +68,16 @@ def test_boxes_are_read_from_text_and_from_a_file(store: Store, tmp_path: Path) 
     path = str(tmp_path / "boxes.json")
     from_file = task.generate(store, "main", {"det": path}, ["rgb"], tmp_path / "b")
     assert from_text[0].read_bytes() == from_file[0].read_bytes()
+
+
+def test_boxes_that_were_generated_are_given_again_however_sure_the_model_was(
+    store: Store, tmp_path: Path
+) -> None:
+    unsure = {"instances": [{"box": [0.0, 0.0, 0.5, 0.5], "class_name": "cube", "score": 0.2}]}
+    write_value(tmp_path, "det", "det", unsure, None)
+    generator = task.load_generator(store, "main")
+    given = read_input(generator, "det", str(tmp_path / "det.json"))
+    assert generator.written("det", given).endswith("cube")
 
 
 def test_a_part_of_a_photo_is_redrawn_and_the_rest_is_the_photo(

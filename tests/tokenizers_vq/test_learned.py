@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tokenizers_vq.codec import ValueCodec, feature_statistics, pack_value
 from tokenizers_vq.losses import LOSSES, perceptual_network
 from tokenizers_vq.quality import picture_quality, reconstruction_quality
-from tokenizers_vq.quantizers import FiniteScalar, Whitening, code_statistics
+from tokenizers_vq.quantizers import Codebook, FiniteScalar, Whitening, code_statistics
 from tokenizers_vq.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from tokenizers_vq.vqvae import VQVAE, VQConfig, attention, sincos_positions
 
@@ -165,6 +165,23 @@ def test_gradients_reach_the_stem_through_the_bottleneck(quantizer):
     output, quantized = net(torch.rand(4, 3, SIZE, SIZE))
     (output.square().mean() + quantized.loss).backward()
     assert net.stem.proj.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_codes_in_use_come_to_rest_and_dead_ones_are_replaced():
+    torch.manual_seed(0)
+    book = Codebook(16, 256, 8).train()
+
+    def kept() -> torch.Tensor:
+        """Cosine of each code with what a further batch makes of it, two latents a code."""
+        before = book.vq.codebook.clone()
+        book(torch.randn(1, 512, 16))
+        return (before * book.vq.codebook).sum(-1)
+
+    steps = torch.stack([kept() for _ in range(20)])
+    assert (steps[-5:] < 0.9).float().mean() < 0.02
+    book.vq._codebook.cluster_size[0, 7] = 0.0
+    assert kept()[7] < 0.9
 
 
 def test_other_sizes_use_interpolated_positions():
