@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 from yarl import URL
@@ -27,6 +28,11 @@ from infra.robots import PRODUCT, Answer, Refusal, Robots
 from infra.turns import OwnTurns, Turns
 
 USER_AGENT = f"{PRODUCT} (image dataset builder; honours X-Robots-Tag)"
+# RFC 3986 without brackets, and without the segments "." and "..", which are no part of a path.
+_AS_IT_IS = re.compile(
+    r"[a-z]+://[^/?#]*(?:(?!/\.\.?(?:[/?#]|$))(?:[\w\-.~!$&'()*+,;=:@/]|%[0-9a-f]{2}))*"
+    r"(?:\?(?:[\w\-.~!$&'()*+,;=:@/?]|%[0-9a-f]{2})*)?(?:#.*)?", re.ASCII | re.IGNORECASE
+)
 OPT_OUT = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
 _VALUES = re.compile(r"(max-[a-z-]+|unavailable_after)\s*:\s*[^\s,;]*")
 RETRYABLE = frozenset({"timeout", "connect", "dns", "rate_limited", "server_error", "truncated"})
@@ -171,7 +177,7 @@ class Downloader:
     async def _attempt(self, index: int, url: str, rules: bool = False) -> Download:
         """One attempt; `rules` are asked for whatever the rules and headers say of pictures."""
         try:
-            return await self._follow(index, URL(url), rules)
+            return await self._follow(index, as_written(url), rules)
         except BlockedAddress as error:
             return Download(index, "blocked_address", str(error))
         except TimeoutError:
@@ -243,12 +249,29 @@ class Downloader:
         headers = {"Connection": "close"} if last else None
         async with self._session.get(url, allow_redirects=False, headers=headers) as answer:
             if answer.status in (301, 302, 303, 307, 308) and "Location" in answer.headers:
-                return url.join(URL(answer.headers["Location"]))
+                return as_written(urljoin(str(url), answer.headers["Location"]))
             if answer.status != 200:
                 return _refused(index, answer)
             if policy.honour_opt_out and not rules and _opted_out(answer):
                 return Download(index, "opt_out", answer.headers.get("X-Robots-Tag", ""))
             return await _body(index, answer, policy.max_bytes)
+
+
+def as_written(text: str) -> URL:
+    """A URL whose path and query go to the server as they stand, where they hold nothing that has
+    to be quoted: of a signed one other bytes of the same meaning may be refused.
+
+    Raises:
+        ValueError: it is no URL.
+    """
+    url = URL(text)
+    if not (url.raw_host and _AS_IT_IS.fullmatch(text)):
+        return url
+    parts = urlsplit(text)
+    return URL.build(
+        scheme=url.scheme, authority=url.raw_authority, path=parts.path or "/",
+        query_string=parts.query, encoded=True,
+    )  # fmt: skip
 
 
 def _connection_failure(index: int, error: BaseException, reason: str) -> Download:

@@ -1,10 +1,14 @@
 """What servers say in headers, also those that mean harm or know no better."""
 
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import asyncio
 
-from infra.download import _retry_after, forbids
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from yarl import URL
+
+from infra.addresses import AddressPolicy
+from infra.download import Downloader, DownloadPolicy, _retry_after, as_written, forbids
 
 
 @pytest.mark.parametrize(
@@ -64,3 +68,57 @@ def test_any_header_is_read_without_an_error(text):
 )
 def test_retry_after_is_seconds_or_a_date_and_else_nothing(value, seconds):
     assert _retry_after(value) == seconds
+
+
+SIGNED = "/a%2Fb%28c%29.jpg?u=https%3A%2F%2Fx%2Fy&sig=AbC%2fdE%3d&%7E=~"
+
+
+@pytest.mark.parametrize(
+    ("target", "asked"),
+    [
+        (SIGNED, [SIGNED]),
+        ("/to?where=1", ["/to?where=1", SIGNED]),
+        ("/\N{LATIN SMALL LETTER E WITH ACUTE} b.jpg?x=100%#top", ["/%C3%A9%20b.jpg?x=100%25"]),
+        ("/a/../b.jpg?x=%2F", ["/b.jpg?x=/"]),
+        ("?x=%2F", ["/?x=%2F"]),
+    ],
+)
+def test_signed_urls_go_out_byte_for_byte_and_others_as_they_must_be(target, asked):
+    seen = []
+
+    async def answer(reader, writer):
+        request = (await reader.readuntil(b"\r\n\r\n")).decode()
+        seen.append(request.split(" ")[1])
+        moved = b"HTTP/1.1 302 Found\r\nLocation: " + SIGNED.encode()
+        head = moved if seen[-1].startswith("/to") else b"HTTP/1.1 200 OK"
+        writer.write(head + b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async def run():
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        host = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        policy = DownloadPolicy(addresses=AddressPolicy(frozenset({host})), attempts=1)
+        downloader = Downloader(policy)
+        try:
+            return [found async for found in downloader.each([f"http://{host}{target}"])]
+        finally:
+            await downloader.close()
+            server.close()
+
+    (found,) = asyncio.run(run())
+    assert seen == asked, found
+
+
+@given(st.text(alphabet="ab/.:?#%2F[]@\\é \t", max_size=24))
+@example("//evil.example/x")
+@example("@evil.example/")
+def test_a_url_leads_to_the_same_host_as_its_plain_reading(rest):
+    try:
+        plain = URL(f"http://host.example{rest}")
+    except ValueError:
+        return
+    found = as_written(f"http://host.example{rest}")
+    assert (found.scheme, found.raw_authority) == (plain.scheme, plain.raw_authority)
+    assert found.path == plain.path
+    assert found.query == plain.query

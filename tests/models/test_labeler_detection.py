@@ -117,6 +117,32 @@ def test_corners_and_scores_are_as_fine_as_a_network_in_half_precision_tells():
     assert best["score"] == pytest.approx(1 / (1 + np.exp(-0.30859375)), abs=1e-6)
 
 
+def test_boxes_in_half_precision_lie_where_they_do_in_full():
+    views = [render(sample_scene(EVAL_SEED + 2000 + k), 128).rgb for k in range(3)]
+    exact, half = (
+        DetectionLabeler(replace(spec("shipped:det"), precision=precision))
+        for precision in ("fp32", "bf16")
+    )
+    with exact.inference():
+        true = exact.forward(exact.prepare(views))
+    with half.inference():
+        found = half.forward(half.prepare(views))
+    sure = true.logits.sigmoid().amax(-1) > 0.4
+    apart = (found.pred_boxes - true.pred_boxes).abs()[sure]
+    assert len(apart) > 3
+    assert apart.mean() < 0.0004, "0.0008 where the heads are in bf16, too"
+
+
+@pytest.mark.parametrize("checkpoint", [rt_detr, detr, yolos])
+def test_the_heads_that_place_boxes_are_found_in_every_family(checkpoint, tmp_path):
+    checkpoint(tmp_path)
+    labeler = DetectionLabeler(replace(spec(tmp_path, threshold=0), precision="bf16"))
+    with labeler.inference():
+        outputs = labeler.forward(labeler.prepare(images(2)))
+    assert outputs.logits.dtype == torch.bfloat16
+    assert outputs.pred_boxes.dtype == torch.float32
+
+
 def test_a_threshold_of_one_finds_nothing(tmp_path):
     rt_detr(tmp_path)
     values = DetectionLabeler(spec(tmp_path, threshold=1.0)).label(images(1))["det"]
