@@ -138,14 +138,19 @@ def fp32_products(device: str, *, rounded: bool) -> Iterator[None]:
     nowhere else. What torch was set to before, for the whole process, comes back."""
     import torch
 
-    before = torch.get_float32_matmul_precision()
+    before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    convolutions = device == "cuda" and cudnn.allow_tf32
     # "high" means TF32 to oneDNN too, which the CPUs of today do not have.
     wanted = ("medium" if device == "cpu" else "high") if rounded else "highest"
     torch.set_float32_matmul_precision(wanted)
+    if device == "cuda":  # where convolutions round unless they are told not to
+        cudnn.allow_tf32 = rounded
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        if device == "cuda":
+            cudnn.allow_tf32 = convolutions
 
 
 @functools.cache

@@ -85,11 +85,14 @@ def only_run(store: Store) -> str:
 
 
 def load_generator(store: Store, run: str, *, bf16: bool | None = False) -> Generator:
-    """The model of a run with its tokenizers; for `bf16` see `Generator`.
+    """The model of a run with its tokenizers, on a GPU where there is one; for `bf16` see
+    `Generator`.
 
     Raises:
         ValueError: there is no such finished run; lists those there are.
     """
+    import torch
+
     from models.fourm.checkpoint import load_stored
     from models.fourm.generate import Generator, base_name
     from tasks.train_tokenizers import TEXT
@@ -110,7 +113,8 @@ def load_generator(store: Store, run: str, *, bf16: bool | None = False) -> Gene
         raise ValueError(f"run {run!r} needs a tokenizer of {missing[0]!r}, which is not there")
     tokenizers = {name: load_tokenizer(store, paths[name]) for name in used}
     text = TextTokenizer.from_bytes(store.read(f"{paths[TEXT]}/{FILE}"))
-    return Generator(model, tokenizers, text, bf16=bf16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Generator(model, tokenizers, text, bf16=bf16).to(device)
 
 
 def _in_codes(spec: ModalitySpec) -> bool:

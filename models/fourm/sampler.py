@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -117,6 +117,13 @@ class Sampler(Translator):
         super().__init__(model, tokenizers, text, forms)
         self.bf16 = bf16
         self._grammars: dict[str, Grammar] = {}
+
+    def to(self, device: str | torch.device) -> Self:
+        """Moves the network and its tokenizers; returns itself."""
+        self.model.to(device)
+        for tokenizer in self.tokenizers.values():
+            tokenizer.to(device)
+        return self
 
     def generate(
         self, conditions: Mapping[str, Any], targets: Sequence[str], *,

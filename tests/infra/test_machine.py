@@ -55,8 +55,13 @@ def test_products_round_only_where_asked_and_what_was_set_comes_back():
             assert set_to() == "highest"
         assert set_to() == "medium"
     assert set_to() == before
+    assert torch.backends.cudnn.allow_tf32, "torch's default"
     with machine.fp32_products("cuda", rounded=True):
         assert set_to() == "high"
+        assert torch.backends.cudnn.allow_tf32
+    with machine.fp32_products("cuda", rounded=False):
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
     with pytest.raises(KeyError), machine.fp32_products("cpu", rounded=True):
         raise KeyError
     assert set_to() == before

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,17 +13,22 @@ import torch
 from torch import nn
 
 from infra.store import Store
+from tasks.evaluation.matrix import loss_matrix
+from tasks.generate import load_generator
 from tasks.run_store import Checkpoints
 from tasks.tokenizer_config import TokenizerRecipe
 from tasks.tokenizer_task import ReconstructionTask
 from tasks.train import FourMTask
 from tasks.trainer import TrainConfig, Trainer
+from tests.models.tiny_fourm import CODES, network, picture, small_text
 from tests.models.token_set import make_set
 from tests.pretend_gpu import GPU, READS, OnGPU, gpu, on_cpu
 from tests.tasks.test_train import TINY
 from tests.tasks.test_trainer import CONFIG, Regression
-from tokenizers_vq.tokenizer import Tokenizer
-from tokenizers_vq.vqvae import VQConfig
+from tokenizers_vq.codec import ValueCodec
+from tokenizers_vq.text import FILE
+from tokenizers_vq.tokenizer import Tokenizer, from_files
+from tokenizers_vq.vqvae import VQVAE, VQConfig
 
 
 class Codes(Regression):
@@ -115,8 +122,35 @@ def test_a_tokenizer_is_trained_and_used_on_a_gpu(tmp_path, kind):
         values = tokenizer.decode_tokens(tokens)
         assert len(tokenizer.decode_tokens(OnGPU(torch.from_numpy(tokens.astype(np.int64))))) == 8
         again = tokenizer.files()
-    from tokenizers_vq.tokenizer import from_files
-
     plain = from_files(again, "fp32")
     np.testing.assert_array_equal(plain.encode_values(depths), tokens)
     np.testing.assert_allclose(plain.decode_tokens(tokens), values, atol=1e-4)
+
+
+def test_a_run_generates_and_is_evaluated_on_the_gpu_as_on_the_cpu(tmp_path, monkeypatch):
+    store, text = Store(str(tmp_path)), small_text()
+    store.write("runs/main/model/config.json", b"{}")
+    store.write_json("runs/main/run.json", {"manifest": ["main", 1]})
+    store.write(f"text/{FILE}", text.to_bytes())
+    for name, channels in (("rgb", 3), ("depth", 1)):
+        shape = dataclasses.replace(NETWORK, channels=channels, image_size=64, patch=16,
+                                    levels=(CODES,))  # fmt: skip
+        Tokenizer(name, VQVAE(shape), ValueCodec(kind=name)).save(tmp_path / name)
+    made = SimpleNamespace(tokenizers={name: {"path": name} for name in ("rgb", "depth", "text")})
+    monkeypatch.setattr("tasks.generate.load_manifest", lambda *_: made)
+    monkeypatch.setattr("models.fourm.checkpoint.load_stored", lambda *_: network(text))
+    monkeypatch.setattr("tokenizers_vq.tokenizer.fast_bf16", lambda device: False)
+    given = {"rgb": [picture(0), picture(1)], "caption": ["a red cube", "a small sphere"]}
+    found = []
+    for context in (nullcontext, gpu):
+        with context():
+            generator = load_generator(store, "main")
+            drawn = generator.generate(given, ["depth"], num_samples=2)["depth"]
+            matrix = loss_matrix(generator, {**given, "depth": drawn.values})
+            found.append((drawn.tokens, np.stack(drawn.values), matrix))
+            device = generator.model.mask_token.device
+    assert device == generator.tokenizers["rgb"].device == GPU
+    np.testing.assert_array_equal(found[1][0], found[0][0])
+    np.testing.assert_allclose(found[1][1], found[0][1], atol=1e-4)
+    for name, row in found[0][2].items():
+        assert found[1][2][name] == pytest.approx(row, abs=2e-3)
