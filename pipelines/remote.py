@@ -127,18 +127,24 @@ def _stopped_on_cancel(jobs: Jobs, job_id: str) -> Iterator[None]:
 
 
 def _cancelled() -> bool:
-    """Whether the present Prefect run is being cancelled; True where there is none to ask."""
+    """Whether the present Prefect run is being cancelled, or one that it is a part of, which is all
+    that Prefect marks before the end; True where there is none to ask."""
     if not _owner():
         return True
     from prefect.client.orchestration import get_client
 
     try:
         with get_client(sync_client=True) as client:
-            state = client.read_flow_run(UUID(_owner())).state
+            run_id: UUID | None = UUID(_owner())
+            while run_id is not None:
+                run = client.read_flow_run(run_id)
+                if run.state is not None and run.state.type.value in ("CANCELLING", "CANCELLED"):
+                    return True
+                above = run.parent_task_run_id
+                run_id = client.read_task_run(above).flow_run_id if above else None
     except Exception:
         log.warning("cannot ask whether the run is cancelled", exc_info=True)
-        return False
-    return state is not None and state.type.value in ("CANCELLING", "CANCELLED")
+    return False
 
 
 def _owner() -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -159,6 +162,28 @@ def test_a_cancelled_run_stops_its_job_and_a_killed_one_leaves_it(tmp_path, monk
     with pytest.raises(SystemExit):
         remote.run(STAGE, params(tmp_path), jobs)
     assert bool(jobs.stopped) == cancelled
+
+
+@pytest.mark.parametrize(("states", "cancelled"), [
+    (["RUNNING", "CANCELLING"], True), (["CANCELLING", "RUNNING"], True),
+    (["RUNNING", "RUNNING"], False),
+])
+def test_a_step_is_cancelled_with_the_chain_that_it_is_a_step_of(monkeypatch, states, cancelled):
+    """Prefect tells a step so only once the chain's own run has ended."""
+    ids = [UUID(int=1), UUID(int=2)]
+    link = UUID(int=3)
+    runs = {
+        run: SimpleNamespace(state=SimpleNamespace(type=SimpleNamespace(value=state)),
+                             parent_task_run_id=above)
+        for run, state, above in zip(ids, states, (link, None), strict=True)
+    }  # fmt: skip
+    tasks = {link: SimpleNamespace(flow_run_id=ids[1])}
+    client = SimpleNamespace(read_flow_run=runs.__getitem__, read_task_run=tasks.__getitem__)
+    monkeypatch.setattr(
+        "prefect.client.orchestration.get_client", lambda **_: nullcontext(client)
+    )
+    monkeypatch.setattr(remote, "_owner", lambda: str(ids[0]))
+    assert remote._cancelled() == cancelled
 
 
 def test_ctrl_c_stops_the_job(tmp_path, monkeypatch):
