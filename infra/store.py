@@ -43,7 +43,7 @@ class Store:
         storage_options: keyword arguments for `s3fs.S3FileSystem`.
 
     Raises:
-        ValueError: the URL has another scheme, or names no bucket.
+        ValueError: the URL has another scheme, names no bucket, or one version of an object.
     """
 
     def __init__(self, url: str, storage_options: dict[str, Any] | None = None) -> None:
@@ -53,6 +53,8 @@ class Store:
             root = rest.strip("/")
             if not root:
                 raise ValueError(f"{url!r} names no bucket; write s3://bucket/prefix")
+            if "?versionId=" in root:  # s3fs would take all objects for versions of one
+                raise ValueError(f"{url!r} names a version of an object, and no prefix")
             self.url = f"s3://{root}"
             self._root: str | Path = root
         elif separator and scheme != "file":

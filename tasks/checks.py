@@ -135,6 +135,8 @@ def _check_compiles(name: str, device: str, ray: str) -> None:
 def _check_source(choices: dict[str, Any]) -> None:
     """Read the first rows of the list: its columns are there and hold what they should, or the
     error says what they do."""
+    from botocore.exceptions import BotoCoreError, NoCredentialsError
+
     from infra.sources import Source, detect, read_rows
 
     source = Source(
@@ -151,8 +153,10 @@ def _check_source(choices: dict[str, Any]) -> None:
         # A web server's refusal comes as this, too.
         why = f": {error.__cause__}" if "://" in source.path and error.__cause__ else ""
         raise ValueError(f"there is nothing at {source.path}{why}") from None
-    except OSError as error:
-        raise ValueError(f"{source.path} cannot be read: {error}") from None
+    except (OSError, BotoCoreError) as error:
+        public = "; what is public is read without any where FSSPEC_S3_ANON=true"
+        why = public if isinstance(error, NoCredentialsError) else ""
+        raise ValueError(f"{source.path} cannot be read: {error}{why}") from None
     if not rows:
         raise ValueError(f"{source.path} holds no rows")
     files = source.format in ("folder", "webdataset")

@@ -138,6 +138,11 @@ def test_urls_of_other_kinds_are_refused(url: str) -> None:
         Store(url)
 
 
+def test_an_address_that_would_put_all_objects_into_one_key_is_refused() -> None:
+    with pytest.raises(ValueError, match="names a version of an object"):
+        Store("s3://bucket/set?versionId=1")
+
+
 def test_paths_and_file_urls_name_the_same_root(tmp_path: Path) -> None:
     odd = tmp_path / "a b%20c#d"
     store = Store(str(odd))

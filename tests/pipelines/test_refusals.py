@@ -7,6 +7,7 @@ import pytest
 from infra.store import Store
 from pipelines import params
 from tasks.chain import FILE
+from tasks.checks import check
 
 FLOWS = {
     "ingest": (params.IngestParams, {"source": "no-list.csv"}),
@@ -25,3 +26,17 @@ def test_a_flow_that_a_form_has_started_writes_no_choices_down_that_cannot_work(
     with pytest.raises(ValueError, match=r"there is nothing at|no pictures were ingested"):
         flow.fn(form(root=str(tmp_path), **choices))
     assert not store.exists(FILE)
+
+
+def test_a_list_in_s3_without_credentials_is_named_and_how_public_ones_are_read(
+    tmp_path, monkeypatch
+):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "FSSPEC_S3_ANON"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    form = params.IngestParams(root=str(tmp_path), source="s3://bucket/list.tsv")
+    with pytest.raises(ValueError, match=r"s3://bucket/list\.tsv cannot .*FSSPEC_S3_ANON=true"):
+        check("ingest", form.model_dump())
