@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tokenizers_vq.sequences.metadata import FIELDS
-from tokenizers_vq.text import told
+from tokenizers_vq.text import folded
 
 if TYPE_CHECKING:
     import torch
@@ -222,7 +222,7 @@ def _whole_masks(value: dict[str, Any]) -> NDArray[np.float32]:
 def class_of(instance: dict[str, Any]) -> str:
     """The class of a box as all compare it: without what tokens do not tell, capitals, accents and
     blanks among them."""
-    return "".join(told(instance["class_name"]).split())
+    return "".join(folded(instance["class_name"]).split())
 
 
 def detection_ap50(predicted: Sequence[Detections], truth: Sequence[Detections]) -> float:

@@ -33,7 +33,7 @@ FILE = "tokenizer.json"
 _SPECIAL = ("[PAD]", "[UNK]", "[SOS]", "[EOS]")
 
 
-def told(text: str) -> str:
+def folded(text: str) -> str:
     """What tokens keep of the letters of a text: neither capitals nor accents."""
     letters = unicodedata.normalize("NFD", text.lower())
     return "".join(letter for letter in letters if not unicodedata.combining(letter))

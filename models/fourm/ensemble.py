@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenizers_vq.text import told
+from tokenizers_vq.text import folded
 
 SAME_BOX = 0.5
 """Boxes of one class that overlap more than this (IoU) are taken for one object."""
@@ -23,7 +23,7 @@ Similarity = Callable[[str, str], float]
 def word_overlap(first: str, second: str) -> float:
     """Share of the words of two texts that they have in common, in 0..1. Tokens tell neither
     capitals and accents nor where blanks stand beside punctuation: none of these counts."""
-    a, b = (set(_WORD.findall(told(text))) for text in (first, second))
+    a, b = (set(_WORD.findall(folded(text))) for text in (first, second))
     return len(a & b) / len(a | b) if a | b else 1.0
 
 

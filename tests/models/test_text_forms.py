@@ -161,6 +161,7 @@ def test_the_released_text_of_poses_stays_readable_and_writable() -> None:
         RELEASED_TEXT.check_bins("human_poses", 64)
 
 
+@settings(deadline=None)
 @given(share=st.floats(0, 1))
 def test_metadata_tells_all_levels_of_a_quality_with_the_fewest_bins_that_it_takes(share) -> None:
     form, field = form_of("metadata"), FIELDS["brightness"]
