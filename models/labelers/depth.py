@@ -42,20 +42,33 @@ class DepthLabeler(InParts):
             # It predicts inverse depth times the focal length over the picture's width.
             angle = outputs.field_of_view.float().deg2rad() / 2
             maps = maps * (2 * angle.tan())[:, None, None, None]
-        if self.kind == "zoedepth" and self.inputs.processor.do_pad:
-            return {"depth": [self._framed(each[None], image)
-                              for each, image in zip(maps, images, strict=True)]}
-        return {"depth": at_sizes(maps, images, self._values)}
+        frames = [self._frame(*image.shape[:2]) for image in images]
+        if not any(map(any, frames)):
+            return {"depth": at_sizes(maps, images, self._values)}
+        rows = zip(maps.split(1), images, frames, strict=True)
+        return {"depth": [self._within(*row) for row in rows]}
 
-    def _framed(self, depth: Any, image: Image) -> Any:
-        """The value of a map [1, 1, h, w] that has a frame around the picture, as wide as
-        ZoeDepth's processor has mirrored it."""
+    def _frame(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Pixels that a processor adds to a picture: above, below, left and right of it."""
+        processor = self.inputs.processor
+        if not getattr(processor, "do_pad", False):
+            return 0, 0, 0, 0
+        if self.kind == "zoedepth":
+            y, x = (int((side / 2) ** 0.5 * 3) for side in (height, width))
+            return y, y, x, x
+        if self.kind == "dpt" and not processor.do_resize:  # on DINOv2, whose patches it fills
+            y, x = (-side % processor.size_divisor for side in (height, width))
+            return y // 2, y - y // 2, x // 2, x - x // 2
+        return 0, 0, 0, 0
+
+    def _within(self, depth: Any, image: Image, frame: tuple[int, int, int, int]) -> Any:
+        """The value of a map [1, 1, h, w] of a picture and the frame around it."""
         from torch.nn.functional import interpolate
 
         height, width = image.shape[:2]
-        top, left = (int((side / 2) ** 0.5 * 3) for side in (height, width))
-        whole = interpolate(depth, (height + 2 * top, width + 2 * left), mode="bilinear")
-        inner = whole[..., top : top + height, left : left + width]
+        above, below, left, right = frame
+        whole = interpolate(depth, (height + above + below, width + left + right), mode="bilinear")
+        inner = whole[..., above : above + height, left : left + width]
         return self._values(inner)[0].cpu().numpy()
 
     def _values(self, depth: Any) -> Any:

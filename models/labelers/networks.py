@@ -88,7 +88,7 @@ MODERN: dict[str, Network] = {
     "depth": Network(
         model_id="depth-anything/Depth-Anything-V2-Small-hf",
         licence="Apache-2.0", licence_read=True,
-        resolution="shorter side 518, multiples of 14",
+        resolution="whichever side is nearer to 518, multiples of 14",
         options={"scale": "inverse"},
     ),
     "normal": Network(

@@ -6,6 +6,7 @@ on the threshold and what is not found twice is kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -88,13 +89,14 @@ class SamLabeler(Labeler):
             sure_of(logits, sure)
             chosen = sure >= self.options["min_iou"]
             logits, sure = logits[chosen], sure[chosen]
-            chosen = _stability(logits) >= self.options["min_stability"]
-            chosen &= (logits > 0).any(2).any(1)
+            inside = _inside(logits, shape)
+            chosen = _stability(inside) >= self.options["min_stability"]
+            chosen &= (inside > 0).any(2).any(1)
             kept.append(logits[chosen])
             scores.append(sure[chosen])
         logits, sure = torch.cat(kept), torch.cat(scores)
         if len(logits):
-            boxes = masks_to_boxes(logits > 0)
+            boxes = masks_to_boxes(_inside(logits, shape) > 0)
             boxes[:, 2:] += 1  # they name the last pixel
             best = nms(boxes, sure, self.options["max_overlap"])[: self.options["max_instances"]]
             logits, sure = logits[best], sure[best]
@@ -127,6 +129,16 @@ class SamLabeler(Labeler):
             edge = np.maximum(edge, _slopes(full).max(0, initial=0))
         value = {"size": list(size), "instances": instances}
         return value, np.rint(edge * 255).astype(np.uint8)
+
+
+def _inside(logits: Any, shape: tuple[int, ...]) -> Any:
+    """What masks [N, h, w] of the network's square say of the picture, which lies in its upper left
+    corner and has the square's side as its longer one: of the empty rest they may say anything."""
+    rows, columns = (
+        math.ceil(seen * side / max(shape))
+        for seen, side in zip(shape, logits.shape[1:], strict=True)
+    )
+    return logits[:, :rows, :columns]
 
 
 def _stability(logits: Any) -> Any:

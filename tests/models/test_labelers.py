@@ -15,6 +15,7 @@ from transformers.models.eomt.modeling_eomt import EomtForUniversalSegmentationO
 
 from models.labelers import KINDS, PRESETS, LabelerSpec, load_labeler, preset, weights_revision
 from models.labelers.base import WEIGHTS, Image, Labeler, resize
+from models.labelers.inputs import Inputs
 
 SIZES = [(64, 64), (40, 96), (64, 64), (96, 40)]
 BLOCKS = {"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "num_attention_heads": [1] * 4}
@@ -181,6 +182,16 @@ def test_depth_in_a_network_s_own_terms_is_metres_as_its_processor_has_them(save
     found = labeler.finish(told, [np.zeros((*size, 3), np.uint8)] * 2)["depth"]
     for value, each in zip(found, expected, strict=True):
         np.testing.assert_allclose(value * 20, each["predicted_depth"], atol=0.02)
+
+
+def test_depth_of_a_picture_is_not_that_of_what_fills_its_last_patches(save, images):
+    labeler = load_labeler(_spec("depth", save(_glpn), max_depth=1))
+    labeler.kind, labeler.inputs = "dpt", Inputs(labeler, hf.DPTImageProcessor(
+        do_resize=False, do_normalize=False, do_pad=True, size_divisor=14
+    ))  # fmt: skip
+    labeler.model = lambda pixel_values: SimpleNamespace(predicted_depth=pixel_values[:, 0])
+    for value, image in zip(labeler.label(images)["depth"], images, strict=True):
+        np.testing.assert_allclose(value, image[..., 0] / 255, atol=1e-5)
 
 
 def test_normals_are_unit_vectors_and_obey_signs(save, images):

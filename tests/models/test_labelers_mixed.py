@@ -23,6 +23,7 @@ from tests.models import test_labeler_caption as captions
 from tests.models import test_labeler_detection as detection
 from tests.models import test_labelers as dense
 from tests.models import test_labelers_features as features
+from tests.models import test_labelers_instances as instances
 from tests.models.test_labelers_computed import stored
 
 SIZES = [(40, 61), (40, 60), (80, 121), (61, 40), (40, 61), (64, 64), (1, 1), (60, 90), (40, 62)]
@@ -218,3 +219,18 @@ def test_networks_label_20_megapixels_at_their_own_size(tmp_path, network):
     (value,) = load(network, tmp_path).label([image]).values()
     expected = (4000, 5000) if network != "clip" else (4, 4, 16)
     assert value[0].shape == expected
+
+
+def test_what_sam_says_of_the_empty_part_of_its_square_is_not_looked_at(tmp_path, monkeypatch):
+    instances.write_sam(tmp_path)
+    labeler = instances.load("sam", tmp_path, *instances.SAM, points_per_side=2)
+    known = instances.KnownMasks(
+        (slice(2, 6), slice(2, 6)), (slice(2, 6), slice(9, 15)), (slice(8, 16), slice(0, 16)),
+        scores=(0.97, 0.96, 0.95),
+    )  # fmt: skip
+    # Two masks hang on the threshold, but only in the lower half, which a wide picture leaves.
+    known.logits[:, 8:] = torch.maximum(known.logits[:, 8:], torch.tensor(-0.5))
+    monkeypatch.setattr(labeler.network, "model", known)
+    for size, scores in (((40, 80), [0.97, 0.96]), ((80, 80), [0.95])):
+        (value,) = labeler.label([np.zeros((*size, 3), np.uint8)])["sam_instance"]
+        assert [round(each["score"], 2) for each in value["instances"]] == scores
