@@ -48,7 +48,9 @@ class Compute(Form):
     workers: int | None = Field(
         None, ge=0, description="Worker processes; none: one for each core or GPU. 0: without Ray."
     )
-    gpus: float = Field(0, ge=0, description="GPUs that each worker occupies, may be a fraction.")
+    gpus: float = Field(
+        0, ge=0, description="GPUs that each worker occupies, may be a fraction; 0: it sees none."
+    )
 
     @field_validator("ray", mode="before")
     @classmethod
