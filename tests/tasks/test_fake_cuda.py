@@ -66,7 +66,7 @@ def test_a_run_on_a_gpu_is_that_of_the_cpu_skipped_steps_and_resume_included(
     )
 
 
-@pytest.mark.parametrize("kind", ["4m", "tokenizer"])
+@pytest.mark.parametrize("kind", ["4m", pytest.param("tokenizer", marks=pytest.mark.slow)])
 def test_the_host_reads_nothing_of_the_gpu_between_two_points_of_the_curve(tmp_path, kind):
     if kind == "4m":
         task: Any = FourMTask(*make_set(str(tmp_path)), dataclasses.replace(TINY, muon=False))
@@ -84,7 +84,9 @@ def test_the_host_reads_nothing_of_the_gpu_between_two_points_of_the_curve(tmp_p
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("changes", [{}, {"precision": "bf16", "ema_decay": 0.5}])
+@pytest.mark.parametrize("changes", [
+    {}, pytest.param({"precision": "bf16", "ema_decay": 0.5}, marks=pytest.mark.slow)
+])  # fmt: skip
 def test_4m_trains_and_is_evaluated_on_a_gpu_as_on_the_cpu(tmp_path, changes):
     store, manifest = make_set(str(tmp_path))
     recipe = dataclasses.replace(
@@ -124,7 +126,9 @@ def _tokenizer(kind: str, **changes: Any) -> tuple[ReconstructionTask, list[np.n
     return ReconstructionTask(recipe, network, codec, packed), depths
 
 
-@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize("kind", [
+    "fsq", *(pytest.param(kind, marks=pytest.mark.slow) for kind in QUANTIZERS if kind != "fsq")
+])  # fmt: skip
 def test_a_tokenizer_is_trained_and_used_on_a_gpu(tmp_path, kind):
     task, depths = _tokenizer(kind)
     codec = task.codec
