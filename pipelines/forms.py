@@ -56,7 +56,7 @@ class Compute(Form):
     )
     gpus: float | None = Field(
         None, ge=0, description="GPUs that each worker occupies, may be a fraction; none: one, or "
-        "an equal share, where this machine has any, none of a cluster's."
+        "an equal share, where this machine has any, none of a cluster's. 0: it sees none."
     )
 
     @field_validator("ray", mode="before")

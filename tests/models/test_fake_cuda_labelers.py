@@ -21,7 +21,7 @@ TINY: dict[str, tuple[str, Callable[[], tuple[Any, Any]]]] = {
     "mask2former": ("semseg", _mask2former), "eomt": ("semseg", _eomt),
     "tipsv2": ("normal", _tipsv2),
 }  # fmt: skip
-QUICK = ("clip", "semseg", "vitpose")
+QUICK = ("clip", "vitpose")
 """The others take minutes together."""
 
 

@@ -66,17 +66,27 @@ def test_a_run_on_a_gpu_is_that_of_the_cpu_skipped_steps_and_resume_included(
     )
 
 
-def test_the_host_reads_nothing_of_the_gpu_between_two_points_of_the_curve(tmp_path):
+@pytest.mark.parametrize("kind", ["4m", pytest.param("tokenizer", marks=pytest.mark.slow)])
+def test_the_host_reads_nothing_of_the_gpu_between_two_points_of_the_curve(tmp_path, kind):
+    if kind == "4m":
+        task: Any = FourMTask(*make_set(str(tmp_path)), dataclasses.replace(TINY, muon=False))
+    else:
+        task, _ = _tokenizer("fsq", muon=False)
     counts = []
-    for steps in (4, 8):
-        config = dataclasses.replace(CONFIG, steps=steps, log_every=8, checkpoint_seconds=1e9)
+    for steps in (2, 4):
+        config = dataclasses.replace(
+            TINY.training, steps=steps, batch_size=4, log_every=8, checkpoint_seconds=1e9,
+            precision="bf16", ema_decay=0.9,
+        )  # fmt: skip
         with gpu():
-            Trainer(Store(str(tmp_path)), f"{steps}", Plain(), config).fit()
+            Trainer(Store(str(tmp_path)), f"{steps}", task, config).fit()
         counts.append(READS.copy())
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("changes", [{}, {"precision": "bf16", "ema_decay": 0.5}])
+@pytest.mark.parametrize("changes", [
+    {}, pytest.param({"precision": "bf16", "ema_decay": 0.5}, marks=pytest.mark.slow)
+])  # fmt: skip
 def test_4m_trains_and_is_evaluated_on_a_gpu_as_on_the_cpu(tmp_path, changes):
     store, manifest = make_set(str(tmp_path))
     recipe = dataclasses.replace(
@@ -105,14 +115,23 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", QUANTIZERS)
-def test_a_tokenizer_is_trained_and_used_on_a_gpu(tmp_path, kind):
-    rng = np.random.default_rng(0)
+def _tokenizer(kind: str, **changes: Any) -> tuple[ReconstructionTask, list[np.ndarray]]:
+    """Of depth maps, and some of these."""
+    recipe, rng = dataclasses.replace(RECIPE, **changes), np.random.default_rng(0)
     depths = list(rng.uniform(0.1, 1, (8, 32, 32)).astype(np.float32))
-    codec = RECIPE.codec(np.stack(depths))
+    codec = recipe.codec(np.stack(depths))
     config = {"quantizer": kind} if kind in ("vq", "lfq") else {}
     network = dataclasses.replace(NETWORK, **config, **QUANTIZERS[kind])
-    task = ReconstructionTask(RECIPE, network, codec, np.stack([codec.pack(d) for d in depths]))
+    packed = np.stack([codec.pack(depth) for depth in depths])
+    return ReconstructionTask(recipe, network, codec, packed), depths
+
+
+@pytest.mark.parametrize("kind", [
+    "fsq", *(pytest.param(kind, marks=pytest.mark.slow) for kind in QUANTIZERS if kind != "fsq")
+])  # fmt: skip
+def test_a_tokenizer_is_trained_and_used_on_a_gpu(tmp_path, kind):
+    task, depths = _tokenizer(kind)
+    codec = task.codec
     training = TrainConfig(steps=3, batch_size=4, lr=1e-3, warmup_steps=0, precision="fp32")
     with gpu():
         net = Trainer(Store(str(tmp_path)), "run", task, training).fit().model

@@ -16,7 +16,7 @@ from tokenizers_vq.released.network import Sampling
 
 FAMILIES = ("rgb", "semseg", "human_poses", "depth", "normal", "controlnet", "product")
 
-QUICK = ("semseg", "human_poses", "depth")
+QUICK = ("semseg", "human_poses")
 
 
 def _made(family: str) -> tuple[Any, torch.Tensor]:
