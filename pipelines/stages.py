@@ -25,7 +25,7 @@ from infra.status import as_rows, failure_class, status
 from infra.store import Store, StoreConflict, json_bytes
 from pipelines import remote
 from pipelines.params import Compute, LabelerResources, Where
-from pipelines.workers import resources
+from pipelines.workers import resources, unasked
 
 logger = logging.getLogger("fourm.flows")
 # Prefect sends our log to its server, from the level on that ours has: WARNING if nobody sets it.
@@ -98,6 +98,8 @@ def run_jobs(
     """
     live = _Live(store, jobs, title, pictures)
     needs = resources(compute, own)
+    if unasked(compute, own):
+        logger.info("%s: on the cores of the cluster; gpus=1 gives each worker a GPU of it", title)
     reports = run_stages(
         store, jobs, target=compute.ray, resources=needs, on_progress=live.update
     )

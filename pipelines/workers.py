@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from infra.machine import cores
-from infra.ray_session import Embedded
+from infra.ray_session import Embedded, Existing
 from infra.runner import Resources
 from pipelines.params import Compute, LabelerResources, LabelOptions
 
@@ -45,12 +45,21 @@ def gpus_each(compute: Compute, own: LabelerResources | None = None) -> float:
     A cluster's are given to those who ask for them: it may be shared.
     """
     own = own or LabelerResources()
-    told = compute.gpus if own.gpus is None else own.gpus
-    if told is not None:
+    if (told := _told(compute, own)) is not None:
         return told
     if compute.workers == 0 or not isinstance(compute.ray, Embedded) or _on_cpu(compute):
         return 0.0
     return min(1.0, compute.ray.gpus / (own.workers or compute.workers or 1))
+
+
+def unasked(compute: Compute, own: LabelerResources | None = None) -> bool:
+    """Whether nobody has said what workers get of a cluster's GPUs, so that they see none."""
+    return isinstance(compute.ray, Existing) and compute.workers != 0 and \
+        _told(compute, own or LabelerResources()) is None
+
+
+def _told(compute: Compute, own: LabelerResources) -> float | None:
+    return compute.gpus if own.gpus is None else own.gpus
 
 
 def _on_cpu(compute: Compute) -> bool:

@@ -10,10 +10,11 @@ import pytest
 from infra import ray_session
 from infra.ray_session import Embedded, Existing
 from infra.runner import Resources
-from pipelines import importing, ingest, label
+from infra.store import Store
+from pipelines import importing, ingest, label, stages
 from pipelines.forms import Compute
 from pipelines.params import ImportParams, IngestParams, LabelerResources, LabelParams
-from pipelines.workers import gpus_each, resources
+from pipelines.workers import NO_GPU, gpus_each, resources
 
 HEAD = {"memory": 1e9}
 SMALL, LARGE = {"CPU": 4.0}, {"CPU": 16.0}
@@ -90,6 +91,24 @@ def test_gpus_of_a_cluster_are_for_those_who_ask(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ray_session, "gpus", lambda: 1)
     assert resources(LabelParams(ray=Existing())).num_gpus == 0
     assert resources(LabelParams(ray=Existing(), gpus=1)).num_gpus == 1
+
+
+def test_who_did_not_ask_for_gpus_of_a_cluster_is_told_that_nobody_uses_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stages, "run_stages", lambda *_, **__: {})
+    caplog.set_level("INFO")
+
+    def told(own: LabelerResources | None = None, **form: Any) -> bool:
+        caplog.clear()
+        stages.run_jobs(Store(str(tmp_path)), [], LabelParams(**form), "label", own=own)
+        return "gpus=1 gives each worker a GPU" in caplog.text
+
+    assert told(ray=Existing())
+    assert not told(ray=Existing(), gpus=0)
+    assert not told(ray=Existing(), gpus=1)
+    assert not told(ray=Existing(), own=NO_GPU)
+    assert not told(ray=Embedded())
 
 
 def test_what_is_computed_without_a_network_keeps_no_gpu_from_those_with_one(
