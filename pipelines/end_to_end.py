@@ -25,7 +25,7 @@ from tasks.publish import is_current
 
 @flow(
     name="end-to-end",
-    flow_run_name="end-to-end/{params.dataset}",
+    flow_run_name="{params.dataset}",
     description=EndToEndParams.__doc__,
 )
 def end_to_end_flow(params: EndToEndParams) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def _config(store: Store, params: EvaluateParams) -> EvaluateConfig:
 
 @flow(
     name="evaluate",
-    flow_run_name="evaluate/{params.dataset}",
+    flow_run_name="{params.dataset}",
     description=EvaluateParams.__doc__,
 )
 def evaluate_flow(params: EvaluateParams) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def _show(files: list[Path]) -> None:
 
 @flow(
     name="generate",
-    flow_run_name="generate/{params.dataset}",
+    flow_run_name="{params.dataset}",
     description=GenerateParams.__doc__,
 )
 def generate_flow(params: GenerateParams) -> list[str]:

@@ -24,7 +24,7 @@ def import_shards(params: ImportParams) -> list[dict[str, Any]]:
 
 @flow(
     name="import",
-    flow_run_name="import/{params.dataset}",
+    flow_run_name="{params.dataset}",
     description=ImportParams.__doc__,
 )
 def import_flow(params: ImportParams) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def _check(dataset: chain.Chain, params: IngestParams | RetryParams) -> None:
 
 @flow(
     name="ingest",
-    flow_run_name="ingest/{params.dataset}",
+    flow_run_name="{params.dataset}",
     description=IngestParams.__doc__,
 )
 def ingest_flow(params: IngestParams) -> list[dict[str, Any]]:

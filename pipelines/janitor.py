@@ -80,7 +80,7 @@ def _has_ended(run_id: str) -> bool:
 
 @flow(
     name="janitor",
-    flow_run_name="janitor/{params.dataset}",
+    flow_run_name="{params.dataset}",
     description=JanitorParams.__doc__,
 )
 def janitor_flow(params: JanitorParams) -> list[dict[str, Any]]:

@@ -83,7 +83,7 @@ def show_labels(params: LabelParams) -> None:
 
 @flow(
     name="label",
-    flow_run_name="label/{params.dataset}",
+    flow_run_name="{params.dataset}",
     description=LabelParams.__doc__,
 )
 def label_flow(params: LabelParams) -> list[dict[str, Any]]:

@@ -56,7 +56,7 @@ def _lineage(manifest: Manifest) -> str:
 
 @flow(
     name="publish",
-    flow_run_name="publish/{params.dataset}",
+    flow_run_name="{params.dataset}",
     description=PublishParams.__doc__,
 )
 def publish_flow(params: PublishParams) -> dict[str, Any]:

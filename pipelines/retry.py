@@ -27,7 +27,7 @@ def plan_pass(params: RetryParams) -> int:
 
 @flow(
     name="retry",
-    flow_run_name="retry/{params.dataset}",
+    flow_run_name="{params.dataset}",
     description=RetryParams.__doc__,
 )
 def retry_flow(params: RetryParams) -> list[dict[str, Any]]:

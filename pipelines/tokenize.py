@@ -29,7 +29,7 @@ def tokenize_labels(params: TokenizeParams) -> list[dict[str, Any]]:
 
 @flow(
     name="tokenize",
-    flow_run_name="tokenize/{params.dataset}",
+    flow_run_name="{params.dataset}",
     description=TokenizeParams.__doc__,
 )
 def tokenize_flow(params: TokenizeParams) -> list[dict[str, Any]]:

@@ -126,7 +126,7 @@ def _picture(figure: Figure) -> np.ndarray:
 
 @flow(
     name="train",
-    flow_run_name="train/{params.dataset}",
+    flow_run_name="{params.dataset}",
     description=TrainParams.__doc__,
 )
 def train_flow(params: TrainParams) -> dict[str, Any]:

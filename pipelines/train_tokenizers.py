@@ -45,7 +45,7 @@ def learn_codes(params: TrainTokenizersParams) -> list[dict[str, Any]]:
 
 @flow(
     name="train-tokenizers",
-    flow_run_name="train-tokenizers/{params.dataset}",
+    flow_run_name="{params.dataset}",
     description=TrainTokenizersParams.__doc__,
 )
 def train_tokenizers_flow(params: TrainTokenizersParams) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Runs are called after their flow and dataset, and deployments bear tags that find them."""
+"""Runs are called after their dataset, and deployments bear tags that find them."""
 
 from __future__ import annotations
 
@@ -32,13 +32,11 @@ def deployments(path: Path) -> list[dict[str, Any]]:
         ("data/" + "x" * 99, "x" * 40),
     ],
 )
-def test_a_run_is_called_after_its_flow_and_the_end_of_its_datasets_address(
-    root: str, name: str
-) -> None:
+def test_a_run_is_called_after_the_end_of_its_datasets_address(root: str, name: str) -> None:
     from pipelines.janitor import janitor_flow
 
     form = JanitorParams(root=root)
-    assert str(janitor_flow.flow_run_name).format(params=form) == f"janitor/{name}"
+    assert str(janitor_flow.flow_run_name).format(params=form) == name
 
 
 def test_every_deployed_flow_names_its_runs() -> None:
@@ -47,7 +45,7 @@ def test_every_deployed_flow_names_its_runs() -> None:
             file, _, function = deployment["entrypoint"].partition(":")
             module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
             flow = getattr(module, function)
-            assert flow.flow_run_name == f"{flow.name}/{{params.dataset}}"
+            assert flow.flow_run_name == "{params.dataset}"  # beside the flow's
 
 
 def test_every_deployment_bears_the_tag_of_all_and_that_of_its_part() -> None:
