@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+from s3fs import S3FileSystem
 
 from infra.store import Store
 from pipelines import params
@@ -37,6 +38,7 @@ def test_a_list_in_s3_without_credentials_is_named_and_how_public_ones_are_read(
         monkeypatch.setenv(name, str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr(S3FileSystem, "_cache", {})  # those of other tests know their own way
     form = params.IngestParams(root=str(tmp_path), source="s3://bucket/list.tsv")
     with pytest.raises(ValueError, match=r"s3://bucket/list\.tsv cannot .*FSSPEC_S3_ANON=true"):
         check("ingest", form.model_dump())

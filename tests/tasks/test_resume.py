@@ -117,7 +117,7 @@ def test_sigterm_while_workers_end_is_handed_on(tmp_path, monkeypatch, sigterm):
         store.write_json(f"run/{RESULT}", {})
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("tasks.distributed._scaling", lambda _: None)
+    monkeypatch.setattr("tasks.distributed._scaling", lambda *_: None)
     monkeypatch.setattr("ray.train.torch.TorchTrainer",
                         lambda *_, **__: types.SimpleNamespace(fit=fit))
     with pytest.raises(Stopped):
