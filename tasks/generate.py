@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from infra.backends import check_folder
+from infra.machine import chosen_device
 from infra.manifest import load_manifest
 from infra.store import Store
 from models import modalities
@@ -91,8 +92,6 @@ def load_generator(store: Store, run: str, *, bf16: bool | None = False) -> Gene
     Raises:
         ValueError: there is no such finished run; lists those there are.
     """
-    import torch
-
     from models.fourm.checkpoint import load_stored
     from models.fourm.generate import Generator, base_name
     from tasks.train_tokenizers import TEXT
@@ -113,8 +112,7 @@ def load_generator(store: Store, run: str, *, bf16: bool | None = False) -> Gene
         raise ValueError(f"run {run!r} needs a tokenizer of {missing[0]!r}, which is not there")
     tokenizers = {name: load_tokenizer(store, paths[name]) for name in used}
     text = TextTokenizer.from_bytes(store.read(f"{paths[TEXT]}/{FILE}"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Generator(model, tokenizers, text, bf16=bf16).to(device)
+    return Generator(model, tokenizers, text, bf16=bf16).to(chosen_device())
 
 
 def _in_codes(spec: ModalitySpec) -> bool:
