@@ -183,8 +183,8 @@ def _train_on_ray(
 
     if isinstance(target, Embedded) and gpus > target.gpus:
         raise ValueError(  # Ray would wait without end; a cluster may grow
-            f"a tokenizer occupies {gpus:g} GPU and Ray has {target.gpus}: lower gpus, or "
-            "raise num_gpus in the Ray target"
+            f"a tokenizer occupies {gpus:g} GPU and Ray has {target.gpus}: lower gpus, or raise "
+            "num_gpus in the Ray target; where it is empty, Ray has all that torch can use here"
         )
     found: dict[str, TokenizerInfo] = {}
     with ray_session(target):
