@@ -167,6 +167,34 @@ def test_a_service_without_conditional_writes_is_noticed(
     assert store.read("x") == b"3"
 
 
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_service_that_creates_if_absent_but_cannot_swap_is_noticed_at_the_start(
+    s3_url: str, caplog: pytest.LogCaptureFixture, refuses: bool
+) -> None:
+    from botocore.exceptions import ClientError
+
+    store = Store(f"{s3_url}/no-swaps-{refuses}")
+    backend = store._backend
+    put = backend._put_if
+
+    def without_swaps(path: str, data: bytes, **condition: str) -> bool:
+        if "IfMatch" in condition and refuses:
+            told = {"ResponseMetadata": {"HTTPStatusCode": 501}}
+            raise OSError("NotImplemented") from ClientError(told, "PutObject")
+        return put(path, data, **({} if "IfMatch" in condition else condition))
+
+    backend._put_if = without_swaps
+    store.check_writable()
+    assert "honours If-Match" in caplog.text
+    assert store.create("x", b"1")
+    assert not store.create("x", b"2")
+    store.replace("x", b"3", store.version("x"))
+    for stale in ("stale", None):
+        with pytest.raises(StoreConflict):
+            store.replace("x", b"4", stale)
+    assert store.read("x") == b"3"
+
+
 def test_a_conflict_answer_is_asked_again(s3_url: str) -> None:
     from botocore.exceptions import ClientError
 
