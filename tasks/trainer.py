@@ -82,6 +82,7 @@ class Trainer:
         self.store, self.path, self.task, self.config = store, path, task, config
         self.rank, self.world, self.asked, self.warned = rank, world, asked, 0
         self.checkpoints = Checkpoints(store, path)
+        self.metrics: dict[str, float] = {}
 
     def fit(self, on_progress: ProgressCallback | None = None) -> TrainResult:
         """Trains to the end and returns the result; `on_progress(step, steps, metrics)` is called
@@ -235,7 +236,7 @@ class Trainer:
         self.step, self.tokens = state.get("step", 0), state.get("tokens", 0)
         self.skipped: int | torch.Tensor = state.get("skipped", 0)
         self.warned = int(self.skipped)
-        self.metrics: dict[str, float] = state.get("metrics", {})
+        self.metrics = state.get("metrics", {})
         if found:
             restore_rest(found[0], self.model, self.optimizers, self.mean)
             logger.info("%s: resuming at step %d", self.path, self.step)
