@@ -13,7 +13,7 @@ import pytest
 
 from infra import backends
 from infra.backends import S3Backend
-from infra.store import Store, StoreConflict
+from infra.store import Store, StoreConflict, json_bytes
 
 
 def test_an_object_comes_back_as_written(tmp_store: Store) -> None:
@@ -141,6 +141,11 @@ def test_urls_of_other_kinds_are_refused(url: str) -> None:
 def test_an_address_that_would_put_all_objects_into_one_key_is_refused() -> None:
     with pytest.raises(ValueError, match="names a version of an object"):
         Store("s3://bucket/set?versionId=1")
+
+
+def test_equal_json_is_equal_bytes_of_every_release() -> None:
+    expected = '{\n "a": "é",\n "b": [\n  1\n ]\n}\n'
+    assert json_bytes({"b": (1,), "a": "é"}) == expected.encode()
 
 
 def test_paths_and_file_urls_name_the_same_root(tmp_path: Path) -> None:
