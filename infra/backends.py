@@ -168,9 +168,25 @@ class S3Backend:
     @cached_property
     def conditional(self) -> bool:
         """Whether the service honours If-None-Match; asked with one tiny object."""
-        probe = f"{PRIVATE}/probe"
+        return self._honours("If-None-Match", lambda probe: self._create(probe, b"probe")
+                             and self._create(probe, b"probe"))  # fmt: skip
+
+    @cached_property
+    def swaps(self) -> bool:
+        """Whether it honours If-Match, too, which some services that know the other one do not."""
+        never = '"00000000000000000000000000000000"'
+        return self.conditional and self._honours(
+            "If-Match", lambda probe: self._put_if(probe, b"probe", IfMatch=never))
+
+    def _honours(self, condition: str, broken: Callable[[str], bool]) -> bool:
+        """Whether a write that the condition forbids is refused.
+
+        Args:
+            condition: Its header.
+            broken: Tries to write so at a path; tells whether that went through.
+        """
         try:
-            honoured = not (self._create(probe, b"probe") and self._create(probe, b"probe"))
+            honoured = not broken(f"{PRIVATE}/probe")
         except OSError as error:
             if _http_status(error) != 501:
                 raise
@@ -178,14 +194,14 @@ class S3Backend:
         if not honoured:
             _LOG.warning(
                 "s3://%s ignores conditional writes: two runs at once on this dataset could both "
-                "commit a shard. Run one at a time, or use a service that honours If-None-Match.",
-                self.root,
+                "commit a shard or publish a version. Run one at a time, or use a service that "
+                "honours %s.", self.root, condition,
             )
         return honoured
 
     def check_writable(self) -> None:
         try:
-            _ = self.conditional
+            _ = self.swaps
         except FileNotFoundError as error:
             raise FileNotFoundError(f"there is no bucket of s3://{self.root}: {error}") from error
 
@@ -213,7 +229,7 @@ class S3Backend:
     def replace(self, path: str, data: bytes, expected: str | None) -> bool:
         if expected is None:
             return self.create(path, data)
-        if not self.conditional:
+        if not self.swaps:
             if self.version(path) != expected:
                 return False
             self.write(path, data)

@@ -52,6 +52,22 @@ class Embedded(BaseModel):
         """GPUs that Ray is given."""
         return gpus() if self.num_gpus is None else self.num_gpus
 
+    def too_small(self, work: str, need: float, what: str, have: float) -> ValueError:
+        """Says that work needs more than Ray has here, which it would wait for without end.
+
+        Args:
+            work: Such as "a worker".
+            need: How much of it.
+            what: "CPU" or "GPU".
+            have: What there is of it.
+        """
+        less = "gpus, or leave it out" if what == "GPU" else "its num_cpus"
+        there, more = f"Ray has {have:g}", f"raise num_{what.lower()}s in the Ray target"
+        if what == "GPU" and self.num_gpus is None:
+            there = f"torch finds {f'{have:g}' if have else 'none'} on this machine"
+            more = "choose a cluster that has them as Ray target"
+        return ValueError(f"{work} occupies {need:g} {what} and {there}: lower {less}, or {more}")
+
 
 class Existing(BaseModel):
     """A Ray cluster that is already running; it is left as it was found."""

@@ -328,7 +328,7 @@ def _run_on_ray(
         resources = resources.on(nodes)
         workers = min(len(units), resources.workers or 1)
         if isinstance(target, Embedded):
-            workers = _that_fit(workers, resources, ray.cluster_resources())
+            workers = _that_fit(workers, resources, target, ray.cluster_resources())
         elif (room := resources.room(nodes)) < workers:
             log.warning("the cluster has room for %d of %d workers as yet; the others wait until "
                         "it has grown", room, workers)
@@ -380,7 +380,9 @@ def _dataset(
     )
 
 
-def _that_fit(wanted: int, resources: Resources, available: dict[str, float]) -> int:
+def _that_fit(
+    wanted: int, resources: Resources, target: Embedded, available: dict[str, float]
+) -> int:
     """Workers that the machine has room for: Ray would wait for the others without end."""
     fit = wanted
     types = [name.partition(":")[2] for name in available if name.startswith("accelerator_type:")]
@@ -390,10 +392,7 @@ def _that_fit(wanted: int, resources: Resources, available: dict[str, float]) ->
     for name, need in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
         have = available.get(name, 0)
         if need > have:
-            raise ValueError(
-                f"a worker needs {need:g} {name} and Ray has {have:g}: lower "
-                f"num_{name.lower()}s of the resources or raise it in the Ray target"
-            )
+            raise target.too_small("a worker", need, name, have)
         fit = min(fit, int(have / need)) if need else fit
     if fit < wanted:
         log.warning("room for %d of the %d workers asked for", fit, wanted)

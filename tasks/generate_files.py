@@ -36,18 +36,9 @@ def read_input(generator: Generator, name: str, given: str) -> Any:
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{given!r} cannot be read as {name} ({modality.description}): {error}") \
             from None  # fmt: skip
-    if name == "det":
-        return _meant(value)
     if modality.kind not in ("image", "map"):
         return value
     return _square(name, value, _side(spec))
-
-
-def _meant(value: dict[str, Any]) -> dict[str, Any]:
-    """Boxes without scores: who gives them means them all, also those that a model, whose file
-    this may be, was not sure of and that would not be told."""
-    found = [{key: each[key] for key in each if key != "score"} for each in value["instances"]]
-    return {**value, "instances": found}
 
 
 def _text(given: str) -> Any:

@@ -103,11 +103,11 @@ def load_crops(
     *,
     held_out: int,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Training crops, packed [N, H, W(, C)], and held-out centre crops as values.
+    """Training crops, packed [N, H, W(, C)], and held-out ones as values.
 
-    The last shard that has labels is held out; of a single shard its last tenth. Each sample gives
-    one crop, sample i crop i modulo their number, so that all crops occur and memory stays bounded
-    by `recipe.max_samples`.
+    Centre crops of the last shard that has labels are held out; of a single shard the last tenth of
+    what it gives. Each sample gives one crop, sample i crop i modulo their number, so that all
+    crops occur, the same ones in each run, and memory stays bounded by `recipe.max_samples`.
 
     Raises:
         ValueError: if there is not a single label.

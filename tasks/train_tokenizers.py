@@ -182,10 +182,7 @@ def _train_on_ray(
     import ray
 
     if isinstance(target, Embedded) and gpus > target.gpus:
-        raise ValueError(  # Ray would wait without end; a cluster may grow
-            f"a tokenizer occupies {gpus:g} GPU and Ray has {target.gpus}: lower gpus, or raise "
-            "num_gpus in the Ray target; where it is empty, Ray has all that torch can use here"
-        )
+        raise target.too_small("a tokenizer", gpus, "GPU", target.gpus)  # a cluster may grow
     found: dict[str, TokenizerInfo] = {}
     with ray_session(target):
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(train_tokenizer)

@@ -82,6 +82,7 @@ class Trainer:
         self.store, self.path, self.task, self.config = store, path, task, config
         self.rank, self.world, self.asked, self.warned = rank, world, asked, 0
         self.checkpoints = Checkpoints(store, path)
+        self.metrics: dict[str, float] = {}
 
     def fit(self, on_progress: ProgressCallback | None = None) -> TrainResult:
         """Trains to the end and returns the result; `on_progress(step, steps, metrics)` is called
@@ -120,7 +121,7 @@ class Trainer:
         """Steps to the end; returns the last metrics, or None if it was asked to stop before."""
         from tasks.parallel import everyone
 
-        config, metrics, saved = self.config, dict[str, float](), time.monotonic()
+        config, saved = self.config, time.monotonic()
         meter = Meter(lambda: peak_flops(self.device, self.products),
                       lambda own: everyone(own, self.world, self.device))
         steps = range(self.step, config.steps)
@@ -131,8 +132,8 @@ class Trainer:
                 meter.add(self._step(parts, rate), config.batch_size, [load for _, load in parts])
                 point = self.step % config.log_every == 0 or self._ended()
                 if point:
-                    metrics = {**meter.take(), "lr": rate}
-                    self._report(curve, metrics, on_progress)
+                    self.metrics = {**meter.take(), "lr": rate}
+                    self._report(curve, on_progress)
                 if self._ended():
                     break
                 if config.eval_every and self.step % config.eval_every == 0:
@@ -149,7 +150,7 @@ class Trainer:
                     if curve:
                         curve.close()
                     return None
-        return metrics
+        return self.metrics
 
     def _wishes(self, late: bool, stop: bool, point: bool) -> tuple[bool, bool]:
         """Whether to save and whether to stop: what any of the workers wants, asked at points."""
@@ -172,6 +173,8 @@ class Trainer:
             self.mean.apply()
         metrics = {**metrics, **self._evaluate(curve if trained else None)}
         if trained:
+            if curve:  # first: what went beyond the checkpoint that is there is left out again
+                curve.flush()
             self._save()
             self.writer.wait()
         if curve:
@@ -188,17 +191,15 @@ class Trainer:
             mirror = open_run(config.wandb, self.store.url, self.path, dataclasses.asdict(config))
         return Curve(self.store, self.path, self.step, mirror)
 
-    def _report(
-        self, curve: Curve | None, metrics: dict[str, float], on_progress: ProgressCallback | None
-    ) -> None:
+    def _report(self, curve: Curve | None, on_progress: ProgressCallback | None) -> None:
         if int(self.skipped) > self.warned:
             self.warned = int(self.skipped)
             logger.warning("step %d: gradients were not finite, %d steps skipped so far",
                            self.step, self.warned)
         if curve:
-            curve.add(self.step, metrics)
+            curve.add(self.step, self.metrics)
             if on_progress:
-                on_progress(self.step, self.config.steps, metrics)
+                on_progress(self.step, self.config.steps, self.metrics)
 
     def _build(self) -> None:
         """Builds model and optimisers and restores the newest checkpoint."""
@@ -235,6 +236,7 @@ class Trainer:
         self.step, self.tokens = state.get("step", 0), state.get("tokens", 0)
         self.skipped: int | torch.Tensor = state.get("skipped", 0)
         self.warned = int(self.skipped)
+        self.metrics = state.get("metrics", {})
         if found:
             restore_rest(found[0], self.model, self.optimizers, self.mean)
             logger.info("%s: resuming at step %d", self.path, self.step)
@@ -386,7 +388,7 @@ class Trainer:
         tensors = snapshot(self.model, self.optimizers, self.mean, rank=self.rank)
         state = {"config": dataclasses.asdict(self.config), "streams": self.task.streams,
                  "task": self.task.identity(), "skipped": int(self.skipped), "tokens": self.tokens,
-                 "products": self.products}
+                 "products": self.products, "metrics": self.metrics}
         step, world = self.step, self.world if self.sharded else 1
         self.writer.submit(
             lambda: self.checkpoints.save(step, tensors, state, rank=self.rank, world=world)

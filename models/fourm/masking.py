@@ -25,6 +25,7 @@ from models.fourm.spans import (
     fit_vectors,
     ranges,
     shuffle_chunks,
+    starts,
 )
 from models.fourm.spec import EOS_ID, FourMConfig, ModalitySpec
 from models.fourm.stored import Stored
@@ -243,7 +244,7 @@ class _Masks:
                 continue
             i = self.config.index(spec.name)
             ids = np.where(budget[:, i] > 0, budget[:, i] + 1, 0)
-            count = np.maximum(self.spans[spec.name][1] - 1, 1)
+            count = np.maximum(starts(self.spans[spec.name][0]), 1)
             choice = (self.draws.uniform(f"{spec.name} cut") * count).astype(int)
             self.spans[spec.name] = cut_targets(self.spans[spec.name], ids, choice)
             budget[:, i] = np.maximum(self.spans[spec.name][1] - 1, 0)

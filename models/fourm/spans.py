@@ -130,6 +130,11 @@ def fit_inputs(
     return (shown, visible), targets
 
 
+def starts(ids: np.ndarray) -> np.ndarray:
+    """Sentinels [B] that a cut of targets `ids` [B,L] can start from: all but the closing one."""
+    return ((ids > SENTINEL_0) & (ids < SENTINEL_0 + NUM_SENTINELS)).sum(1) - 1
+
+
 def cut_targets(targets: Ragged, budget: np.ndarray, choice: np.ndarray) -> Ragged:
     """Cuts targets longer than `budget` [B] ids to a stretch that starts at a sentinel.
 

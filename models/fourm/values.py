@@ -301,7 +301,8 @@ class Translator:
         """What texts of a modality are written on."""
         sides = [resolution(spec.name) for spec in self.model.config.modalities]
         size = min((side for side in sides if side), default=SIZE)  # finer sets have no texts
-        return Page(bins=self.text.bins, size=size, codes=self.tokenizers.get(name))
+        # What is given is meant, however sure a model was that found it.
+        return Page(bins=self.text.bins, size=size, codes=self.tokenizers.get(name), min_score=0)
 
     def written(self, name: str, value: Any) -> str:
         """The text of a value. Raises ValueError where the modality has no text form, or the value

@@ -27,7 +27,7 @@ def fetched(shard: int, rows: int = 4, payload: bytes = b"x") -> ShardData:
         for modality, ext in (("rgb", "jpg"), ("caption", "txt"))
     }
     statuses = [(key, "ok", "") for key in keys[:-1]] + [(keys[-1], "404", "gone")]
-    return ShardData(keys[:-1], outputs, statuses, seconds=2.0, info={"note": 1})
+    return ShardData(keys[:-1], outputs, statuses, seconds=0.5, info={"note": 1})
 
 
 def test_a_commit_says_all_that_happened(
@@ -38,7 +38,7 @@ def test_a_commit_says_all_that_happened(
     fetch = ledger.commit(FETCH, 3, data)
     assert (fetch.samples, fetch.drops, fetch.run_id) == (3, {"404": 1}, "run-7")
     assert fetch.key_digest == key_digest(data.keys)
-    assert fetch.samples_per_second == 1.5
+    assert fetch.samples_per_second == 6.0
     output = fetch.outputs["rgb"]
     assert output["sha256"] == hashlib.sha256(data.outputs["rgb"]).hexdigest()
     assert output["path"] == (
@@ -86,7 +86,10 @@ def _broken() -> dict[str, tuple[ShardData, str]]:
     tokens = BlockWriter({"crop0": Column("uint16", 1)}, {})
     tokens.add("other", {"crop0": [1]})
     return {
-        "order": (replace(good, outputs=good.outputs | {"rgb": swapped}), "sample 0 is"),
+        "order": (
+            replace(good, outputs=good.outputs | {"rgb": swapped}),
+            f"sample 0 is {good.keys[-1]} here and {key} there",
+        ),
         "short": (replace(good, outputs=good.outputs | {"rgb": short}), "2 samples here"),
         "torn": (replace(good, outputs=good.outputs | {"rgb": short[:-512]}), "truncated"),
         "tokens": (replace(good, outputs=good.outputs | {"rgb": tokens.finish()}), "other"),

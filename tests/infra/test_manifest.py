@@ -4,12 +4,15 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from infra import ledger as ledgers
+from infra import manifest
 from infra.ledger import Ledger, ShardData, Stage, commit_path
 from infra.manifest import (
+    Manifest,
     ManifestError,
     load_manifest,
     manifest_names,
@@ -51,20 +54,20 @@ def test_a_manifest_lists_what_training_reads(tmp_store: Store) -> None:
         ledger, "cc", STAGES, [2, 0, 1], splits=splits, tokenizers={"depth": {"id": 1}},
         meta={"crops": [4, 1]},
     )
-    manifest = load_manifest(ledger.store, "cc")
-    assert manifest == published
-    assert (manifest.name, manifest.version) == ("cc", 1)
-    assert (manifest.shards("train"), manifest.shards("val")) == ([0, 1], [2])
-    assert manifest.shards() == [0, 1, 2]
-    assert manifest.samples(0) == 2
-    assert manifest.key_digest(2) == key_digest([sample_key(2, 0), sample_key(2, 1)])
-    assert manifest.meta == {"crops": [4, 1]}
-    path, sha256 = manifest.path("depth", 1), manifest.sha256("depth", 1)
+    found = load_manifest(ledger.store, "cc")
+    assert found == published
+    assert (found.name, found.version) == ("cc", 1)
+    assert (found.shards("train"), found.shards("val")) == ([0, 1], [2])
+    assert found.shards() == [0, 1, 2]
+    assert found.samples(0) == 2
+    assert found.key_digest(2) == key_digest([sample_key(2, 0), sample_key(2, 1)])
+    assert found.meta == {"crops": [4, 1]}
+    path, sha256 = found.path("depth", 1), found.sha256("depth", 1)
     assert ledger.store.local(path, sha256) == ledger.open_output(DEPTH, 1, "depth")[0]
-    assert manifest.modalities["depth"]["model"] == "org/depth"
+    assert found.modalities["depth"]["model"] == "org/depth"
     for wrong in (
-        lambda: manifest.shards("test"), lambda: manifest.path("clip", 0),
-        lambda: manifest.samples(9),
+        lambda: found.shards("test"), lambda: found.path("clip", 0),
+        lambda: found.samples(9),
     ):
         with pytest.raises(ValueError, match="cc"):
             wrong()
@@ -77,6 +80,25 @@ def test_equal_content_is_the_same_version_and_other_content_the_next(ledger: Le
     assert load_manifest(ledger.store, "cc").version == 2
     assert load_manifest(ledger.store, "cc", 1).modalities.keys() == STAGES.keys()
     assert manifest_names(ledger.store) == ["cc"]
+    # What was published before and is wanted again is the next version, too.
+    assert publish(ledger, "cc", STAGES, range(3), meta={"size": (1, 2)}).version == 3
+    assert load_manifest(ledger.store, "cc").version == 3
+
+
+def test_a_publisher_that_is_overtaken_leaves_the_later_version_current(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = manifest._write_version
+
+    def slow(store: Store, name: str, content: dict[str, Any]) -> Manifest:
+        made = write(store, name, content)
+        monkeypatch.setattr(manifest, "_write_version", write)
+        assert publish(ledger, "cc", {"rgb": RGB}, range(3)).version == 2
+        return made
+
+    monkeypatch.setattr(manifest, "_write_version", slow)
+    assert publish(ledger, "cc", STAGES, range(3)).version == 1
+    assert load_manifest(ledger.store, "cc").version == 2
 
 
 def test_a_death_before_current_moved_is_repaired_by_publishing_again(ledger: Ledger) -> None:

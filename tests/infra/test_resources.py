@@ -171,6 +171,16 @@ def test_downloads_and_copies_keep_no_gpu_from_those_who_compute(
     assert all((each.workers, each.num_gpus) == (8, 0) for each in asked)
 
 
+@pytest.mark.parametrize(("target", "have", "sentence"), [
+    (Embedded(), 0, "torch finds none on this machine: lower gpus, or leave it out, or choose a"),
+    (Embedded(), 0.5, "torch finds 0.5 on this machine"),
+    (Embedded(num_gpus=0), 0, "Ray has 0: lower gpus, or leave it out, or raise num_gpus in the"),
+])  # fmt: skip
+def test_too_few_gpus_are_refused_with_what_there_is_and_what_to_do(target, have, sentence) -> None:
+    said = str(target.too_small("a worker", 1, "GPU", have))
+    assert said.startswith(f"a worker occupies 1 GPU and {sentence}")
+
+
 def test_nothing_is_left_open_where_there_are_no_nodes_to_ask() -> None:
     with pytest.raises(ValueError, match="without Ray's nodes"):
         Resources(workers=0, threads=0)

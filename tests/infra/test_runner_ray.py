@@ -70,8 +70,10 @@ def test_systemic_failure_on_ray_aborts_without_commit_or_quarantine(store):
 
 def test_more_workers_than_cores_are_cut_and_too_large_ones_refused(store):
     job = toy_job(2)
-    with pytest.raises(ValueError, match="needs 9 CPU and Ray has 2"):
+    with pytest.raises(ValueError, match="occupies 9 CPU and Ray has 2: lower its num_cpus"):
         run(store, job, resources=Resources(workers=1, num_cpus=9))
+    with pytest.raises(ValueError, match=r"occupies 99 GPU and torch finds .* on this machine"):
+        run(store, job, resources=Resources(workers=1, num_gpus=99))
     assert run(store, job, resources=Resources(workers=9, num_cpus=2))[job.stage.id].done == 2
 
 

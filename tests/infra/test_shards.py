@@ -64,6 +64,38 @@ def test_a_cut_at_every_block_is_torn() -> None:
             list(read_tar(data[:length], source="label/shard-7"))
 
 
+def test_a_cut_at_the_end_of_a_record_of_other_writers_is_torn() -> None:
+    """There the rest could be taken for their padding."""
+    data = write_tar([("a.txt", b"x" * (10_240 - 512))])
+    assert len(list(read_tar(data))) == 1
+    with pytest.raises(TornShard, match="truncated"):
+        list(read_tar(data[:10_240]))
+
+
+@pytest.mark.parametrize(("extended", "message"), [
+    (b"12 path=a/bX", "damaged extended header"),
+    (b"99 path=a/b", "damaged extended header"),
+    (b"path=a/b", "damaged extended header"),
+    (b"10 size=1\n", "8 GiB"),
+])  # fmt: skip
+def test_an_extended_header_that_cannot_be_followed_is_torn(extended: bytes, message: str) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, form, payload in (("x", b"x", extended), ("a.txt", b"0", b"abc")):
+            info = tarfile.TarInfo(name)
+            info.type, info.size = form, len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+    with pytest.raises(TornShard, match=message):
+        scan_tar(buffer.getvalue())
+
+
+def test_releases_write_the_same_bytes() -> None:
+    data = write_tar([(f"{sample_key(3, 1)}.txt", b"abc")])
+    assert hashlib.sha256(data).hexdigest() == (
+        "e9f98706b0c30b180f746b83128a3ec3cdde9a68a3df2ed07b22dbc5baa98a20"
+    )
+
+
 def test_every_flipped_header_or_padding_byte_is_torn() -> None:
     data = bytearray(write_tar(_MEMBERS[:2]))
     payload = range(1024 + 0, 1024 + 300)
@@ -160,6 +192,10 @@ def test_the_index_reads_by_key_and_knows_holes(tmp_path: Path) -> None:
     assert (index.ext("k"), index.ext(sample_key(3, 0))) == ("missing", "txt")
     with pytest.raises(KeyError, match="too dark"):
         index.read("k")
+    assert "k" in index
+    assert "l" not in index
+    with pytest.raises(TornShard, match="sha256"):
+        TarIndex(path, sha256="0" * 64)
 
 
 def test_the_index_refuses_two_members_of_a_key_and_an_empty_file(tmp_path: Path) -> None:
@@ -176,5 +212,6 @@ def test_names_sort_as_the_plan_does() -> None:
     assert sample_key(12, 345) == "00001200345"
     assert shard_name(123) == "shard-000123"
     assert key_digest(["a", "b"]) != key_digest(["b", "a"])
-    with pytest.raises(ValueError, match="outside"):
-        sample_key(0, 100_000)
+    for shard, row in ((0, 100_000), (1_000_000, 0), (-1, 0), (0, -1)):
+        with pytest.raises(ValueError, match="outside"):
+            sample_key(shard, row)

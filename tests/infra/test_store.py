@@ -13,7 +13,7 @@ import pytest
 
 from infra import backends
 from infra.backends import S3Backend
-from infra.store import Store, StoreConflict
+from infra.store import Store, StoreConflict, json_bytes
 
 
 def test_an_object_comes_back_as_written(tmp_store: Store) -> None:
@@ -143,6 +143,11 @@ def test_an_address_that_would_put_all_objects_into_one_key_is_refused() -> None
         Store("s3://bucket/set?versionId=1")
 
 
+def test_equal_json_is_equal_bytes_of_every_release() -> None:
+    expected = '{\n "a": "é",\n "b": [\n  1\n ]\n}\n'
+    assert json_bytes({"b": (1,), "a": "é"}) == expected.encode()
+
+
 def test_paths_and_file_urls_name_the_same_root(tmp_path: Path) -> None:
     odd = tmp_path / "a b%20c#d"
     store = Store(str(odd))
@@ -164,6 +169,34 @@ def test_a_service_without_conditional_writes_is_noticed(
     store.replace("x", b"3", store.version("x"))
     with pytest.raises(StoreConflict):
         store.replace("x", b"4", "stale")
+    assert store.read("x") == b"3"
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_service_that_creates_if_absent_but_cannot_swap_is_noticed_at_the_start(
+    s3_url: str, caplog: pytest.LogCaptureFixture, refuses: bool
+) -> None:
+    from botocore.exceptions import ClientError
+
+    store = Store(f"{s3_url}/no-swaps-{refuses}")
+    backend = store._backend
+    put = backend._put_if
+
+    def without_swaps(path: str, data: bytes, **condition: str) -> bool:
+        if "IfMatch" in condition and refuses:
+            told = {"ResponseMetadata": {"HTTPStatusCode": 501}}
+            raise OSError("NotImplemented") from ClientError(told, "PutObject")
+        return put(path, data, **({} if "IfMatch" in condition else condition))
+
+    backend._put_if = without_swaps
+    store.check_writable()
+    assert "honours If-Match" in caplog.text
+    assert store.create("x", b"1")
+    assert not store.create("x", b"2")
+    store.replace("x", b"3", store.version("x"))
+    for stale in ("stale", None):
+        with pytest.raises(StoreConflict):
+            store.replace("x", b"4", stale)
     assert store.read("x") == b"3"
 
 

@@ -1,5 +1,6 @@
 """Contract of verify: silent on a sound dataset, names every damaged object on any other."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def _filled(store: Store) -> Ledger:
         keys = [sample_key(shard, row) for row in range(3)]
         tar = write_tar((f"{key}.jpg", b"pixels") for key in keys[:2])
         statuses = [(keys[0], "ok", ""), (keys[1], "ok", ""), (keys[2], "404", "")]
+        statuses = statuses[: 2 + shard]  # one shard lost nothing
         filled.commit(RGB, shard, ShardData(keys[:2], {"rgb": tar}, statuses, 1.0))
     publish(filled, "cc", {"rgb": RGB}, [0, 1])
     return filled
@@ -50,6 +52,16 @@ def _edit(store: Store, path: str, **changes: object) -> None:
     store.write(path, json_bytes(store.read_json(path) | changes))
 
 
+def _forge(store: Store, sha256: str = "") -> None:
+    """The commit's tar is no tar; its digest is that of its content, or another one."""
+    data = b"no tar" * 1000
+    digest = hashlib.sha256(data).hexdigest()
+    path = f"shards/{RGB.id}/shard-000001.{digest[:12]}.tar"
+    store.write(path, data)
+    entry = {"path": path, "sha256": sha256 or digest, "bytes": len(data)}
+    _edit(store, COMMIT, outputs={"rgb": entry})
+
+
 DAMAGE: dict[str, tuple[Callable[[Store, str, str], object], bool, str]] = {
     "lost tar": (lambda s, tar, _: s.delete(tar), False, "missing"),
     "cut tar": (lambda s, tar, _: s.write(tar, s.read(tar)[:-512]), False, "bytes, committed"),
@@ -61,6 +73,9 @@ DAMAGE: dict[str, tuple[Callable[[Store, str, str], object], bool, str]] = {
     "other drops": (lambda s, *_: _edit(s, COMMIT, drops={}), True, "reasons differ"),
     "broken commit": (lambda s, *_: s.write(COMMIT, b"{"), False, "not a commit"),
     "hostile commit": (lambda s, *_: s.write(COMMIT, b"[1]"), False, "not a commit"),
+    "no tar": (lambda s, *_: _forge(s), True, "header"),
+    "no digest in the name": (lambda s, *_: _forge(s, "0" * 64), False, "does not carry its sha"),
+    "other stage": (lambda s, *_: _edit(s, COMMIT, fingerprint="0" * 64), False, "fingerprint"),
     "moved commit": (lambda s, *_: _edit(s, COMMIT, shard=5), False, "is the commit of"),
     "uncommitted": (lambda s, *_: s.delete(COMMIT), False, "shard 1 of rgb has no valid commit"),
     "edited manifest": (

@@ -154,6 +154,27 @@ def test_long_targets_start_at_a_sentinel(choice, budget, kept):
     assert got[0, : length[0]].tolist() == kept
 
 
+def test_all_parts_of_a_text_that_is_too_long_are_predicted_alike():
+    rows, words = 500, np.arange(210, 250)
+    text = ModalitySpec(name="text", kind="seq", max_tokens=40, vocab_size=400)
+    config = FourMConfig(modalities=(text,), dim=32, encoder_depth=1, decoder_depth=1, num_heads=1)
+    whole = np.broadcast_to(words, (rows, 40)), np.full(rows, 40)
+    part = Component(inputs={"text": 1.0}, targets={"text": 1.0}, num_inputs=(40, 40),
+                     num_targets=(6, 6))
+    batch = mask_batch(config, Samples(grids={}, sequences={"text": whole}),
+                       Mixture(components=(part,)), Draws(0, 0, rows))
+    found = batch.targets[batch.targets >= words[0]].numpy()
+    quarters = np.bincount((found - words[0]) // 10, minlength=4)
+    assert quarters.max() < 2 * quarters.min()
+
+
+def test_a_component_with_larger_budgets_than_others_has_room_for_them():
+    small, large = mixture(num_inputs=(4, 4), num_targets=(3, 3)), mixture()
+    both = Mixture(components=(*small.components, *large.components))
+    batch = mask_batch(CONFIG, samples(), both, Draws(0, 1, 6))
+    assert (batch.enc_ids.shape, batch.dec_ids.shape) == ((6, 20), (6, 12))
+
+
 def test_budgets_are_floors_plus_the_picks():
     got = split_budget(np.array([[0.5, 0.3, 0.2]]), np.array([7]), np.array([[2, 2, 0]]))
     assert got.tolist() == [[3, 2, 2]]

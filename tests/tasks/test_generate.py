@@ -70,14 +70,15 @@ def test_boxes_are_read_from_text_and_from_a_file(store: Store, tmp_path: Path) 
     assert from_text[0].read_bytes() == from_file[0].read_bytes()
 
 
-def test_boxes_that_were_generated_are_given_again_however_sure_the_model_was(
+def test_given_boxes_are_all_told_however_sure_a_model_was_of_them(
     store: Store, tmp_path: Path
 ) -> None:
     unsure = {"instances": [{"box": [0.0, 0.0, 0.5, 0.5], "class_name": "cube", "score": 0.2}]}
     write_value(tmp_path, "det", "det", unsure, None)
     generator = task.load_generator(store, "main")
     given = read_input(generator, "det", str(tmp_path / "det.json"))
-    assert generator.written("det", given).endswith("cube")
+    for boxes in (given, unsure):  # from a file, and from who calls `Generator.generate`
+        assert generator.written("det", boxes).endswith("cube")
 
 
 def test_a_part_of_a_photo_is_redrawn_and_the_rest_is_the_photo(

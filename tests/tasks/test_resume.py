@@ -13,7 +13,7 @@ from torch import nn
 from infra.store import Store
 from tasks.distributed import RESULT, fit_distributed
 from tasks.preemption import Stopped
-from tasks.run_store import Checkpoints, Curve
+from tasks.run_store import Checkpoints, Curve, read_curve
 from tasks.trainer import TrainConfig, Trainer
 from tests.tasks.test_trainer import CONFIG, Linear, Regression
 
@@ -72,6 +72,20 @@ def test_a_checkpoint_that_lacks_a_part_falls_back_to_the_one_before(tmp_path, n
     # A worker that cannot read what the first one has read must not begin at another step.
     with pytest.raises((ValueError, FileNotFoundError), match=f"{newest:08d}/{name}"):
         checkpoints.newest(newest)
+
+
+def test_a_run_killed_after_its_last_checkpoint_still_tells_how_it_trained(tmp_path, monkeypatch):
+    store = Store(str(tmp_path))
+    whole = Trainer(store, "whole", Regression(), CONFIG).fit()
+    with monkeypatch.context() as patch:
+        patch.setattr(Curve, "close", lambda _: (_ for _ in ()).throw(KeyError("killed")))
+        killed(store, CONFIG.steps)
+    assert Checkpoints(store, "run").newest()[1]["step"] == CONFIG.steps
+    resumed = Trainer(store, "run", Regression(), CONFIG).fit()
+    assert resumed.metrics.keys() == whole.metrics.keys()
+    assert resumed.metrics["loss"] == whole.metrics["loss"]
+    shown = [[line["step"] for line in read_curve(store, name)] for name in ("run", "whole")]
+    assert shown[0] == shown[1]
 
 
 def test_steps_done_again_from_the_start_are_shown_once(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 from infra import ui
 from infra.blocks import BlockReader
 from infra.ledger import Ledger, ShardData, Stage
-from infra.ray_session import Existing
+from infra.ray_session import Embedded, Existing
 from infra.shards import hole, sample_key, write_tar
 from infra.store import Store
 from models import modalities
@@ -171,8 +171,9 @@ def test_trained_on_ray_two_at_a_time(dataset, monkeypatch):
 def test_tokenizers_that_occupy_gpus_are_refused_where_ray_never_has_any(dataset):
     store, stages, _, _ = dataset
     recipes = {"depth": tokenizer_recipe("depth", **{**SMALL, "seed": 2})}
-    with pytest.raises(ValueError, match=r"occupies 0\.5 GPU and Ray has 0: lower gpus, or raise"):
-        train_tokenizers(store, stages, recipes, shards=range(SHARDS), workers=1, gpus=0.5)
+    with pytest.raises(ValueError, match=r"tokenizer occupies 0\.5 GPU and Ray has 0: lower gpus"):
+        train_tokenizers(store, stages, recipes, shards=range(SHARDS), workers=1, gpus=0.5,
+                         target=Embedded(num_gpus=0))
 
 
 def test_tokenizers_on_a_cluster_that_may_grow_ask_it_for_their_gpus(dataset, monkeypatch):
