@@ -31,6 +31,8 @@ START_SECONDS = 180.0
 _SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "fourm",
+    # What a server answers while its database is away: asked again for a minute.
+    "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
     "DO_NOT_TRACK": "1",
 }

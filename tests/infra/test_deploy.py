@@ -240,6 +240,30 @@ def test_the_server_of_compose_has_postgres_and_redis() -> None:
         assert alone == [], "what one process keeps in memory the other one never sees"
 
 
+def test_a_server_whose_way_to_redis_is_cut_does_not_spin_on_it() -> None:
+    """Keep-alive ends such a connection with ETIMEDOUT, which redis-py takes for a read that found
+    nothing, at once and for ever."""
+    from redis.asyncio import ConnectionPool
+
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    for name in ("server", "services"):
+        url = services[name]["environment"]["PREFECT_SERVER_DOCKET_URL"]
+        assert ConnectionPool.from_url(url).connection_kwargs["socket_keepalive"] is False
+
+
+def test_runs_ask_again_while_the_servers_database_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.settings import Settings
+
+    from pipelines.server import _SETTINGS
+
+    pools = [yaml.safe_load(path.read_text())["definitions"]["pool"] for path in DEPLOYMENTS]
+    for environment in (_SETTINGS, *(pool["job_variables"]["env"] for pool in pools)):
+        monkeypatch.delenv("PREFECT_CLIENT_RETRY_EXTRA_CODES", raising=False)
+        for key, text in environment.items():
+            monkeypatch.setenv(key, text)
+        assert 500 in Settings().client.retry_extra_codes
+
+
 def test_browsers_and_notifications_find_the_server_of_compose_where_its_port_is() -> None:
     from prefect.settings import Settings
 
