@@ -24,7 +24,7 @@ from torch import Tensor
 
 from infra.fitting import FittingBatches
 from infra.machine import fast_bf16
-from infra.strict import is_of, read_json, typed
+from infra.strict import read_json, typed
 from tokenizers_vq.codec import ValueCodec, Values
 from tokenizers_vq.ordered import build_network
 from tokenizers_vq.vqvae import VQVAE, VQConfig
@@ -237,7 +237,8 @@ def from_files(files: dict[str, bytes], precision: str = "auto") -> Tokenizer:
 
         if not isinstance(network, dict) or not isinstance(network.get("published"), dict):
             raise ValueError(f"{modality}: the network of a released tokenizer is not told")
-        if not is_of(width := network.get("head_width"), int) or width < 1:
+        width = network.get("head_width")
+        if not isinstance(width, int) or width < 1:
             raise ValueError(f"{modality}: head_width is {width!r:.80}")
         net = build(network["published"], weights, head_width=width)
     elif form == FORMAT:
