@@ -74,7 +74,8 @@ class AddressPolicy:
         try:
             literal = is_public(host)
         except ValueError:
-            if _NUMBER.fullmatch(host.rstrip(".").rpartition(".")[2]):
+            # What holds a colon is connected to as it is, whatever it means to the system.
+            if ":" in host or _NUMBER.fullmatch(host.rstrip(".").rpartition(".")[2]):
                 raise BlockedAddress(f"{host} is an address in an unusual notation") from None
             return  # a name: the resolver decides
         if not literal:

@@ -81,12 +81,19 @@ class Ledger:
         "num_shards" counts all shards, "list_shards" those of the list itself; "passes" are the
         records of the passes in order. Raises FileNotFoundError before `write_plan`.
         """
-        plan = self.store.read_json("plan/plan.json")
+        plan = self._record("plan/plan.json", "num_shards", int)
         paths = [path for path in self.store.list(PASSES) if path.endswith(".json")]
-        passes = [self.store.read_json(path) for path in paths]
+        passes = [self._record(path, "num_shards", int) for path in paths]
         added = sum(again["num_shards"] for again in passes)
         shards = plan["num_shards"]
         return plan | {"num_shards": shards + added, "list_shards": shards, "passes": passes}
+
+    def _record(self, path: str, name: str, kind: type) -> dict[str, Any]:
+        """An object with such a field. Raises ValueError, naming the URL, for anything else."""
+        value = self.store.read_json(path)
+        if not isinstance(value, dict) or type(value.get(name)) is not kind:
+            raise ValueError(f"{self.store.full(path)} tells no {name!r}")
+        return value
 
     def stage_ids(self) -> list[str]:
         """Ids of all stages with at least one commit."""
@@ -233,7 +240,7 @@ class Ledger:
 
     def _reason(self, path: str) -> str | None:
         try:
-            return str(self.store.read_json(path)["reason"])
+            return str(self._record(path, "reason", str)["reason"])
         except FileNotFoundError:  # released since it was listed
             return None
 
@@ -273,7 +280,11 @@ class Ledger:
         return {int(p.removesuffix(".json").rpartition("-")[2]): p for p in paths}
 
     def _read(self, stage: Stage | str, path: str) -> Commit:
-        commit = Commit.from_dict(self.store.read_json(path))
+        value = self.store.read_json(path)
+        try:
+            commit = Commit.from_dict(value)
+        except ValueError as error:
+            raise ValueError(f"{self.store.full(path)}: {error}") from error
         if isinstance(stage, Stage) and commit.fingerprint != stage.fingerprint:
             raise ValueError(f"{self.store.full(path)} is a commit of {commit.stage}")
         return commit

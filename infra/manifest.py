@@ -16,11 +16,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from infra.ledger import Ledger, first_difference, read_keys
 from infra.stages import Commit, Stage
 from infra.store import Store, StoreConflict, json_bytes
+from infra.strict import typed
+
+_T = TypeVar("_T")
 
 _OUTPUT = ("path", "sha256", "bytes")
 """What a manifest keeps of an output."""
@@ -63,19 +66,19 @@ class Manifest:
 
     def samples(self, shard: int) -> int:
         """Samples of a shard, holes included."""
-        return self._entry(shard)["samples"]
+        return self._told(shard, "samples", int)
 
     def path(self, modality: str, shard: int) -> str:
         """Path of a tar inside the store."""
-        return self._output(modality, shard)["path"]
+        return self._output(modality, shard, "path")
 
     def sha256(self, modality: str, shard: int) -> str:
         """Hex digest of a tar."""
-        return self._output(modality, shard)["sha256"]
+        return self._output(modality, shard, "sha256")
 
     def key_digest(self, shard: int) -> str:
         """Digest of a shard's ordered keys, see `infra.shards.key_digest`."""
-        return self._entry(shard)["key_digest"]
+        return self._told(shard, "key_digest", str)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON value that `from_dict` turns into an equal manifest."""
@@ -87,7 +90,7 @@ class Manifest:
         """The manifest of a JSON value. Raises ManifestError when it is none."""
         try:
             entries = {int(shard): entry for shard, entry in value["entries"].items()}
-            return cls(**{**value, "entries": entries})
+            return typed(cls, {**value, "entries": entries}, "fields")
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ManifestError(f"not a manifest: {error!r}") from error
 
@@ -96,10 +99,21 @@ class Manifest:
             raise ValueError(f"{self.name} v{self.version} has no shard {shard}")
         return self.entries[shard]
 
-    def _output(self, modality: str, shard: int) -> dict[str, Any]:
+    def _told(self, shard: int, name: str, kind: type[_T]) -> _T:
+        value = self._entry(shard).get(name)
+        if not isinstance(value, kind):
+            raise ManifestError(f"{self.name} v{self.version}: shard {shard} tells no {name}")
+        return value
+
+    def _output(self, modality: str, shard: int, name: str) -> str:
         if modality not in self.modalities:
             raise ValueError(f"{self.name} has {sorted(self.modalities)}, not {modality!r}")
-        return self._entry(shard)["outputs"][modality]
+        output = self._told(shard, "outputs", dict).get(modality)
+        value = output.get(name) if isinstance(output, dict) else None
+        if not isinstance(value, str):
+            raise ManifestError(f"{self.name} v{self.version}: shard {shard} tells no {name} of "
+                                f"{modality}")  # fmt: skip
+        return value
 
 
 def publish(
@@ -161,7 +175,7 @@ def load_manifest(store: Store, name: str, version: int | None = None) -> Manife
     """
     if version is None:
         try:
-            version = int(store.read_json(_current_path(name))["version"])
+            version = _current(store, name)
         except FileNotFoundError as error:
             names = ", ".join(manifest_names(store))
             there = f"there is {names}" if names else "`fourm publish` makes one"
@@ -172,6 +186,14 @@ def load_manifest(store: Store, name: str, version: int | None = None) -> Manife
         where = store.full(_version_path(name, version))
         raise ManifestError(f"{where} is {manifest.name} v{manifest.version}")
     return manifest
+
+
+def _current(store: Store, name: str) -> int:
+    """The version that CURRENT points at. Raises ManifestError where it is none."""
+    value = store.read_json(_current_path(name))
+    if not isinstance(value, dict) or type(value.get("version")) is not int:
+        raise ManifestError(f"{store.full(_current_path(name))} holds no version")
+    return int(value["version"])
 
 
 def output_of(modality: str) -> str:
@@ -266,7 +288,7 @@ def _move_current(store: Store, name: str, version: int) -> None:
     """Points CURRENT at the version unless it already points there or further."""
     while True:
         expected = store.version(_current_path(name))
-        if expected is not None and store.read_json(_current_path(name))["version"] >= version:
+        if expected is not None and _current(store, name) >= version:
             return
         try:
             return store.replace(_current_path(name), b'{"version": %d}\n' % version, expected)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from infra.strict import is_of, typed
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -111,6 +113,9 @@ class ShardData:
     queues: dict[str, float] = field(default_factory=dict)
 
 
+_MADE = {"path": str, "sha256": str, "bytes": int}
+
+
 @dataclass(frozen=True)
 class Commit:
     """The record of one shard of one stage.
@@ -148,8 +153,10 @@ class Commit:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Commit:
-        """The commit of a JSON value. Raises ValueError when fields are missing or unknown."""
-        try:
-            return cls(**value)
-        except TypeError as error:
-            raise ValueError(f"not a commit: {error}") from error
+        """The commit of a JSON value. Raises ValueError when fields are missing, unknown or of
+        another type."""
+        commit = typed(cls, value, "not a commit")
+        for made in (*commit.outputs.values(), commit.status):
+            if not all(is_of(made.get(name), kind) for name, kind in _MADE.items()):
+                raise ValueError(f"not a commit: it tells no {', '.join(_MADE)} of {made!r:.80}")
+        return commit

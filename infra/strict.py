@@ -5,11 +5,16 @@ from __future__ import annotations
 import io
 import json
 import math
+import types
 import zipfile
-from typing import Any
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.lib import format as npy_format
+
+_T = TypeVar("_T")
+
+_HINTS: dict[type[Any], dict[str, Any]] = {}
 
 MAX_UNPACKED = 1 << 28
 """Most bytes of an array of an `.npz`, which may be packed a thousandfold."""
@@ -67,3 +72,41 @@ def read_json(data: bytes) -> Any:
         return json.loads(data)
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
+
+
+def typed(kind: type[_T], value: Any, what: str) -> _T:
+    """The dataclass whose fields are those of a JSON object.
+
+    Raises:
+        ValueError: a field is missing, unknown or of another type; names it and `what`.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is no object")
+    hints = _HINTS.get(kind) or _HINTS.setdefault(kind, get_type_hints(kind))
+    for name, each in value.items():
+        if name in hints and not is_of(each, hints[name]):
+            raise ValueError(f"{what}: {name} is {str(each)[:80]!r}, not {hints[name]}")
+    try:
+        return kind(**value)
+    except TypeError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def is_of(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of a type; finite where that is float, 64 bits where it is int."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin in (Union, types.UnionType):
+        return any(is_of(value, each) for each in args)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            is_of(k, args[0]) and is_of(v, args[1]) for k, v in value.items()
+        )
+    if origin in (list, tuple):
+        return isinstance(value, list | tuple) and all(is_of(each, args[0]) for each in value)
+    if hint is float:
+        return type(value) in (int, float) and -1e300 < value < 1e300
+    if hint is int:
+        return type(value) is int and abs(value) < 1 << 63
+    return hint is Any or isinstance(value, hint)

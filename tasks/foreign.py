@@ -1,4 +1,5 @@
-"""Token sets of the released 4M code, told from their folders: they carry no description.
+"""What sets of others say of themselves: descriptions, which may say anything, and token sets of
+the released 4M code, told from their folders: they carry no description.
 
     root/<modality>/shard-00000.tar    .npy int16 [crops, tokens], .jpg, .txt, .json
     root/crop_settings/...             .npy int [crops, 5]
@@ -12,11 +13,12 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from infra.blocks import Column
 from infra.manifest import output_of
-from infra.shards import read_tar, split_name
+from infra.shards import MAX_SHARDS, read_tar, split_name
 from infra.store import Store, json_bytes
-from infra.strict import read_npy
-from tasks.layouts import CROPS, Part
+from infra.strict import is_of, read_npy
+from tasks.layouts import CROPS, LayoutName, Part
 
 VOCABULARIES = {
     "tok_rgb": 16_384, "tok_depth": 8192, "tok_normal": 8192, "tok_semseg": 4096,
@@ -26,6 +28,48 @@ VOCABULARIES = {
 """Codes of the released tokenizers, by modality without its resolution."""
 PATCH = 16
 _FILES = frozenset({"jpg", "png", "txt", "json"})
+
+_ABOUT: dict[str, Any] = {
+    "layout": LayoutName, "id": str, "name": str, "parts": list[dict[str, Any]],
+    "crops": dict[str, Any] | None, "tokenizers": dict[str, dict[str, Any]],
+    "modalities": list[str], "splits": dict[str, list[int]], "shards": list[dict[str, Any]],
+}  # fmt: skip
+_PART: dict[str, Any] = {
+    "name": str, "modality": str, "columns": list[list[Any]], "metadata": list[list[str]]
+}  # fmt: skip
+_SHARD: dict[str, Any] = {
+    "shard": int, "samples": int, "left_out": list[str], "sha256": dict[str, str]
+}  # fmt: skip
+
+
+def checked(about: Any, where: str) -> dict[str, Any]:
+    """A description of a set that an import can go by.
+
+    Raises:
+        ValueError: a field is missing or makes no sense; names it.
+    """
+    _check(about, _ABOUT, where)
+    for part in about["parts"]:
+        _check(part, _PART, f"{where}: a part")
+        try:
+            for _, dtype, length in Part.from_dict(part).columns:
+                Column(dtype, length)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: part {part['name']}: {error}") from error
+    for entry in about["shards"]:
+        _check(entry, _SHARD, f"{where}: a shard")
+        if not 0 <= entry["shard"] < MAX_SHARDS:
+            raise ValueError(f"{where} has a shard {entry['shard']}")
+    for split, members in about["splits"].items():
+        if any(not 0 <= number < len(about["shards"]) for number in members):
+            raise ValueError(f"{where}: split {split} has other shards than there are")
+    return dict(about)
+
+
+def _check(value: Any, fields: dict[str, Any], where: str) -> None:
+    for name, hint in fields.items():
+        if not isinstance(value, dict) or name not in value or not is_of(value[name], hint):
+            raise ValueError(f"{where} has no {name!r}, or another than an export writes")
 
 
 def infer(source: Store) -> dict[str, Any]:

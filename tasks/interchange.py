@@ -24,7 +24,7 @@ from infra.store import Store, json_bytes
 from models import modalities
 from models.crops import CropPolicy
 from tasks import chain
-from tasks.foreign import infer
+from tasks.foreign import checked, infer
 from tasks.layouts import (
     LAYOUTS,
     LayoutName,
@@ -247,9 +247,9 @@ def read_about(source: Store) -> dict[str, Any]:
     """
     if source.exists(ABOUT):
         about = source.read_json(ABOUT)
-        if about.get("version") != VERSION or about.get("layout") not in LAYOUTS:
+        if not isinstance(about, dict) or about.get("version") != VERSION:
             raise ValueError(f"{source.full(ABOUT)} is not of version {VERSION}")
-        return dict(about)
+        return checked(about, source.full(ABOUT))
     return infer(source)
 
 

@@ -93,10 +93,19 @@ class TextTokenizer:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> TextTokenizer:
-        """The inverse of `to_bytes`; also reads the released file."""
+        """The inverse of `to_bytes`; also reads the released file.
+
+        Raises:
+            ValueError: it is no such file, or its vocabulary cannot write any text.
+        """
         from tokenizers import Tokenizer as HFTokenizer
 
-        return cls(HFTokenizer.from_str(data.decode()))
+        try:
+            found = cls(HFTokenizer.from_str(data.decode()))
+            found.encode("an unheard-of word")
+        except Exception as error:
+            raise ValueError(f"not a text tokenizer: {error}") from error
+        return found
 
     @classmethod
     def load(cls, path: str | Path) -> TextTokenizer:

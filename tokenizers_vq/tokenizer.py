@@ -24,6 +24,7 @@ from torch import Tensor
 
 from infra.fitting import FittingBatches
 from infra.machine import fast_bf16
+from infra.strict import read_json, typed
 from tokenizers_vq.codec import ValueCodec, Values
 from tokenizers_vq.ordered import build_network
 from tokenizers_vq.vqvae import VQVAE, VQConfig
@@ -220,28 +221,54 @@ def from_files(files: dict[str, bytes], precision: str = "auto") -> Tokenizer:
     Raises:
         ValueError: if the format is unknown or the weights do not fit the network.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
-    config = json.loads(files[CONFIG])
-    form, weights = config.get("format"), load(files[WEIGHTS])
+    try:
+        config, weights = read_json(files[CONFIG]), load(files[WEIGHTS])
+        form, modality = config["format"], config["modality"]
+        network, codec = config["network"], ValueCodec.from_dict(config["codec"])
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the files of a tokenizer are damaged: {why}") from error
     net: VQVAE | ReleasedVQ
     if form == RELEASED_FORMAT:
         from tokenizers_vq.released.checkpoint import build
 
-        network = config["network"]
-        net = build(network["published"], weights, head_width=network["head_width"])
+        if not isinstance(network, dict) or not isinstance(network.get("published"), dict):
+            raise ValueError(f"{modality}: the network of a released tokenizer is not told")
+        width = network.get("head_width")
+        if not isinstance(width, int) or width < 1:
+            raise ValueError(f"{modality}: head_width is {width!r:.80}")
+        net = build(network["published"], weights, head_width=width)
     elif form == FORMAT:
-        net = build_network(VQConfig(**config["network"]))
-        try:
-            net.load_state_dict(weights)
-        except RuntimeError as error:
-            text = f"{config['modality']}: weights do not fit the config: {error}"
-            raise ValueError(text) from None
+        net = _filled(modality, typed(VQConfig, network, f"network of {modality}"), weights)
     else:
         raise ValueError(
             f"tokenizer format {form!r}; this version reads {FORMAT} and {RELEASED_FORMAT}"
         )
-    return Tokenizer(config["modality"], net, ValueCodec.from_dict(config["codec"]), precision)
+    return Tokenizer(modality, net, codec, precision)
+
+
+def _filled(modality: str, config: VQConfig, weights: dict[str, Tensor]) -> VQVAE:
+    """The network with its weights. One that they do not fit is never built, for it may be of any
+    size."""
+    try:
+        if max(config.encoder_depth, config.decoder_depth) > len(weights):
+            raise RuntimeError(f"{len(weights)} tensors for more blocks")
+        with torch.device("meta"):
+            wanted = build_network(config).state_dict()
+        for name in sorted(wanted.keys() ^ weights.keys()):
+            raise RuntimeError(f"{name} is {'missing' if name in wanted else 'surplus'}")
+        for name, value in wanted.items():
+            if value.shape != weights[name].shape:
+                raise RuntimeError(f"{name} is {list(weights[name].shape)}, not "
+                                   f"{list(value.shape)}")  # fmt: skip
+        net = build_network(config)
+        net.load_state_dict(weights)
+    except (RuntimeError, TypeError, ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f"{modality}: weights do not fit the config: {error}") from None
+    return net
 
 
 def load_tokenizer(

@@ -67,6 +67,9 @@ class VQConfig:
             raise ValueError(f"quantizer={self.quantizer!r}: choose 'fsq', 'vq' or 'lfq'")
         if self.quantizer == "lfq" and self.codebook_size & (self.codebook_size - 1):
             raise ValueError(f"lfq: {self.codebook_size} codes are no power of two")
+        for name in ("channels", "image_size", "patch", "width", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.registers < 0:
             raise ValueError(f"registers={self.registers} must not be negative")
         if self.groups < 0 or (self.groups and (self.registers or self.image_size > 1)):

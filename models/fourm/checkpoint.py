@@ -21,7 +21,6 @@ import json
 import math
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,9 +29,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from infra.strict import read_json, typed
 from models.fourm.embeddings import position_table, sincos_1d
 from models.fourm.model import FourM
-from models.fourm.released import BIASES, SIZES, needed, released_config, to_released
+from models.fourm.released import (
+    SIZES,
+    checked_config,
+    needed,
+    released_config,
+    to_released,
+)
 from models.fourm.spec import CHUNKS, POSITION_ROWS, FourMConfig, ModalitySpec
 
 if TYPE_CHECKING:
@@ -47,13 +53,6 @@ RELEASED_LENGTHS = {
     "human_poses": (275, 263), "color_palette": (23, 23), "sam_instance": (290, 290),
 }
 """(longest sequence, target position that wraps to 0) of released sequences."""
-_REQUIRED = ("domains_in", "domains_out", "patch_size", "act_layer", *BIASES, *SIZES)
-# Settings that change nothing about a trained model, and the only values of others we compute.
-_IGNORED = frozenset({"image_size", "use_act_checkpoint", "drop_path_rate_encoder",
-                      "drop_path_rate_decoder", "shared_drop_path", "num_register_tokens"})
-_LEAST = {"dim": 4, "encoder_depth": 0, "decoder_depth": 0, "num_heads": 1, "mlp_ratio": 0,
-          "patch_size": 1}
-_FIXED = {"decoder_causal_mask": False, "decoder_sep_mask": True}
 _SHOWN = 6  # tensors named in an error
 
 
@@ -94,7 +93,7 @@ def _whole(name: str) -> Iterator[None]:
 
     try:
         yield
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{name} is damaged: {error}") from error
 
 
@@ -170,11 +169,13 @@ def _assembled(
     contents: Mapping[str, bytes], tensors: dict[str, Tensor], lengths: Lengths | None
 ) -> FourM:
     with _whole("config.json"):
-        config = _checked(json.loads(contents["config.json"]))
+        config = checked_config(read_json(contents["config.json"]), tensors)
     _restore_shared(config, tensors)
     problems = _Problems()
     if "modalities.json" in contents:
-        specs = _stored_specs(json.loads(contents["modalities.json"]), config)
+        with _whole("modalities.json"):
+            stored = read_json(contents["modalities.json"])
+        specs = _stored_specs(stored, config)
     else:
         known = {**RELEASED_LENGTHS, **(lengths or {})}
         names = sorted({*config["domains_in"], *config["domains_out"]})
@@ -240,38 +241,6 @@ def _compare(config: FourMConfig, tensors: Mapping[str, Tensor], problems: _Prob
             problems.surplus[name] = f"{list(value.shape)}, not 0 in a model without biases"
 
 
-def _checked(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration, if it is complete and of a network that `FourM` is."""
-    lacking = [key for key in _REQUIRED if key not in config]
-    if lacking:
-        raise ValueError(f"config.json lacks {', '.join(lacking)}")
-    for key in ("domains_in", "domains_out"):
-        names = config[key]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{key} of config.json must be a list of names, not {names!r}")
-    for key, least in _LEAST.items():
-        number = config[key]
-        kinds = (int, float) if key == "mlp_ratio" else (int,)
-        if type(number) not in kinds or number < least:
-            raise ValueError(f"{key} of config.json must be a number from {least} on, not "
-                             f"{number!r}")  # fmt: skip
-    if len({bool(config[key]) for key in BIASES}) > 1:
-        listed = ", ".join(f"{key} {config[key]}" for key in BIASES)
-        raise ValueError(f"biases in some layers only are not supported: {listed}")
-    activation = "SiLU" if config["gated_mlp"] else "GELU"
-    if config["act_layer"] != activation:
-        raise ValueError(f"act_layer {config['act_layer']} is not supported with gated_mlp "
-                         f"{config['gated_mlp']}; only {activation} is")
-    for key, value in _FIXED.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"{key} {config[key]} is not supported; only {value} is")
-    unknown = sorted(config.keys() - set(_REQUIRED) - _IGNORED - _FIXED.keys())
-    if unknown:
-        warnings.warn(f"config.json holds unknown settings, which are ignored: "
-                      f"{', '.join(unknown)}", stacklevel=2)
-    return config
-
-
 def _restore_shared(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Puts back what writers store once: modality vectors that encoder and decoder share, and a
     decoder's token matrix that is both its input and its output."""
@@ -290,12 +259,18 @@ def _restore_shared(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
             tensors[second] = tensors[first]
 
 
-def _stored_specs(stored: list[dict[str, Any]], config: dict[str, Any]) -> list[ModalitySpec]:
+def _stored_specs(stored: Any, config: dict[str, Any]) -> list[ModalitySpec]:
     """Modalities of `modalities.json`."""
+    if not isinstance(stored, list):
+        raise ValueError("modalities.json holds no list")
     try:
-        specs = [ModalitySpec(**spec) for spec in stored]
-    except TypeError as error:
+        specs = [typed(ModalitySpec, spec, "a modality") for spec in stored]
+    except ValueError as error:
         raise ValueError(f"modalities.json was written by another version: {error}") from error
+    for spec in specs:
+        large = [x for x in dataclasses.astuple(spec) if type(x) is int and not 0 <= x < 1 << 24]
+        if large:
+            raise ValueError(f"modalities.json: {spec.name} with {large[0]} of anything")
     for key, names in (("domains_in", [s.name for s in specs if s.is_input]),
                        ("domains_out", [s.name for s in specs if s.is_target])):
         if sorted(names) != sorted(config[key]):

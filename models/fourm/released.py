@@ -6,12 +6,14 @@ matrix; norms without a bias have an all-zero one.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from infra.strict import is_of
 from models.fourm.embeddings import DenseInput
 from models.fourm.model import FourM
 from models.fourm.spec import FourMConfig, ModalitySpec
@@ -20,6 +22,14 @@ BIASES = ("norm_bias", "qkv_bias", "proj_bias", "mlp_bias")
 SIZES = ("dim", "encoder_depth", "decoder_depth", "num_heads", "mlp_ratio", "gated_mlp", "qk_norm",
          "share_modality_embeddings")
 """Settings that our configuration and a released one have in common."""
+_REQUIRED = ("domains_in", "domains_out", "patch_size", "act_layer", *BIASES, *SIZES)
+# Settings that change nothing about a trained model, and the only values of others we compute.
+_IGNORED = frozenset({"image_size", "use_act_checkpoint", "drop_path_rate_encoder",
+                      "drop_path_rate_decoder", "shared_drop_path", "num_register_tokens"})
+_LEAST = {"dim": 4, "encoder_depth": 0, "decoder_depth": 0, "num_heads": 1, "mlp_ratio": 0,
+          "patch_size": 1}
+_MOST = 1 << 17
+_FIXED = {"decoder_causal_mask": False, "decoder_sep_mask": True}
 
 
 def to_released(model: FourM, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -114,3 +124,44 @@ def released_config(config: FourMConfig) -> dict[str, Any]:
     if config.num_register_tokens:
         out["num_register_tokens"] = config.num_register_tokens
     return out
+
+
+def checked_config(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The configuration, if it is complete and of a network that `FourM` is, no larger than its
+    tensors: even one without storage takes time and memory for each of its blocks."""
+    if not isinstance(config, dict):
+        raise ValueError("config.json holds no object")
+    lacking = [key for key in _REQUIRED if key not in config]
+    if lacking:
+        raise ValueError(f"config.json lacks {', '.join(lacking)}")
+    for key in ("domains_in", "domains_out"):
+        names = config[key]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{key} of config.json must be a list of names, not {names!r}")
+    for key, least in _LEAST.items():
+        number = config[key]
+        kinds = (int, float) if key == "mlp_ratio" else (int,)
+        if type(number) not in kinds or not least <= number < _MOST:
+            raise ValueError(f"{key} of config.json must be a number from {least} on, not "
+                             f"{number!r:.80}")  # fmt: skip
+    for key in ("encoder_depth", "decoder_depth"):
+        if config[key] > len(tensors):
+            raise ValueError(f"{key} of config.json is {config[key]}, but model.safetensors holds "
+                             f"{len(tensors)} tensors")  # fmt: skip
+    if not is_of(config.get("num_register_tokens", 0), int):
+        raise ValueError("num_register_tokens of config.json must be a whole number")
+    if len({bool(config[key]) for key in BIASES}) > 1:
+        listed = ", ".join(f"{key} {config[key]}" for key in BIASES)
+        raise ValueError(f"biases in some layers only are not supported: {listed}")
+    activation = "SiLU" if config["gated_mlp"] else "GELU"
+    if config["act_layer"] != activation:
+        raise ValueError(f"act_layer {config['act_layer']} is not supported with gated_mlp "
+                         f"{config['gated_mlp']}; only {activation} is")
+    for key, value in _FIXED.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{key} {config[key]} is not supported; only {value} is")
+    unknown = sorted(config.keys() - set(_REQUIRED) - _IGNORED - _FIXED.keys())
+    if unknown:
+        warnings.warn(f"config.json holds unknown settings, which are ignored: "
+                      f"{', '.join(unknown)}", stacklevel=3)
+    return config

@@ -21,6 +21,11 @@ def is_box(value: object) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
 
 
+def drawable(value: float) -> float:
+    """A coordinate no farther outside of the picture than its size: a pen goes every pixel."""
+    return min(max(value, -1.0), 2.0)
+
+
 def window(corners: Sequence[float], box: CropBox) -> list[float] | None:
     """The visible part of a box in 0..1 of the window, None where too little of it is visible."""
     x0, y0, x1, y1 = corners

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from infra.strict import read_json
 from models.crops import CropBox
-from models.modalities._boxes import is_box, is_number, window
+from models.modalities._boxes import drawable, is_box, is_number, window
 from models.modalities.base import Modality, to_json
 from models.modalities.semseg import PALETTE
 from tokenizers_vq.sequences.boxes import MIN_SCORE, det_to_string, read_boxes, string_to_det
@@ -53,7 +53,7 @@ def draw(value: Detections, canvas: np.ndarray) -> np.ndarray:
     pen = ImageDraw.Draw(image)
     names = sorted({instance["class_name"] for instance in value["instances"]})
     for instance in value["instances"]:
-        x0, y0, x1, y1 = instance["box"]
+        x0, y0, x1, y1 = map(drawable, instance["box"])
         left, right = sorted((x0 * image.width, x1 * image.width))
         top, bottom = sorted((y0 * image.height, y1 * image.height))
         colour = tuple(int(c) for c in PALETTE[(names.index(instance["class_name"]) + 2) % 255])

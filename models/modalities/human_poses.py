@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from infra.strict import read_json
 from models.crops import CropBox
-from models.modalities._boxes import is_box, is_number, point, window
+from models.modalities._boxes import drawable, is_box, is_number, point, window
 from models.modalities.base import Modality, to_json
 from tokenizers_vq.sequences.form import Page, TextForm
 from tokenizers_vq.sequences.keypoints import keypoints_to_string, string_to_keypoints
@@ -80,7 +80,9 @@ def _render(value: Poses) -> np.ndarray:
     image = Image.new("RGB", (128, 128), (40, 40, 40))
     pen = ImageDraw.Draw(image)
     for human in value["humans"]:
-        places = [(x * 128, y * 128, score) for x, y, score in human["keypoints"]]
+        places = [
+            (drawable(x) * 128, drawable(y) * 128, score) for x, y, score in human["keypoints"]
+        ]
         for first, second in _BONES:
             (x0, y0, s0), (x1, y1, s1) = places[first], places[second]
             if min(s0, s1) >= _SHOWN:

@@ -14,6 +14,7 @@ from infra.ledger import Commit, Ledger, ShardData, Stage
 from infra.shards import TarIndex, TornShard, hole, key_digest, sample_key, write_tar
 from infra.status import status
 from infra.store import Store
+from infra.verify import verify
 
 FETCH = Stage("fetch", 1, {"size": 128}, ("rgb", "caption"))
 DEPTH = Stage("label:depth", 1, {"bits": 16}, ("depth",), (FETCH,), "org/depth", "abc")
@@ -249,3 +250,30 @@ def test_a_shard_that_is_released_while_it_is_asked_for_is_set_aside_no_longer(
     for shard in (0, 1):
         ledger.quarantine(FETCH, shard, "broken")
     assert ledger.quarantined(FETCH) == {0: "broken"}
+
+
+def test_records_of_other_kinds_are_refused_by_their_place(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    ledger = Ledger(store)
+    for data in (b"3", b"{}", b'{"num_shards": "1"}', b"[" * 100_000):
+        store.write("plan/plan.json", data)
+        with pytest.raises(ValueError, match=r"plan/plan\.json"):
+            ledger.read_plan()
+    stage = Stage("fetch", 1, {}, ("caption", "rgb"))
+    whole = asdict(ledger.commit(stage, 0, fetched(0)))
+    path = f"commits/{stage.id}/shard-000001.json"
+    for change in ({"samples": "4"}, {"created": None}, {"seconds": [1]}, {"drops": {"a": "b"}},
+                   {"outputs": [1]}, {"status": {"path": [1]}}, {"novel": 1},
+                   {"queues": {"shards": 10**400}}):  # fmt: skip
+        store.write_json(path, whole | {"shard": 1} | change)
+        with pytest.raises(ValueError, match=f"{path}: not a commit"):
+            ledger.commits(stage)
+    store.write(path, b"[" * 100_000)
+    with pytest.raises(ValueError, match=path):
+        ledger.commits(stage)
+    for reason in (b"3", b'{"reason": 3}', b"{}"):
+        store.write(f"quarantine/{stage.id}/shard-000002.json", reason)
+        with pytest.raises(ValueError, match=r"shard-000002\.json tells no 'reason'"):
+            ledger.quarantined(stage)
+    report = verify(store)
+    assert [place for place, _ in report.problems] == [path]

@@ -159,6 +159,27 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
     store.write("manifests/cc/v0001.json", b'{"entries": {}}')
     with pytest.raises(ManifestError, match="not a manifest"):
         load_manifest(store, "cc", 1)
+    store.write("manifests/cc/v0001.json", b"[" * 100_000)
+    with pytest.raises(ValueError, match=r"v0001\.json is not valid JSON"):
+        load_manifest(store, "cc", 1)
+    for current in (b"3", b"{}", b'{"version": Infinity}', b'{"version": "1"}'):
+        store.write("manifests/cc/CURRENT", current)
+        with pytest.raises(ManifestError, match="manifests/cc/CURRENT holds no version"):
+            load_manifest(store, "cc")
+
+
+def test_a_manifest_that_tells_nothing_of_a_shard_is_refused_where_it_is_asked() -> None:
+    whole = {"path": "shards/x.tar", "sha256": "00"}
+    for output in (None, 3, {}, {"path": 3}, {"path": None, "sha256": []}):
+        entry = {"outputs": {"rgb": whole, "depth": output}}
+        found = Manifest("cc", 1, {"rgb": {}, "depth": {}}, {0: entry}, {"train": [0]})
+        assert found.path("rgb", 0) == "shards/x.tar"
+        for ask in (lambda m: m.path("depth", 0), lambda m: m.sha256("depth", 0),
+                    lambda m: m.samples(0), lambda m: m.key_digest(0)):  # fmt: skip
+            with pytest.raises(ManifestError, match="cc v1: shard 0 tells no "):
+                ask(found)
+    with pytest.raises(ManifestError, match="splits"):
+        Manifest.from_dict({**found.to_dict(), "splits": {"train": 3}})
 
 
 class StaleLists(Store):

@@ -304,3 +304,16 @@ def test_any_text_survives_json_lines(tmp_path_factory, pairs) -> None:
         c for u, c in pairs if u.strip()
     ]
     assert len(found) == len(pairs)
+
+
+def test_a_value_of_parquet_that_python_has_no_word_for_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "l.parquet"
+    urls = pa.array(["http://a/1", "http://a/2"])
+    for taken, good in (
+        (pa.array([10**9, 1], pa.date32()), 1),
+        (pa.array([1, 1], pa.timestamp("us", tz="Nowhere/At_All")), 0),
+    ):
+        pq.write_table(pa.table({"url": urls, "caption": urls, "taken": taken}), path)
+        rows = list(read_rows(Source(path=str(path), format="parquet", extra=("taken",))))
+        assert [bool(row.problem) for row in rows] == [True, not good]
+        assert rows[0].problem.startswith("no value: ")

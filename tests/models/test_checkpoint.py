@@ -180,12 +180,40 @@ def test_configurations_of_other_networks_are_refused(change, sentence):
     ({"num_heads": 0}, "num_heads .* from 1 on, not 0"),
     ({"encoder_depth": -1}, "encoder_depth .* from 0 on, not -1"),
     ({"mlp_ratio": None}, "mlp_ratio .* not None"),
+    ({"dim": 10**12}, "dim .* not 1000000000000"),
+    ({"mlp_ratio": float("inf")}, "mlp_ratio .* not inf"),
+    ({"num_register_tokens": "1"}, "num_register_tokens .* a whole number"),
     ({"domains_in": None}, "domains_in of config.json must be a list of names, not None"),
     ({"domains_out": "caption"}, "must be a list of names, not 'caption'"),
 ])
 def test_settings_of_another_kind_are_named(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         rebuilt(tensors_of(), change)
+
+
+def test_a_network_of_more_blocks_than_the_file_has_tensors_is_never_built():
+    for key in ("encoder_depth", "decoder_depth"):
+        with pytest.raises(ValueError, match=f"{key} of config.json is 100000, but .* tensors"):
+            rebuilt(tensors_of(), {key: 100_000})
+
+
+@pytest.mark.parametrize(("name", "data", "sentence"), [
+    ("config.json", b"[" * 100_000, "nested too deep"),
+    ("config.json", b"3", "holds no object"),
+    ("config.json", b"\xff\xfe{", "config.json is damaged"),
+    ("modalities.json", b"[" * 100_000, "nested too deep"),
+    ("modalities.json", b"{", "modalities.json is damaged"),
+    ("modalities.json", b"3", "holds no list"),
+    ("modalities.json", b"[3]", "another version: a modality is no object"),
+    ("modalities.json", b'[{"name": 3}]', "name is '3'"),
+    ("modalities.json", b'[{"name": "x", "kind": "img", "max_tokens": 2.5}]', "max_tokens is"),
+    ("modalities.json", b'[{"name": "x", "kind": "img", "max_tokens": 1, "vocab_size": '
+     b'1000000000000}]', "with 1000000000000 of anything"),
+])
+def test_descriptions_that_are_none_are_refused_by_the_name_of_their_file(name, data, sentence):
+    contents = checkpoint.files(make())
+    with pytest.raises(ValueError, match=sentence):
+        checkpoint.build({**contents, name: data})
 
 
 def test_sequences_with_learned_positions_are_not_taken_for_grids():

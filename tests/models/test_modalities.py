@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 
 import numpy as np
 import pytest
@@ -318,3 +319,14 @@ def test_masks_that_take_more_memory_than_any_picture_are_refused():
     many = masks((side, side), 9, box=[0, 0, side, side], counts=[0, side**2])
     with pytest.raises(ValueError, match="masks of more than 512000000 pixels"):
         modalities.get("sam_instance").decode(many)
+
+
+def test_what_lies_far_outside_of_a_picture_is_drawn_in_a_moment():
+    far = {"box": [0.1, 0.2, 0.3, 2**31], "class_name": "dog"}
+    people = {"box": [0, 0, 1, 1], "keypoints": [[0.5, 0.5, 1], [1e11, -1e11, 1]] * 8 + [[0, 0, 1]]}
+    values = {"det": {"instances": [far]}, "human_poses": {"humans": [people]}}
+    began = time.monotonic()
+    for name, value in values.items():
+        modality = modalities.get(name)
+        assert modality.render(modality.decode(modality.encode(value))).any()
+    assert time.monotonic() - began < 2

@@ -434,3 +434,34 @@ def test_a_table_with_other_columns_than_its_set_is_refused_by_its_name(tmp_path
     source.write("shard-00000.parquet", b"PAR1")
     with pytest.raises(ValueError, match="not a Parquet file"):
         read_shard("parquet", source, 0, parts)
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    (lambda a: a.pop("shards"), "has no 'shards'"),
+    (lambda a: a.update(splits={"train": [9]}), "split train has other shards"),
+    (lambda a: a["shards"][0].update(shard="0"), "a shard has no 'shard'"),
+    (lambda a: a["shards"][0].update(shard=-1), "has a shard -1"),
+    (lambda a: a["shards"][0].update(sha256=3), "a shard has no 'sha256'"),
+    (lambda a: a["parts"][0].pop("metadata"), "a part has no 'metadata'"),
+    (lambda a: a["parts"][0].update(columns=[["crop0", "float32", 3]]), "part caption: column"),
+    (lambda a: a["parts"][0].update(columns=[["crop0"]]), "part caption: "),
+    (lambda a: a.update(layout="zip"), "has no 'layout'"),
+])
+def test_a_description_of_an_export_that_makes_no_sense_is_refused(tmp_path, change, sentence):
+    about = {
+        "version": 1, "layout": "ml-4m", "id": "0", "name": "main", "crops": None,
+        "parts": [Part("caption", "caption").to_dict()], "tokenizers": {}, "modalities": [],
+        "splits": {"train": [0]},
+        "shards": [{"shard": 0, "samples": 1, "left_out": [], "sha256": {}}],
+    }  # fmt: skip
+    source, store = Store(str(tmp_path / "theirs")), Store(str(tmp_path / "ours"))
+    source.write_json("fourm.json", about)
+    assert import_jobs(store, source)
+    change(about)
+    source.write_json("fourm.json", about)
+    with pytest.raises(ValueError, match=f"theirs/fourm.json.*{sentence}"):
+        import_jobs(store, source)
+    for data in (b"[1]", b"3", b"[" * 100_000):
+        source.write("fourm.json", data)
+        with pytest.raises(ValueError, match=r"theirs/fourm\.json is not"):
+            import_jobs(store, source)

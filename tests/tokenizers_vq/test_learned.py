@@ -1,5 +1,7 @@
 """Learned tokenizers: shapes, value contracts, files, code statistics."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from tokenizers_vq.codec import ValueCodec, feature_statistics, pack_value
 from tokenizers_vq.losses import LOSSES, perceptual_network
 from tokenizers_vq.quality import picture_quality, reconstruction_quality
 from tokenizers_vq.quantizers import Codebook, FiniteScalar, Whitening, code_statistics
-from tokenizers_vq.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from tokenizers_vq.tokenizer import Tokenizer, fingerprint, from_files, load_tokenizer
 from tokenizers_vq.vqvae import VQVAE, VQConfig, attention, sincos_positions
 
 torch.set_num_threads(1)
@@ -228,6 +230,34 @@ def test_saved_files_load_to_the_same_tokens_and_fingerprint(tmp_path):
     assert (again.encode_values(given) == tokenizer.encode_values(given)).all()
     assert fingerprint(again.files()) == print_of_files
     assert again.codec == tokenizer.codec
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    (lambda c: c["network"].update(encoder_depth=10**6), "tensors for more blocks"),
+    (lambda c: c["network"].update(width=1 << 20), "weights do not fit the config"),
+    (lambda c: c["network"].update(width="64"), "width is '64'"),
+    (lambda c: c["network"].update(novel=1), "network of depth"),
+    (lambda c: c["network"].update(patch=0), "patch=0 must be at least 1"),
+    (lambda c: c.pop("codec"), "files of a tokenizer are damaged"),
+    (lambda c: c.update(codec=3), "files of a tokenizer are damaged"),
+    (lambda c: c.update(format=99), "tokenizer format 99"),
+    (lambda c: c.update(format=2), "the network of a released tokenizer is not told"),
+    (lambda c: c.update(format=2, network={"published": {}, "head_width": 0}), "head_width is 0"),
+])
+def test_tokenizers_that_do_not_fit_their_weights_are_refused_and_never_built(change, sentence):
+    files = Tokenizer("depth", VQVAE(config("depth")), codec("depth"), "fp32").files()
+    described = json.loads(files["config.json"])
+    change(described)
+    with pytest.raises(ValueError, match=sentence):
+        from_files({**files, "config.json": json.dumps(described).encode()})
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_damaged_files_of_a_tokenizer_are_refused(name):
+    files = Tokenizer("depth", VQVAE(config("depth")), codec("depth"), "fp32").files()
+    for data in (b"", b"[" * 100_000, files[name][:-5]):
+        with pytest.raises(ValueError, match="files of a tokenizer are damaged"):
+            from_files({**files, name: data})
 
 
 def test_wrong_tokens_are_refused_with_the_valid_range():

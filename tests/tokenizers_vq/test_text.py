@@ -116,3 +116,16 @@ def test_incomplete_and_inverted_boxes_are_passed_over():
         ([0, 0, 1, 1], "traffic light"),
         ([0, 0, 1, pytest.approx(1 / 3)], "cube"),
     ]
+
+
+@pytest.mark.parametrize("change", [b"", b"{}", b"[" * 100_000, b"\xff", b'{"model": null}'])
+def test_what_is_no_text_tokenizer_is_refused(change):
+    with pytest.raises(ValueError, match="not a text tokenizer"):
+        TextTokenizer.from_bytes(change)
+
+
+def test_a_text_tokenizer_that_cannot_write_an_unknown_word_is_refused():
+    made = train_text_tokenizer(["a red cube"], bins=3, vocab_size=300).to_bytes()
+    assert TextTokenizer.from_bytes(made).encode("red")
+    with pytest.raises(ValueError, match="not a text tokenizer: WordPiece error"):
+        TextTokenizer.from_bytes(made.replace(b'"unk_token":"[UNK]"', b'"unk_token":"[NO]"'))
