@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.fourm.budgets import redistribute, split_budget
+from models.fourm.budgets import draw_budgets, redistribute, split_budget
 from models.fourm.draws import Draws
 from models.fourm.masking import Component, Mixture, Samples, mask_batch, transfer_batch
 from models.fourm.spans import (
@@ -185,6 +185,12 @@ def test_excess_goes_to_modalities_with_room_and_a_share():
     assert got.tolist() == [[4, 6, 0]]
 
 
+def test_excess_is_shared_in_proportion():
+    share = np.array([[0.5, 0.3, 0.2]])
+    got = redistribute(np.array([[100, 0, 0]]), np.array([[0, 99, 99]]), share)
+    assert got.tolist() == [[0, 60, 40]]
+
+
 def test_batches_are_static_and_full_where_grids_have_room():
     for step in range(20):
         batch = mask_batch(CONFIG, samples(), mixture(), Draws(0, step, 6))
@@ -311,6 +317,8 @@ def test_chunks_are_shown_or_predicted_whole_and_in_random_order():
             assert not {*firsts} & {*fed}
             orders.add(tuple(firsts))
     assert len([order for order in orders if len(order) == 3]) > 6
+    # Each chunk has a fate of its own.
+    assert {len(order) for order in orders} >= {0, 1, 2, 3}
 
 
 def test_chunks_that_do_not_fit_are_dropped_after_shuffling():
@@ -363,10 +371,24 @@ def test_without_spilling_excess_is_lost_as_in_released_training():
 
 def test_a_modality_gets_the_least_it_must():
     index = FACTS.index("depth")
-    batch = facts_batch(inputs={"depth": 0.3, "t5": 0.3}, least={"depth": 3})
+    asked = {"inputs": {"depth": 0.3, "t5": 0.3}, "spill": False}
+    batch = facts_batch(least={"depth": 3}, **asked)
     assert int((batch.enc_mod == index).sum(1).min()) >= 3
-    free = facts_batch(inputs={"depth": 0.3, "t5": 0.3}, spill=False)
+    free = facts_batch(**asked)
     assert int((free.enc_mod == index).sum(1).min()) < 3
+
+
+def test_budgets_that_give_each_its_least_are_those_of_the_first_draw():
+    draws, one = Draws(0, 5, 40), np.ones((40, 3))
+    total, limit = np.full(40, 12), np.full((40, 3), 20)
+    free, share = draw_budgets(draws, "input", one, total, limit, np.zeros((40, 3), int))
+    np.testing.assert_array_equal(share, draws.dirichlet("inputs", one))
+    least = np.full((40, 3), 2)
+    enough = (free >= least).all(1)
+    assert 0 < enough.sum() < 40
+    bound, _ = draw_budgets(draws, "input", one, total, limit, least)
+    np.testing.assert_array_equal(bound[enough], free[enough])
+    assert (bound >= least).all()
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=30))
