@@ -22,13 +22,13 @@ $(STAMP): pyproject.toml requirements.lock
 	$(PY) -m pip install --quiet --editable '.[dev]' --constraint requirements.lock
 	touch $@
 
-# An environment that was installed some other way is as good as ours.
+# What setup made follows the pins; an environment that was installed some other way is as good.
 ready:
-	@test -f $(STAMP) || { test -x $(PY) && $(PY) -c 'import importlib.util as u; \
+	@test ! -f $(STAMP) && test -x $(PY) && $(PY) -c 'import importlib.util as u; \
 	raise SystemExit(any(u.find_spec(m) is None for m in \
 	("torch", "transformers", "ray", "prefect", "s3fs", "simplejpeg", "typer", "torchmetrics", \
-	"segment_anything", "diffusers", "peft")))'; } \
-	|| $(MAKE) setup
+	"segment_anything", "diffusers", "peft", "uvloop")))' \
+	|| $(MAKE) --silent setup
 
 demo: ready  ## Scenes in, a trained model out: the whole chain (28 minutes on 2 cores)
 	$(PY) -m pipelines.cli demo --root $(DATA)/demo

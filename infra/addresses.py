@@ -8,13 +8,13 @@ the address connected to, so a DNS answer that changes in between changes nothin
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import re
 import socket
 from dataclasses import dataclass, field
 
 from aiohttp.abc import AbstractResolver, ResolveResult
-from aiohttp.resolver import ThreadedResolver
 from yarl import URL
 
 # Of IPv6 only this block is public unicast (RFC 4291 2.4): all others, among them NAT64 (RFC 6052,
@@ -86,7 +86,6 @@ class PublicResolver(AbstractResolver):
 
     def __init__(self, policy: AddressPolicy) -> None:
         self._policy = policy
-        self._inner = ThreadedResolver()
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -97,7 +96,8 @@ class PublicResolver(AbstractResolver):
             BlockedAddress: when one of them is private. One bad answer condemns the name: a
                 mixed answer is how rebinding attacks look.
         """
-        found = await self._inner.resolve(host, port, family)
+        # In the loop's own executor: libuv has four threads for it, which dead names would fill.
+        found = await asyncio.get_running_loop().run_in_executor(None, _lookup, host, port, family)
         if not self._policy.permits_host(host, port):
             for entry in found:
                 if not is_public(entry["host"]):
@@ -105,5 +105,16 @@ class PublicResolver(AbstractResolver):
         return found
 
     async def close(self) -> None:
-        """Closes the resolver underneath."""
-        await self._inner.close()
+        """Nothing is open."""
+
+
+def _lookup(host: str, port: int, family: socket.AddressFamily) -> list[ResolveResult]:
+    """What the name server says; waits for it."""
+    answers = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
+    return [
+        ResolveResult(
+            hostname=host, host=str(address[0]), port=port, family=found, proto=protocol,
+            flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+        )
+        for found, _, protocol, _, address in answers
+    ]  # fmt: skip

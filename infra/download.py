@@ -265,8 +265,8 @@ def as_written(text: str) -> URL:
         ValueError: it is no URL.
     """
     url = URL(text)
-    if not (url.raw_host and _AS_IT_IS.fullmatch(text)):
-        return url
+    if str(url) == text or not (url.raw_host and _AS_IT_IS.fullmatch(text)):
+        return url  # most are written already as they go out
     parts = urlsplit(text)
     return URL.build(
         scheme=url.scheme, authority=url.raw_authority, path=parts.path or "/",

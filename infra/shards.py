@@ -29,6 +29,7 @@ MISSING_EXT = "missing"
 _BLOCK = 512
 _RECORD = 10_240  # other writers pad the archive with zeros to whole records of 20 blocks
 _ZEROS = bytes(_BLOCK)
+_MAX_EXTENDED = 1 << 20  # bytes of an extended header, which holds a name and some times
 
 
 class TornShard(ValueError):
@@ -128,8 +129,12 @@ def scan_tar(data: bytes | memoryview | mmap.mmap, source: str = "tar") -> list[
             members.append(Member(long_name or name, start, size))
             long_name = ""
         elif kind in b"xL":
+            if size > _MAX_EXTENDED:
+                raise TornShard(f"{source}: an extended header of {size} bytes")
             long_name = _long_name(kind, bytes(view[start:end]), source) or long_name
-        elif kind not in b"g5":
+        elif kind == ord("5"):
+            long_name = ""  # of the folder, not of the file behind it
+        elif kind != ord("g"):
             raise TornShard(f"{source}: {name!r} is a link or device, not a file")
 
 
@@ -161,25 +166,28 @@ def _parse_header(header: bytes, at: int, source: str) -> tuple[str, int, int]:
 
 def _long_name(kind: int, payload: bytes, source: str) -> str:
     """The name a GNU 'L' or pax 'x' header gives to the next member; "" when it gives none."""
+    at, name = 0, ""
     try:
         if kind == ord("L"):
             return payload.rstrip(b"\0").decode()
-        while payload:
-            length = int(payload.split(b" ", 1)[0])
-            record = payload[:length].split(b" ", 1)[1]
-            if length <= 0 or record[-1:] != b"\n":
+        while at < len(payload):
+            blank = payload.index(b" ", at)
+            end = at + int(payload[at:blank])
+            if end <= blank or payload[end - 1 : end] != b"\n":
                 raise TornShard(f"{source}: damaged extended header")
-            key, _, value = record[:-1].partition(b"=")
+            key, _, value = payload[blank + 1 : end - 1].partition(b"=")
             if key == b"size":
                 raise TornShard(f"{source}: members of 8 GiB and more are not supported")
+            if key.startswith(b"GNU.sparse"):
+                raise TornShard(f"{source}: sparse members are not supported")
             if key == b"path":
-                return value.decode()
-            payload = payload[length:]
-    except (ValueError, IndexError) as error:
+                name = value.decode()
+            at = end
+    except ValueError as error:
         if isinstance(error, TornShard):
             raise
         raise TornShard(f"{source}: damaged extended header") from error
-    return ""
+    return name
 
 
 def read_tar(

@@ -45,6 +45,8 @@ NONE = "-"
 MAX_LINE = 1 << 20
 """Longest line of a list, in characters; longer ones are bad rows."""
 
+_NO_VALUE = (ValueError, KeyError, OverflowError, pa.ArrowException)
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -291,12 +293,14 @@ def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
     """Rows of a batch; of one that cannot be read, the reason."""
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:
+    except _NO_VALUE:
         for number in range(batch.num_rows):
             try:
                 yield batch.slice(number, 1).to_pylist()[0]
             except UnicodeDecodeError as error:
                 yield f"not UTF-8: {error.reason}"
+            except _NO_VALUE as error:  # as of a day that no calendar has, or an unknown time zone
+                yield f"no value: {error}"[:200]
 
 
 def _folder(source: Source) -> Iterator[Row]:

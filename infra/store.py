@@ -189,7 +189,7 @@ class Store:
         """An object parsed as JSON. Raises ValueError naming the URL when it is not."""
         try:
             return json.loads(self.read(path))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.full(path)} is not valid JSON: {error}") from error
 
     def write_json(self, path: str, value: Any) -> None:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import uvloop
 
 from infra.addresses import AddressPolicy
 from infra.download import NETWORK, Download, Downloader, DownloadPolicy
@@ -166,7 +167,7 @@ class FetchWork:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="clean")
         # Bodies that wait for a thread occupy memory: when they are many, no more are taken.
         self._room = _Room(WAITING)
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._loop.set_default_executor(ThreadPoolExecutor(RESOLVERS, thread_name_prefix="resolve"))
         self._thread = threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True)
         self._thread.start()

@@ -15,7 +15,8 @@ from typing import Any
 from infra.manifest import output_of
 from infra.shards import read_tar, split_name
 from infra.store import Store, json_bytes
-from tasks.layouts import CROPS, Part, from_npy
+from infra.strict import read_npy
+from tasks.layouts import CROPS, Part
 
 VOCABULARIES = {
     "tok_rgb": 16_384, "tok_depth": 8192, "tok_normal": 8192, "tok_semseg": 4096,
@@ -91,7 +92,7 @@ def _part(source: Store, name: str, modality: str) -> Part:
         raise ValueError(f"{source.full(path)} is empty")
     extension = split_name(first[0])[1]
     if extension == "npy" and name != CROPS and name.startswith("tok_"):
-        tokens = from_npy(first[1], source.full(path))
+        tokens = read_npy(first[1], source.full(path))
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise ValueError(f"{source.full(path)}: tokens are {tokens.dtype} {tokens.shape}")
         columns = tuple((f"crop{i}", "uint16", tokens.shape[1]) for i in range(len(tokens)))

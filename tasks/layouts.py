@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from PIL import Image
 from infra.blocks import BlockReader, BlockWriter, Column
 from infra.shards import MISSING_EXT, read_tar, split_name, write_tar
 from infra.store import Store
+from infra.strict import read_json, read_npy
 from infra.tables import read_table
 from models.crops import CropPolicy, crop_box
 
@@ -187,7 +188,8 @@ def read_shard(layout: LayoutName, source: Store, number: int, parts: Sequence[P
         ValueError: parts disagree about the keys, or a member is not what it should be.
     """
     if layout == "parquet":
-        return _from_parquet(source.read(f"{_stem(number)}.parquet"), parts)
+        path = f"{_stem(number)}.parquet"
+        return _from_parquet(source.read(path), source.full(path), parts)
     if layout == "webdataset":
         path = f"{_stem(number)}.tar"
         return _from_wds(source.read(path), source.full(path), parts)
@@ -198,7 +200,7 @@ def read_shard(layout: LayoutName, source: Store, number: int, parts: Sequence[P
         found = found or Shard(keys)
         if keys != found.keys:
             raise ValueError(f"{source.full(path)} holds other keys than {parts[0].name}")
-        _take_ml4m(part, files, found)
+        _take_ml4m(part, files, found, source.full(path))
     return found or Shard([])
 
 
@@ -211,14 +213,6 @@ def npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
     return buffer.getvalue()
-
-
-def from_npy(data: bytes, what: str) -> np.ndarray:
-    """The array of an `.npy`. Raises ValueError for anything else, also for a pickled one."""
-    try:
-        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{what} is not a plain .npy: {error}") from error
 
 
 def crop_settings(shard: Shard, policy: CropPolicy) -> Iterator[np.ndarray]:
@@ -244,25 +238,29 @@ def _ml4m_files(part: Part, shard: Shard) -> Iterator[File]:
         return
     for ext, data in shard.files[part.name]:
         if part.name == "det":
-            data = _renamed(data, "box", "boxes")
+            data = _renamed(data, "box", "boxes", part.name)
         yield ext, data
 
 
-def _take_ml4m(part: Part, files: list[File], shard: Shard) -> None:
+def _take_ml4m(part: Part, files: list[File], shard: Shard, source: str) -> None:
+    named = [(f"{source}: {key}", *file) for key, file in zip(shard.keys, files, strict=True)]
     if part.is_tokens:
-        shard.tokens[part.name] = [_tokens_of(part, file, part.name) for file in files]
+        shard.tokens[part.name] = [_tokens_of(part, (ext, data), what) for what, ext, data in named]
     elif part.name == "det":
-        shard.files["det"] = [(ext, _renamed(data, "boxes", "box")) for ext, data in files]
+        shard.files["det"] = [(e, _renamed(data, "boxes", "box", what)) for what, e, data in named]
     else:
         shard.files[part.name] = files
 
 
-def _renamed(data: bytes, old: str, new: str) -> bytes:
+def _renamed(data: bytes, old: str, new: str, what: str) -> bytes:
     """Boxes under the other name; JSON as our own modality writes it."""
-    value = json.loads(data)
-    for instance in value["instances"]:
-        if old in instance:
-            instance[new] = instance.pop(old)
+    try:
+        value = read_json(data)
+        for instance in value["instances"]:
+            if old in instance:
+                instance[new] = instance.pop(old)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{what} is no file of boxes: {error!r}") from error
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -278,17 +276,33 @@ def _tokens_of(part: Part, file: File, what: str) -> Row:
     if ext == MISSING_EXT:
         return None
     if ext == "npy":
-        crops: list[Any] = list(from_npy(data, what))
-    else:
-        crops = json.loads(data)
+        array = read_npy(data, what)
+        return _row(part, list(array) if array.ndim == 2 else None, what)
+    try:
+        return _row(part, read_json(data), what)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def _row(part: Part, crops: Any, what: str) -> list[np.ndarray]:
+    """Tokens of a sample's crops in their dtypes.
+
+    Raises:
+        ValueError: they are other than whole numbers, or do not fit: cast they would be others.
+    """
     if not isinstance(crops, list) or len(crops) != len(part.columns):
         raise ValueError(f"{what} has not the {len(part.columns)} crops of its set")
-    if any(np.min(crop, initial=0) < 0 for crop in crops):
-        raise ValueError(f"{what} has negative tokens: more codes than its int16 can hold")
-    return [
-        np.asarray(crop, dtype)
-        for crop, (_, dtype, _) in zip(crops, part.columns, strict=True)
-    ]
+    row = []
+    for crop, (_, dtype, _) in zip(crops, part.columns, strict=True):
+        array = np.asarray(crop)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise ValueError(f"{what} holds {array.dtype} {array.shape}, not a list of tokens")
+        if np.min(array, initial=0) < 0:
+            raise ValueError(f"{what} has negative tokens: more codes than its int16 can hold")
+        if np.max(array, initial=0) > np.iinfo(dtype).max:
+            raise ValueError(f"{what} has tokens outside {dtype}")
+        row.append(array.astype(dtype))
+    return row
 
 
 _PLAIN = {"rgb": ("jpg", "png"), "caption": ("txt",)}
@@ -323,7 +337,10 @@ def _from_wds(tar: bytes, source: str, parts: Sequence[Part]) -> Shard:
                 raise ValueError(f"{source}: {key} lacks {part.name}")
         files = [sample[part.name] for sample in samples.values()]
         if part.is_tokens:
-            shard.tokens[part.name] = [_tokens_of(part, f, f"{source}: {part.name}") for f in files]
+            shard.tokens[part.name] = [
+                _tokens_of(part, file, f"{source}: {part.name} of {key}")
+                for key, file in zip(shard.keys, files, strict=True)
+            ]
         else:
             shard.files[part.name] = files
     return shard
@@ -349,19 +366,35 @@ def _to_parquet(parts: Sequence[Part], shard: Shard) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _from_parquet(data: bytes, parts: Sequence[Part]) -> Shard:
-    table = read_table(data)
-    shard = Shard(table["key"].to_pylist())
+def _from_parquet(data: bytes, source: str, parts: Sequence[Part]) -> Shard:
+    try:
+        table = read_table(data)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{source} is not a Parquet file: {error}") from error
+    shard = Shard(_values(table, "key", pa.types.is_string, source))
     for part in parts:
-        values = table[part.name].to_pylist()
         if part.is_tokens:
-            dtypes = [dtype for _, dtype, _ in part.columns]
+            rows = zip(shard.keys, _values(table, part.name, pa.types.is_list, source), strict=True)
             shard.tokens[part.name] = [
-                None if row is None
-                else [np.asarray(c, d) for c, d in zip(row, dtypes, strict=True)]
-                for row in values
-            ]  # fmt: skip
+                None if row is None else _row(part, row, f"{source}: {part.name} of {key}")
+                for key, row in rows
+            ]
         else:
-            exts = table[f"{part.name}.ext"].to_pylist()
-            shard.files[part.name] = list(zip(exts, values, strict=True))
+            exts = _values(table, f"{part.name}.ext", pa.types.is_string, source)
+            files = _values(table, part.name, pa.types.is_binary, source)
+            shard.files[part.name] = list(zip(exts, files, strict=True))
     return shard
+
+
+def _values(table: pa.Table, name: str, fits: Callable[[Any], bool], source: str) -> list[Any]:
+    """A column of an export. Raises ValueError where it is none, of its type and without gaps."""
+    if table.column_names.count(name) != 1:
+        raise ValueError(f"{source} has {table.column_names.count(name)} columns {name!r}")
+    column = table[name]
+    # A gap among tokens is a hole.
+    if not fits(column.type) or (column.null_count and not pa.types.is_list(column.type)):
+        raise ValueError(f"{source}: column {name!r} is {column.type}, or has gaps")
+    try:
+        return list(column.to_pylist())
+    except (ValueError, OverflowError, KeyError) as error:  # as of texts that are not UTF-8
+        raise ValueError(f"{source}: column {name!r}: {error}") from error

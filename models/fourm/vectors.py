@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from infra.strict import read_npy, read_npz
 from models.fourm.spec import ModalitySpec
 
 
@@ -20,8 +20,9 @@ def read_vectors(data: bytes, ext: str) -> np.ndarray:
     """
     if ext not in ("npy", "npz"):
         raise ValueError(f"feature vectors are stored as npy or npz, not as {ext!r}")
-    stored = np.load(io.BytesIO(data), allow_pickle=False)
-    return valid_vectors(dict(stored) if ext == "npz" else stored)
+    if ext == "npz":
+        return valid_vectors(read_npz(data, ("emb", "mask_valid")))
+    return valid_vectors(read_npy(data))
 
 
 def valid_vectors(value: np.ndarray | Mapping[str, Any]) -> np.ndarray:

@@ -8,15 +8,17 @@ from models.crops import CropBox
 
 MIN_VISIBLE = 0.1
 """Least share of a box's area inside the window for it to count as seen in the crop."""
+_MOST = 1e12
+
+
+def is_number(value: object) -> bool:
+    """Whether a value that was read from a file is a number that can be reckoned with."""
+    return isinstance(value, int | float) and type(value) is not bool and -_MOST <= value <= _MOST
 
 
 def is_box(value: object) -> bool:
     """Whether a value that was read from a file is a box: a list of four numbers."""
-    return (
-        isinstance(value, list)
-        and len(value) == 4
-        and all(type(each) in (int, float) for each in value)
-    )
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
 
 
 def window(corners: Sequence[float], box: CropBox) -> list[float] | None:

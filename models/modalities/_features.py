@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from infra.strict import read_npy
 from models.crops import CropBox
 from models.modalities.base import Modality, numbers
 
@@ -23,16 +24,24 @@ def encode(value: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def decode(data: bytes) -> np.ndarray:
-    """The array of a `.npy` file; raises ValueError for pickled objects."""
-    return np.load(io.BytesIO(data), allow_pickle=False)
+def decode(data: bytes, sides: int) -> np.ndarray:
+    """The array of a `.npy` file, of so many dimensions.
+
+    Raises:
+        ValueError: as of pickled objects, of whole numbers, or of such as are not finite.
+    """
+    value = read_npy(data)
+    if value.dtype.kind != "f" or value.ndim != sides or not value.size:
+        raise ValueError(f"floats of {sides} dimensions, not {value.dtype} {list(value.shape)}")
+    return numbers(value)
 
 
 def grid(name: str, description: str) -> Modality:
     """A modality of feature maps float16 [h, w, C] that cover the whole image."""
     return Modality(
-        name=name, kind="feature", ext="npy", encode=encode, decode=decode, crop=_crop_grid,
-        render=_render_grid, description=description, tokenizer={"kind": "feature"},
+        name=name, kind="feature", ext="npy", encode=encode,
+        decode=lambda data: decode(data, 3), crop=_crop_grid, render=_render_grid,
+        description=description, tokenizer={"kind": "feature"},
     )  # fmt: skip
 
 
@@ -42,7 +51,8 @@ def vector(name: str, description: str) -> Modality:
     Every crop keeps the vector of the whole image: which picture it is does not change.
     """
     return Modality(
-        name=name, kind="vector", ext="npy", encode=encode, decode=decode,
+        name=name, kind="vector", ext="npy", encode=encode,
+        decode=lambda data: decode(data, 1),
         crop=lambda value, box, size: value, render=render_rows, description=description,
         tokenizer={"kind": "vector", "groups": GLOBAL_TOKENS, "levels": (7, 5, 5, 5, 5)},
     )  # fmt: skip

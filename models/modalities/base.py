@@ -59,15 +59,23 @@ class Modality:
 
 
 def open_image(data: bytes, formats: tuple[str, ...]) -> Image.Image:
-    """Decodes a picture of an allowed format and bounded size."""
+    """Decodes a picture of an allowed format and bounded size.
+
+    Raises:
+        ValueError: it is none, it is damaged or cut short, or it is too large.
+    """
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
+        if image.width * image.height > MAX_PIXELS:
+            size = f"{image.width} x {image.height}"
+            raise ValueError(f"picture of {size} exceeds {MAX_PIXELS} pixels")
+        image.load()
     except UnidentifiedImageError:  # which names the place in memory, another in each run
         raise ValueError(f"no picture of the format {' or '.join(formats)}") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from None
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"picture of {image.width} x {image.height} exceeds {MAX_PIXELS} pixels")
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of a damaged picture Pillow raises any kind
+        raise ValueError(str(error) or type(error).__name__) from None
     return image
 
 

@@ -6,11 +6,11 @@ a list that holds one such object.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 
+from infra.strict import read_json
 from models.modalities.base import Modality, to_json
 from tokenizers_vq.sequences.form import Page, TextForm
 from tokenizers_vq.sequences.palette import palette_to_string, string_to_palette
@@ -21,7 +21,7 @@ Palettes = dict[str, list[list[int]]]
 
 
 def _decode(data: bytes) -> Palettes:
-    value = json.loads(data)
+    value = read_json(data)
     if not isinstance(value, list) or len(value) != 1 or not _is_palettes(value[0]):
         raise ValueError("a palette file must hold a list of one object with n colours under 'n'")
     return value[0]

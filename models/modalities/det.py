@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from infra.strict import read_json
 from models.crops import CropBox
-from models.modalities._boxes import is_box, window
+from models.modalities._boxes import is_box, is_number, window
 from models.modalities.base import Modality, to_json
 from models.modalities.semseg import PALETTE
 from tokenizers_vq.sequences.boxes import MIN_SCORE, det_to_string, read_boxes, string_to_det
@@ -22,18 +22,19 @@ Detections = dict[str, Any]
 
 
 def _decode(data: bytes) -> Detections:
-    value = json.loads(data)
+    value = read_json(data)
     if not isinstance(value, dict) or not isinstance(value.get("instances"), list):
         raise ValueError("a detection file must hold an object with the list 'instances'")
     if not all(map(_is_instance, value["instances"])):
-        raise ValueError("an instance must have a box of four numbers and a class_name")
+        raise ValueError("an instance must have a box of four numbers, a class_name and, if "
+                         "any, a score that is a number")  # fmt: skip
     return value
 
 
 def _is_instance(each: object) -> bool:
     return (
         isinstance(each, dict) and is_box(each.get("box"))
-        and isinstance(each.get("class_name"), str)
+        and isinstance(each.get("class_name"), str) and is_number(each.get("score", 1.0))
     )  # fmt: skip
 
 

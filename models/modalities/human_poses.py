@@ -14,14 +14,14 @@ Its value is `{"people": [{"box", "pose": 8 codes, "global", "camera", "shape"}]
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from infra.strict import read_json
 from models.crops import CropBox
-from models.modalities._boxes import is_box, point, window
+from models.modalities._boxes import is_box, is_number, point, window
 from models.modalities.base import Modality, to_json
 from tokenizers_vq.sequences.form import Page, TextForm
 from tokenizers_vq.sequences.keypoints import keypoints_to_string, string_to_keypoints
@@ -43,15 +43,23 @@ Poses = dict[str, Any]
 
 
 def _decode(data: bytes) -> Poses:
-    value = json.loads(data)
+    value = read_json(data)
     if not isinstance(value, dict) or not isinstance(value.get("humans"), list):
         raise ValueError("a pose file must hold an object with the list 'humans'")
     for human in value["humans"]:
-        if np.shape(human.get("keypoints")) != (len(KEYPOINTS), 3):
+        if not isinstance(human, dict) or not _are_keypoints(human.get("keypoints")):
             raise ValueError(f"a pose must have {len(KEYPOINTS)} keypoints of x, y and score")
-        if not is_box(human.get("box")):
-            raise ValueError("a pose must have a box of four numbers")
+        if not is_box(human.get("box")) or not is_number(human.get("score", 1.0)):
+            raise ValueError("a pose must have a box of four numbers, and no score but a number")
     return value
+
+
+def _are_keypoints(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == len(KEYPOINTS)
+        and all(isinstance(p, list) and len(p) == 3 and all(map(is_number, p)) for p in value)
+    )
 
 
 def _crop(value: Poses, box: CropBox, size: int) -> Poses:

@@ -6,12 +6,11 @@ is absent. `FIELDS` lists the names in the order of their type numbers 0..20.
 
 from __future__ import annotations
 
-import json
-import math
-
 import numpy as np
 from PIL import Image, ImageDraw
 
+from infra.strict import read_json
+from models.modalities._boxes import is_number
 from models.modalities.base import Modality, to_json
 from tokenizers_vq.sequences.form import TextForm
 from tokenizers_vq.sequences.metadata import FIELDS as _FIELDS
@@ -33,7 +32,7 @@ def check(value: object) -> Metadata:
     if unknown := sorted(value.keys() - set(FIELDS)):
         raise ValueError(f"metadata has no field {unknown[0]!r}; there are {', '.join(FIELDS)}")
     for name, number in value.items():
-        if type(number) not in (int, float) or not math.isfinite(number):
+        if not is_number(number):
             raise ValueError(f"metadata field {name} is {number!r}, not a finite number")
     return value
 
@@ -50,7 +49,7 @@ MODALITY = Modality(
     kind="sequence",
     ext="json",
     encode=lambda value: to_json(check(value)),
-    decode=lambda data: check(json.loads(data)),
+    decode=lambda data: check(read_json(data)),
     crop=lambda value, box, size: value,
     render=_render,
     description="up to 21 numbers by name; those that could not be computed are absent",

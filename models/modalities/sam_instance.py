@@ -9,14 +9,14 @@ lengths of its rows one after another, the first of zeros (COCO's uncompressed R
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from infra.strict import read_json
 from models.crops import CropBox
-from models.modalities._boxes import MIN_VISIBLE
+from models.modalities._boxes import MIN_VISIBLE, is_number
 from models.modalities.base import MAX_PIXELS, Modality, crop_image, to_json
 from models.modalities.semseg import PALETTE
 from tokenizers_vq.sequences.form import Codes, Page, Parts, TextForm
@@ -26,6 +26,8 @@ from tokenizers_vq.sequences.words import most_codes
 Instances = dict[str, Any]
 PATCH = 64
 """Side of a mask that is stretched for its tokenizer, pixels."""
+MAX_MASKS = 8 * MAX_PIXELS
+"""Most pixels of all masks of a picture together: a few bytes can tell of any number."""
 WORDS = 290
 """Longest text of a crop, as released: what comes after is not told."""
 POINTS = 7
@@ -65,30 +67,50 @@ def run_lengths(mask: np.ndarray) -> list[int]:
 
 
 def _decode(data: bytes) -> Instances:
-    value = json.loads(data)
+    value = read_json(data)
     if not isinstance(value, dict) or not {"size", "instances"} <= value.keys():
         raise ValueError("an instance file must hold an object with 'size' and 'instances'")
-    height, width = value["size"]
-    if min(height, width) < 1 or height * width > MAX_PIXELS:
-        raise ValueError(f"instances of a picture of {width} x {height} pixels")
-    return {
-        "size": [height, width],
-        "instances": [_read(each, height, width) for each in value["instances"]],
-    }
+    size, instances = value["size"], value["instances"]
+    if not _are_whole(size, 2):
+        raise ValueError("the size of a picture must be two whole numbers, height and width")
+    if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"instances of a picture of {size[1]} x {size[0]} pixels")
+    if not isinstance(instances, list) or not all(map(_is_instance, instances)):
+        raise ValueError("an instance must have 'box', 'score' and 'counts', all of numbers")
+    if sum(_area(each["box"]) for each in instances) > MAX_MASKS:
+        raise ValueError(f"masks of more than {MAX_MASKS} pixels")
+    return {"size": size, "instances": [_read(each, *size) for each in instances]}
+
+
+def _are_whole(value: object, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and {type(x) for x in value} == {int}
+
+
+def _is_instance(each: object) -> bool:
+    return (
+        isinstance(each, dict) and _are_whole(each.get("box"), 4)
+        and is_number(each.get("score")) and isinstance(each.get("counts"), list)
+    )  # fmt: skip
+
+
+def _area(box: list[int]) -> int:
+    left, top, right, bottom = box
+    return max(right - left, 0) * max(bottom - top, 0)
 
 
 def _read(each: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    if not {"box", "score", "counts"} <= each.keys():
-        raise ValueError("an instance must have 'box', 'score' and 'counts'")
     left, top, right, bottom = each["box"]
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise ValueError(f"box {each['box']} does not lie in a picture of {width} x {height}")
-    counts = np.asarray(each["counts"], np.int64)
-    shape = bottom - top, right - left
-    if counts.ndim != 1 or (counts < 0).any() or counts.sum() != shape[0] * shape[1]:
+    counts = np.asarray(each["counts"] or [0])
+    if counts.ndim != 1 or counts.dtype.kind != "i":
+        raise ValueError("run lengths of a mask must be whole numbers")
+    # Each of them first, for a sum may overflow.
+    area = _area(each["box"])
+    if (counts < 0).any() or (counts > area).any() or counts.sum() != area:
         raise ValueError(f"run lengths of a mask do not add up to its box {each['box']}")
     ones = np.arange(len(counts)) % 2 == 1
-    mask = np.repeat(ones, counts).reshape(shape)
+    mask = np.repeat(ones, counts).reshape(bottom - top, right - left)
     return {"box": [left, top, right, bottom], "score": each["score"], "mask": mask}
 
 

@@ -15,8 +15,8 @@ MAX_TOKENS = 77
 
 
 def _decode(data: bytes) -> np.ndarray:
-    value = decode(data)
-    if value.ndim != 2 or not 1 <= len(value) <= MAX_TOKENS:
+    value = decode(data, 2)
+    if len(value) > MAX_TOKENS:
         raise ValueError(f"T5 embeddings must be 1 to {MAX_TOKENS} rows [n, C], not {value.shape}")
     return value
 

@@ -23,8 +23,10 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
+import uvloop
 from PIL import Image
 
 HOSTS = tuple(f"127.0.{i // 250}.{i % 250 + 2}" for i in range(500))
@@ -84,14 +86,14 @@ class _Photos:
         # The first table of a JPEG file: marker, two bytes of length, one of number, 64 of steps.
         self._steps = [body.index(b"\xff\xdb") + 5 for body in self._bodies]
 
-    def body(self, number: int) -> bytes:
+    def body(self, number: int) -> bytearray:
         variant, base = divmod(number, PICTURES)
         body, at = bytearray(self._bodies[base]), self._steps[base]
         while variant:  # the digits of the variant, on the steps of low frequencies
             at += 1
             variant, more = divmod(variant, 3)
             body[at] += more
-        return bytes(body)
+        return body
 
 
 class _Stats:
@@ -136,8 +138,7 @@ class _Connection(asyncio.Protocol):
         self._busy = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are none by their class
 
     def connection_lost(self, error: Exception | None) -> None:
         self._done()
@@ -177,12 +178,12 @@ class _Connection(asyncio.Protocol):
         else:
             self._send(403 if kind == "forbidden" else 404, "text/plain", b"no", keep)
 
-    def _send(self, status: int, kind: str, body: bytes, keep: bool) -> None:
+    def _send(self, status: int, kind: str, body: bytes | bytearray, keep: bool) -> None:
         head = (
             f"HTTP/1.1 {status} -\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
             f"Connection: {'keep-alive' if keep else 'close'}\r\n\r\n"
         )
-        self._transport.write(head.encode() + body)
+        self._transport.writelines([head.encode(), body])
         if not keep:
             self._transport.close()
         self._done()
@@ -232,4 +233,4 @@ def serving() -> Iterator[Web]:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve())
+    uvloop.run(_serve())  # real servers have machines of their own: this one takes little of ours

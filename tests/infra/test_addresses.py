@@ -1,8 +1,12 @@
 """Which addresses a download may reach."""
 
 import asyncio
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import uvloop
 from yarl import URL
 
 from infra.addresses import AddressPolicy, BlockedAddress, PublicResolver, is_public
@@ -58,30 +62,62 @@ def test_public_hosts_pass_the_check_of_the_url(host):
     AddressPolicy().check(URL(f"http://{host}/a.jpg"))
 
 
-class Answers:
-    """A resolver that answers differently each time."""
+def name_server(monkeypatch, *answers):
+    """A name server that answers differently each time."""
+    left = list(answers)
 
-    def __init__(self, *answers: list[str]) -> None:
-        self.answers = list(answers)
+    def lookup(host, port, family, kind, *_):
+        return [(family, kind, 6, "", (each, port)) for each in left.pop(0)]
 
-    async def resolve(self, host, port=0, family=0):
-        return [{"hostname": host, "host": a, "port": port} for a in self.answers.pop(0)]
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
 
 
-def test_every_answer_of_the_name_server_is_checked_and_one_bad_address_condemns_it():
-    async def resolved(*answers):
+def test_every_answer_of_the_name_server_is_checked_and_one_bad_address_condemns_it(monkeypatch):
+    answers = (
+        ["93.184.216.34"], ["127.0.0.1"], ["93.184.216.34", "10.0.0.1"], ["::ffff:a00:1"]
+    )  # fmt: skip
+    name_server(monkeypatch, *answers)
+
+    async def resolved():
         resolver = PublicResolver(AddressPolicy())
-        resolver._inner = Answers(*answers)
         return [
             (await asyncio.gather(resolver.resolve("a.org", 80), return_exceptions=True))[0]
             for _ in answers
         ]
 
-    good, changed, mixed, mapped = asyncio.run(
-        resolved(["93.184.216.34"], ["127.0.0.1"], ["93.184.216.34", "10.0.0.1"], ["::ffff:a00:1"])
-    )
-    assert [entry["host"] for entry in good] == ["93.184.216.34"]
+    good, changed, mixed, mapped = asyncio.run(resolved())
+    assert [(entry["host"], entry["port"]) for entry in good] == [("93.184.216.34", 80)]
     assert all(isinstance(answer, BlockedAddress) for answer in (changed, mixed, mapped))
+
+
+def test_a_name_of_this_machine_is_refused_unless_it_was_named():
+    async def resolved(policy):
+        return await PublicResolver(policy).resolve("localhost", 80)
+
+    with pytest.raises(BlockedAddress, match=r"localhost resolves to"):
+        asyncio.run(resolved(AddressPolicy()))
+    found = asyncio.run(resolved(AddressPolicy(frozenset({"localhost"}))))
+    assert {entry["host"] for entry in found} <= {"127.0.0.1", "::1"}
+    assert found
+
+
+def test_names_that_nobody_answers_for_are_asked_for_side_by_side(monkeypatch):
+    asked = threading.Barrier(16)
+
+    def lookup(*_):
+        asked.wait(timeout=20)  # passes when all sixteen are here
+        raise socket.gaierror("no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+
+    async def resolved():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(16))
+        resolver = PublicResolver(AddressPolicy())
+        names = [resolver.resolve(f"{number}.invalid", 80) for number in range(16)]
+        return await asyncio.gather(*names, return_exceptions=True)
+
+    found = uvloop.run(resolved())
+    assert all(isinstance(each, socket.gaierror) for each in found)
 
 
 def test_a_named_private_host_may_be_reached_on_its_port_only():

@@ -4,6 +4,7 @@ import hashlib
 import io
 import pickle
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,40 @@ def test_a_flipped_payload_bit_is_found_by_the_digest() -> None:
 def test_trailing_bytes_are_torn(tail: bytes) -> None:
     with pytest.raises(TornShard, match="behind"):
         list(read_tar(write_tar(_MEMBERS) + tail))
+
+
+def _extended(payload: bytes, kind: bytes = tarfile.XHDTYPE) -> bytes:
+    header = tarfile.TarInfo("././@PaxHeader")
+    header.size, header.type = len(payload), kind
+    return header.tobuf(tarfile.USTAR_FORMAT) + payload + bytes(-len(payload) % 512)
+
+
+def test_extended_headers_are_read_in_a_moment_and_endless_ones_refused() -> None:
+    file = write_tar([("a.txt", b"x")])
+    records = b"6 a=b\n" * 170_000
+    began = time.monotonic()
+    assert dict(read_tar(_extended(records) + file)) == {"a.txt": b"x"}
+    assert time.monotonic() - began < 5  # minutes, where what is left is copied for each record
+    for kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+        with pytest.raises(TornShard, match="extended header of 1200000 bytes"):
+            scan_tar(_extended(bytes(1_200_000), kind) + file)
+
+
+def test_the_long_name_of_a_folder_is_not_that_of_the_file_behind_it() -> None:
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+            folder = tarfile.TarInfo("f" * 150)
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+            tar.addfile(tarfile.TarInfo("a.txt"), io.BytesIO())
+        assert [member.name for member in scan_tar(buffer.getvalue())] == ["a.txt"]
+
+
+@pytest.mark.parametrize("record", [b"22 GNU.sparse.major=1\n", b"14 path=a.txt\n10 size=1\n"])
+def test_members_whose_bytes_are_not_what_lies_there_are_refused(record: bytes) -> None:
+    with pytest.raises(TornShard, match="not supported"):
+        scan_tar(_extended(record) + write_tar([("a.txt", b"x")]))
 
 
 def test_links_are_refused() -> None:

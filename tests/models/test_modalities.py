@@ -1,5 +1,8 @@
 """File codecs, crops and pictures of every modality of the catalogue."""
 
+import io
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -134,6 +137,27 @@ def test_a_crop_that_the_policy_does_not_have_is_refused():
         crop_box(CropPolicy(num_crops=4), "0", 4)
 
 
+def whole_npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def cut_png():
+    whole = png(np.arange(4096, dtype=np.uint8).reshape(64, 64))
+    return whole[:60] + b"\0\0\0\x04\xff\xff\xff\xff" + whole[80:]
+
+
+def boxes(**changes):
+    each = {"box": [0, 0, 1, 1], "class_name": "dog"} | changes
+    return json.dumps({"instances": [each]}).encode()
+
+
+def masks(size=(9, 9), number=1, **changes):
+    each = {"box": [0, 0, 2, 1], "score": 1, "counts": [1, 1]} | changes
+    return json.dumps({"size": size, "instances": [each] * number}).encode()
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -167,6 +191,27 @@ def test_a_crop_that_the_policy_does_not_have_is_refused():
         ("normal", png(np.zeros((4, 4), np.uint8)), "PNG of mode L, not RGB"),
         ("t5_caption", modalities.get("clip").encode(np.zeros((78, 4))), "1 to 77 rows"),
         ("dinov2", b"\x93NUMPY junk", "version"),
+        ("dinov2", modalities.get("dinov2_global").encode(np.zeros(4)), "floats of 3 dimensions"),
+        ("clip", whole_npy(np.zeros((2, 2, 3), int)), "floats of 3 dimensions, not int64"),
+        ("imagebind_global", whole_npy(np.full(3, np.nan)), "not a finite number"),
+        ("depth", cut_png(), "broken|truncated"),
+        ("semseg", cut_png(), "broken|truncated"),
+        ("det", b"[" * 100_000, "nested too deep"),
+        ("det", boxes(score="high"), "a score that is a number"),
+        ("det", boxes(box=[0, 0, 1, float("nan")]), "box of four numbers"),
+        ("det", boxes(box=[0, 0, 1, 10**400]), "box of four numbers"),
+        ("metadata", b'{"entropy": 1' + b"0" * 400 + b"}", "not a finite number"),
+        ("human_poses", b'{"humans": [null]}', "17 keypoints"),
+        ("human_poses", json.dumps({"humans": [{"keypoints": [["0", 0, 0]] * 17}]}).encode(),
+         "17 keypoints"),
+        ("sam_instance", b'{"size": 3, "instances": []}', "two whole numbers"),
+        ("sam_instance", b'{"size": [9.5, 9], "instances": []}', "two whole numbers"),
+        ("sam_instance", masks(box=[0, 0, 2, 1.5]), "all of numbers"),
+        ("sam_instance", masks(score="high"), "all of numbers"),
+        ("sam_instance", masks(counts=[0.5, 1.5]), "whole numbers"),
+        ("sam_instance", masks(counts=[[1], [1]]), "whole numbers"),
+        # Their sum is 2 in 64 bits.
+        ("sam_instance", masks(counts=[2**62, 2**62, 2**62, 2**62, 2]), "do not add up"),
     ],
 )
 def test_a_file_that_holds_something_else_is_refused_by_what_is_wrong(name, data, message):
@@ -252,7 +297,7 @@ def test_a_stored_feature_file_never_unpickles():
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     for name in ("clip", "dinov2_global", "t5_caption"):
-        with pytest.raises(ValueError, match="allow_pickle"):
+        with pytest.raises(ValueError, match="pickled objects"):
             modalities.get(name).decode(buffer.getvalue())
 
 
@@ -264,3 +309,12 @@ def test_the_page_of_all_modalities_is_current():
     page = Path(__file__).resolve().parents[2] / "docs" / "modalities.md"
     assert page.read_text() == document(), "run python -m models.modalities > docs/modalities.md"
     assert set(RELEASED) == set(modalities.names())
+
+
+def test_masks_that_take_more_memory_than_any_picture_are_refused():
+    side = 8000
+    few = masks((side, side), 1, box=[0, 0, side, side], counts=[0, side**2])
+    assert modalities.get("sam_instance").decode(few)["instances"][0]["mask"].all()
+    many = masks((side, side), 9, box=[0, 0, side, side], counts=[0, side**2])
+    with pytest.raises(ValueError, match="masks of more than 512000000 pixels"):
+        modalities.get("sam_instance").decode(many)

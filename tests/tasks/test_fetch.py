@@ -6,6 +6,7 @@ import io
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -86,10 +87,11 @@ class HostileWeb:
 def hostile() -> Iterator[HostileWeb]:
     site, loop, ready = HostileWeb(), asyncio.new_event_loop(), threading.Event()
 
+    app = web.Application()
+    app.router.add_get("/{kind}/{name}", site.answer)
+    runner = web.AppRunner(app, shutdown_timeout=0)
+
     async def start() -> None:
-        app = web.Application()
-        app.router.add_get("/{kind}/{name}", site.answer)
-        runner = web.AppRunner(app)
         await runner.setup()
         tcp = web.TCPSite(runner, "127.0.0.1", 0)
         await tcp.start()
@@ -101,6 +103,7 @@ def hostile() -> Iterator[HostileWeb]:
     thread.start()
     assert ready.wait(120)
     yield site
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(60)
     loop.call_soon_threadsafe(loop.stop)
 
 
@@ -117,8 +120,8 @@ def ingest(root, lines: list[str], settings: FetchConfig, shard: int = 0):
     source.write_text("\n".join(lines))
     store = Store(str(root / "data"))
     plan = make_plan(store, str(source), shard_rows=100)
-    work = FetchWork(store, settings.pictures, settings.downloads)
-    return Ledger(store), fetch_stage(plan, settings), work.run(shard)
+    with closing(FetchWork(store, settings.pictures, settings.downloads)) as work:
+        return Ledger(store), fetch_stage(plan, settings), work.run(shard)
 
 
 FATES = [

@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -21,7 +22,7 @@ from models import modalities
 from models.crops import CropPolicy, crop_box
 from tasks.chain import remember
 from tasks.interchange import build_work, export_set, finish_import, import_jobs
-from tasks.layouts import LAYOUTS, npy
+from tasks.layouts import LAYOUTS, Part, npy, read_shard
 from tasks.specs import modality_specs
 
 SHARDS, ROWS, CROPS, HOLE = (0, 2), 5, 3, 3
@@ -374,3 +375,62 @@ def test_pickled_and_negative_tokens_are_refused(tmp_path):
         job = next(j for j in import_jobs(store, source) if j.stage.name == "import:tokens")
         with pytest.raises(ValueError, match=r"not a plain \.npy|negative tokens"):
             build_work(store.url, job.stage, job.config).run(1)
+
+
+@pytest.mark.parametrize(
+    ("ext", "data", "sentence"),
+    [
+        ("npy", npy(np.full((2, 3), 70_000)), "outside uint16"),
+        ("npy", npy(np.full((2, 3), 1.5)), "not a list of tokens"),
+        ("npy", npy(np.full((2, 3), "a")), "not a list of tokens"),
+        ("npy", npy(np.array(3)), "has not the 2 crops"),
+        ("json", b"[[1, 2, 3], [4, 5, 70000]]", "outside uint16"),
+        ("json", b"[[1, 2, 3], [4, 5, 6.5]]", "not a list of tokens"),
+        ("json", b"[[1, 2, 3], null]", "not a list of tokens"),
+        ("json", b"[" * 100_000, "nested too deep"),
+    ],
+)
+def test_tokens_that_are_no_whole_numbers_or_do_not_fit_are_refused(tmp_path, ext, data, sentence):
+    part = Part("tok_x", "tok_x", (("crop0", "uint16", 3), ("crop1", "uint16", 3)))
+    source = Store(str(tmp_path))
+    source.write("tok_x/shard-00000.tar", write_tar([(f"00000000007.{ext}", data)]))
+    with pytest.raises(ValueError, match=f"shard-00000.tar: 00000000007.*{sentence}"):
+        read_shard("ml-4m", source, 0, [part])
+
+
+def test_a_table_with_other_columns_than_its_set_is_refused_by_its_name(tmp_path):
+    parts = [Part("tok_x", "tok_x", (("crop0", "uint16", None),)), Part("caption", "caption")]
+    columns = {
+        "key": pa.array(["a"]),
+        "tok_x": pa.array([[[1, 2]]]),
+        "caption": pa.array([b"dog"]),
+        "caption.ext": pa.array(["txt"]),
+    }
+    source = Store(str(tmp_path))
+
+    def read(**changes):
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table(columns | changes), sink)
+        source.write("shard-00000.parquet", sink.getvalue().to_pybytes())
+        return read_shard("parquet", source, 0, parts)
+
+    assert read().files["caption"] == [("txt", b"dog")]
+    for name, column in (
+        ("key", pa.array([1])),
+        ("key", pa.array([None], pa.string())),
+        ("tok_x", pa.array([[[1, 70_000]]])),
+        ("tok_x", pa.array([[[1, None]]])),
+        ("tok_x", pa.array([[[-1]]])),
+        ("tok_x", pa.array([[[1.5]]])),
+        ("tok_x", pa.array(["x"])),
+        ("caption", pa.array([None], pa.binary())),
+        ("caption.ext", pa.array([10**9], pa.date32())),
+    ):
+        with pytest.raises(ValueError, match=f"shard-00000.parquet: .*{name}"):
+            read(**{name: column})
+    del columns["caption.ext"]
+    with pytest.raises(ValueError, match=r"0 columns 'caption\.ext'"):
+        read()
+    source.write("shard-00000.parquet", b"PAR1")
+    with pytest.raises(ValueError, match="not a Parquet file"):
+        read_shard("parquet", source, 0, parts)
