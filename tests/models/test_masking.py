@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.fourm.budgets import draw_budgets, redistribute, split_budget
 from models.fourm.draws import Draws
 from models.fourm.masking import Component, Mixture, Samples, mask_batch, transfer_batch
 from models.fourm.spans import (
@@ -173,22 +172,6 @@ def test_a_component_with_larger_budgets_than_others_has_room_for_them():
     both = Mixture(components=(*small.components, *large.components))
     batch = mask_batch(CONFIG, samples(), both, Draws(0, 1, 6))
     assert (batch.enc_ids.shape, batch.dec_ids.shape) == ((6, 20), (6, 12))
-
-
-def test_budgets_are_floors_plus_the_picks():
-    got = split_budget(np.array([[0.5, 0.3, 0.2]]), np.array([7]), np.array([[2, 2, 0]]))
-    assert got.tolist() == [[3, 2, 2]]
-
-
-def test_excess_goes_to_modalities_with_room_and_a_share():
-    got = redistribute(np.array([[9, 1, 0]]), np.array([[4, 20, 20]]), np.array([[0.9, 0.1, 0.0]]))
-    assert got.tolist() == [[4, 6, 0]]
-
-
-def test_excess_is_shared_in_proportion():
-    share = np.array([[0.5, 0.3, 0.2]])
-    got = redistribute(np.array([[100, 0, 0]]), np.array([[0, 99, 99]]), share)
-    assert got.tolist() == [[0, 60, 40]]
 
 
 def test_batches_are_static_and_full_where_grids_have_room():
@@ -376,19 +359,6 @@ def test_a_modality_gets_the_least_it_must():
     assert int((batch.enc_mod == index).sum(1).min()) >= 3
     free = facts_batch(**asked)
     assert int((free.enc_mod == index).sum(1).min()) < 3
-
-
-def test_budgets_that_give_each_its_least_are_those_of_the_first_draw():
-    draws, one = Draws(0, 5, 40), np.ones((40, 3))
-    total, limit = np.full(40, 12), np.full((40, 3), 20)
-    free, share = draw_budgets(draws, "input", one, total, limit, np.zeros((40, 3), int))
-    np.testing.assert_array_equal(share, draws.dirichlet("inputs", one))
-    least = np.full((40, 3), 2)
-    enough = (free >= least).all(1)
-    assert 0 < enough.sum() < 40
-    bound, _ = draw_budgets(draws, "input", one, total, limit, least)
-    np.testing.assert_array_equal(bound[enough], free[enough])
-    assert (bound >= least).all()
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=30))
