@@ -125,3 +125,22 @@ def test_a_named_private_host_may_be_reached_on_its_port_only():
     policy.check(URL("http://127.0.0.1:8080/a.jpg"))
     with pytest.raises(BlockedAddress):
         policy.check(URL("http://127.0.0.1:8081/a.jpg"))
+    for url in ("https://example.org/a.jpg", "https://example.org:80/a.jpg"):
+        policy.check(URL(url))
+    with pytest.raises(BlockedAddress, match="no host"):
+        policy.check(URL("http:///a.jpg"))
+
+
+def test_a_named_host_may_resolve_to_a_private_address_on_its_port_only(monkeypatch):
+    def lookup(_, port, *__):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+
+    async def resolved(port):
+        resolver = PublicResolver(AddressPolicy(frozenset({"intranet:8080"})))
+        return await resolver.resolve("intranet", port)
+
+    assert asyncio.run(resolved(8080))[0]["host"] == "10.0.0.1"
+    with pytest.raises(BlockedAddress, match=r"intranet resolves to 10\.0\.0\.1"):
+        asyncio.run(resolved(8081))

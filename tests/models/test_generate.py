@@ -34,6 +34,7 @@ def test_token_schedules_are_those_of_the_released_models(
     kind: str, steps: int, tokens: int, expected: list[int]
 ) -> None:
     assert token_schedule(kind, steps, tokens) == expected
+    assert token_schedule(kind, steps, tokens, fewer=True) == expected
 
 
 def test_temperature_schedules_are_those_of_the_released_models() -> None:
@@ -48,6 +49,8 @@ def test_temperature_schedules_are_those_of_the_released_models() -> None:
 def test_unknown_schedules_and_impossible_ones_name_the_choices() -> None:
     with pytest.raises(ValueError, match="cosine, linear"):
         token_schedule("square", 2, 4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="0 steps for 4"):
+        token_schedule("linear", 0, 4)
     with pytest.raises(ValueError, match="constant, linear, onex"):
         temperature_schedule("onex:a", 1.0, [1])
     with pytest.raises(ValueError, match="maskgit, roar, halton, autoregressive"):
@@ -85,6 +88,8 @@ def test_filters_keep_likely_logits_as_they_are_and_forbidden_ones_forbidden(set
     least = torch.where(kept, logits, torch.inf).amin(-1)
     assert torch.isfinite(least).all()
     assert (torch.where(kept, -torch.inf, logits).amax(-1) < least).all()
+    alone = torch.stack([filtered(row, **settings) for row in logits.flatten(0, 1)])
+    assert torch.equal(found.flatten(0, 1), alone)
 
 
 def test_samples_follow_their_probabilities_and_greedy_takes_the_best() -> None:
@@ -93,7 +98,9 @@ def test_samples_follow_their_probabilities_and_greedy_takes_the_best() -> None:
     shares = torch.bincount(tokens, minlength=3) / 4000
     assert torch.allclose(shares, torch.tensor([0.6, 0.3, 0.1]), atol=0.03)
     assert torch.allclose(sure, torch.tensor([0.6, 0.3, 0.1])[tokens])
-    assert sample(logits, torch.full((4000,), 0.99), 0.0)[0].unique().tolist() == [0]
+    best, sure = sample(logits.reshape(40, 100, 3), torch.full((40, 100), 0.99), 0.0)
+    assert best.unique().tolist() == [0]
+    assert torch.allclose(sure, torch.full((40, 100), 0.6))
 
 
 CAPTION = words(3, 210, 230, 3)

@@ -164,6 +164,21 @@ def test_every_true_sequence_of_boxes_is_allowed(small: TextTokenizer) -> None:
         state = grammar.advance(state, torch.tensor([token]))
 
 
+def test_every_fact_of_a_picture_is_allowed_once(wide: TextTokenizer) -> None:
+    grammar = grammar_for("metadata", wide, wide.vocab_size)
+    state, told = grammar.start(1, torch.device("cpu")), set()
+    for left in range(40, 20, -2):
+        legal = grammar.allowed(state, left)[0].nonzero()[:, 0].tolist()
+        kinds = {token for token in legal if token not in (EOS_ID, LAST)}
+        assert kinds
+        assert not kinds & told
+        told.add(min(kinds))
+        state = grammar.advance(state, torch.tensor([min(kinds)]))
+        value = int(grammar.allowed(state, left - 1)[0].nonzero()[0, 0])
+        state = grammar.advance(state, torch.tensor([value]))
+    assert len(told) == 10
+
+
 def test_no_box_is_begun_that_does_not_fit(small: TextTokenizer) -> None:
     grammar = grammar_for("det", small, small.vocab_size)
     state = grammar.start(1, torch.device("cpu"))

@@ -40,6 +40,8 @@ def test_what_tables_collect_adds_up_to_what_autograd_fills(tied: bool, parts: i
                                             if p.grad is not None])
     torch.testing.assert_close(gradients.norm(), wanted)
     torch.testing.assert_close(Gradients(plain, by_rows=False).norm(), wanted)
+    gradients.divide(torch.tensor(2.0))
+    torch.testing.assert_close(gradients.norm(), wanted / 2)
 
 
 def test_rows_of_one_step_are_gone_at_the_next_even_if_they_were_not_finite():

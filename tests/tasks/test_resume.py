@@ -12,8 +12,11 @@ from torch import nn
 
 from infra.store import Store
 from tasks.distributed import RESULT, fit_distributed
+from tasks.ema import WeightMean
+from tasks.optim import build_optimizers
 from tasks.preemption import Stopped
 from tasks.run_store import Checkpoints, Curve, read_curve
+from tasks.train_state import snapshot, unique_tensors
 from tasks.trainer import TrainConfig, Trainer
 from tests.tasks.test_trainer import CONFIG, Linear, Regression
 
@@ -86,6 +89,31 @@ def test_a_run_killed_after_its_last_checkpoint_still_tells_how_it_trained(tmp_p
     assert resumed.metrics["loss"] == whole.metrics["loss"]
     shown = [[line["step"] for line in read_curve(store, name)] for name in ("run", "whole")]
     assert shown[0] == shown[1]
+
+
+def test_a_snapshot_stays_as_it_was_while_training_goes_on():
+    """It is written by a thread meanwhile."""
+    model = nn.Linear(4, 4)
+    optimizers = build_optimizers(model, lr=0.1, betas=(0.9, 0.9), weight_decay=0.0,
+                                  is_hidden=lambda name: False)
+    mean = WeightMean(unique_tensors(model), 0.5)
+
+    def step(number: int) -> None:
+        model(torch.ones(2, 4)).sum().backward()
+        optimizers[0].step()
+        mean.update(number)
+
+    step(1)
+    taken = snapshot(model, optimizers, mean, rank=0)
+    before = {part: {name: value.clone() for name, value in held.items()}
+              for part, held in taken.items()}
+    step(2)
+    later = snapshot(model, optimizers, mean, rank=0)
+    assert taken.keys() == {"model", "optimizer", "ema"}
+    for part, held in taken.items():
+        for name, value in held.items():
+            assert torch.equal(value, before[part][name]), (part, name)
+            assert not torch.equal(value, later[part][name]), (part, name)
 
 
 def test_steps_done_again_from_the_start_are_shown_once(tmp_path):

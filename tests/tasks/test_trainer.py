@@ -17,7 +17,6 @@ from infra.store import Store
 from tasks.distributed import RESULT, STOP, _told, _worker, fit_distributed
 from tasks.flops import Load, peak_flops
 from tasks.meter import Meter
-from tasks.optim import learning_rate_scale
 from tasks.preemption import Stopped
 from tasks.run_store import Checkpoints, Curve, read_curve
 from tasks.trainer import Task, TrainConfig, Trainer
@@ -117,17 +116,6 @@ def test_another_configuration_under_the_same_name_is_refused(tmp_path):
 def test_settings_that_cannot_train_are_named(field):
     with pytest.raises(ValueError, match=f"{field} must be positive"):
         dataclasses.replace(CONFIG, **{field: 0})
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
-def test_learning_rate_rises_then_falls_to_its_minimum(schedule):
-    scales = [
-        learning_rate_scale(s, 100, warmup=10, min_ratio=0.1, schedule=schedule)
-        for s in range(100)
-    ]
-    assert scales[0] < 0.1 < max(scales) == 1.0
-    assert scales[10:] == sorted(scales[10:], reverse=True)
-    assert scales[-1] == pytest.approx(0.1, abs=0.04)
 
 
 def test_accumulated_parts_add_up_to_the_gradient_of_the_batch(tmp_path):
