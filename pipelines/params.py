@@ -274,6 +274,11 @@ class EvaluateOptions(Form):
 class IngestParams(Compute, IngestOptions, Where):
     """Download the pictures of a list into shards, with a fate for every row."""
 
+    append: bool = Field(
+        False,
+        description="Add what is new in this list, by its URLs, to a dataset that has one.",
+    )
+
 
 class RetryParams(Compute, Where):
     """Download once more the rows that failed for passing reasons, as further shards."""

@@ -26,7 +26,8 @@ def lines(params: PlanParams) -> list[Line]:
     planned = store.exists("plan/plan.json")
     if planned:
         plan = Ledger(store).read_plan()
-        rows, shards = int(plan.get("rows", 0)), int(plan["num_shards"])
+        shards = int(plan["num_shards"])
+        rows = int(plan.get("rows", 0)) + sum(again["rows"] for again in plan["passes"])
         if plan.get("format") == "webdataset":
             rows = shards * params.shard_rows  # a row of such a plan is a tar
     else:

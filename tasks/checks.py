@@ -8,7 +8,7 @@ from typing import Any
 from infra.ray_session import Embedded
 from infra.store import Store
 from tasks.chain import Chain
-from tasks.choices import labelers, tokenizer_recipes
+from tasks.choices import fetch_config, labelers, tokenizer_recipes
 
 FIRST_ROWS = 100
 """Rows of a list of which one at least must be good, before work starts."""
@@ -41,6 +41,8 @@ def check(flow: str, choices: dict[str, Any]) -> None:
         chain.section(section)
     if flow == "ingest":
         _check_source(choices)
+        if choices.get("append") and "ingest" in chain.settings:
+            _check_same_pictures(chain, choices)
     if flow == "retry":
         from tasks.plans import check_retry
 
@@ -170,6 +172,23 @@ def _check_source(choices: dict[str, Any]) -> None:
             f"{source.path}: none of the first {len(odd)} rows can be used: {odd[0]}; "
             "url_column says where the URLs are"
         )
+
+
+def _check_same_pictures(chain: Chain, choices: dict[str, Any]) -> None:
+    """What is appended becomes part of the stages that there are; under other options all that
+    they hold would be fetched, and labelled, once more."""
+    from tasks.fetch import fetch_stage
+
+    known = chain.section("ingest")
+    stage = fetch_stage(chain.plan, fetch_config(choices))
+    if stage.id == chain.download.id and choices["duplicates"] == chain.duplicates:
+        return
+    shaping = ("resize", "image_size", "min_side", "max_pixels", "max_aspect", "duplicates",
+               "honour_opt_out", "honour_robots")  # fmt: skip
+    before = [f"--{name.replace('_', '-')} {known[name]}" for name in shaping
+              if name in known and known[name] != choices[name]]  # fmt: skip
+    raise ValueError(f"the pictures of {chain.store.url} were made with {' '.join(before)}: append "
+                     "with the same, or all of them would be fetched and labelled anew")
 
 
 def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:
