@@ -174,6 +174,20 @@ def load_manifest(store: Store, name: str, version: int | None = None) -> Manife
     return manifest
 
 
+def supersede(store: Store, manifest: Manifest) -> Manifest:
+    """Write a manifest's content as its next version, and make that the current one."""
+    content = manifest.to_dict()
+    del content["version"]
+    newer = _write_version(store, manifest.name, content)
+    _move_current(store, manifest.name, newer.version)
+    return newer
+
+
+def remove_version(store: Store, name: str, version: int) -> None:
+    """Remove a version that must not be used any more."""
+    store.delete(_version_path(name, version))
+
+
 def output_of(modality: str) -> str:
     """What the stage behind a manifest's modality calls it: "tok_rgb" of "tok_rgb@448"."""
     return modality.partition("@")[0]

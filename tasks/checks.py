@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from infra.ray_session import Embedded
+from infra.sources import Source
 from infra.store import Store
 from tasks.chain import Chain
 from tasks.choices import fetch_config, labelers, tokenizer_recipes
@@ -40,9 +41,9 @@ def check(flow: str, choices: dict[str, Any]) -> None:
     for section in _UPSTREAM.get(flow, ()):
         chain.section(section)
     if flow == "ingest":
-        _check_source(choices)
-        if choices.get("append") and "ingest" in chain.settings:
-            _check_same_pictures(chain, choices)
+        source = _check_source(choices)
+        if choices.get("append") and store.exists("plan/plan.json"):
+            _check_same_pictures(chain, source, choices)
     if flow == "retry":
         from tasks.plans import check_retry
 
@@ -134,12 +135,12 @@ def _check_compiles(name: str, device: str, ray: str) -> None:
         check_compiler(device)
 
 
-def _check_source(choices: dict[str, Any]) -> None:
+def _check_source(choices: dict[str, Any]) -> Source:
     """Read the first rows of the list: its columns are there and hold what they should, or the
-    error says what they do."""
+    error says what they do. Returns where it is."""
     from botocore.exceptions import BotoCoreError, NoCredentialsError
 
-    from infra.sources import Source, detect, read_rows
+    from infra.sources import detect, read_rows
 
     source = Source(
         path=choices["source"],
@@ -172,13 +173,18 @@ def _check_source(choices: dict[str, Any]) -> None:
             f"{source.path}: none of the first {len(odd)} rows can be used: {odd[0]}; "
             "url_column says where the URLs are"
         )
+    return source
 
 
-def _check_same_pictures(chain: Chain, choices: dict[str, Any]) -> None:
+def _check_same_pictures(chain: Chain, source: Source, choices: dict[str, Any]) -> None:
     """What is appended becomes part of the stages that there are; under other options all that
     they hold would be fetched, and labelled, once more."""
     from tasks.fetch import fetch_stage
+    from tasks.growth import check_place
 
+    check_place(chain.store, chain.ledger.read_plan(), source)
+    if "ingest" not in chain.settings:
+        return
     known = chain.section("ingest")
     stage = fetch_stage(chain.plan, fetch_config(choices))
     if stage.id == chain.download.id and choices["duplicates"] == chain.duplicates:

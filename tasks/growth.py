@@ -21,6 +21,7 @@ from infra.sources import Source, detect, read_rows
 from infra.store import Store
 from infra.tables import read_table
 from tasks.plans import first_seen, planned_lists, record, survey, url_digest, write_pass
+from tasks.withdraw import withdrawn_urls
 
 _FILES = ("folder", "webdataset")
 
@@ -43,9 +44,8 @@ def append_list(store: Store, source: Source, *, limit: int | None = None) -> in
         ValueError: its pictures lie in another kind of place, there are too many, the list
             changed while it was read, or another pass was planned at the same time.
     """
-    source, ledger = detect(source), Ledger(store)
-    plan = ledger.read_plan()
-    _check_place(store, plan, source)
+    source, plan = detect(source), Ledger(store).read_plan()
+    check_place(store, plan, source)
     with tempfile.TemporaryDirectory(prefix="fourm-plan-") as folder:
         path = Path(folder) / "digests"
         with path.open("wb") as digests:
@@ -82,8 +82,9 @@ def append_list(store: Store, source: Source, *, limit: int | None = None) -> in
     return count
 
 
-def _check_place(store: Store, plan: dict[str, Any], source: Source) -> None:
-    """Pictures of files and of the web are read in other ways, all of a dataset in the same."""
+def check_place(store: Store, plan: dict[str, Any], source: Source) -> None:
+    """Raises ValueError for a list that cannot be appended to those of a plan: pictures of files
+    and of the web are read in other ways, all of a dataset in the same."""
     if "rows" not in plan:
         raise ValueError(f"{store.url} was imported and has no list that could grow")
     kind = plan.get("format", "tsv")
@@ -114,13 +115,15 @@ def _batches(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[st
 
 
 def _known(store: Store, plan: dict[str, Any]) -> np.ndarray:
-    """Digests of the rows of all lists, uint64; passes over failed rows only repeat them."""
+    """Digests of the rows of all lists, and of what was withdrawn from them, uint64; passes over
+    failed rows only repeat them."""
     paths = [f"plan/rows/{shard_name(shard)}.parquet" for shard in range(plan["list_shards"])]
     for again in plan["passes"]:
         if "list" in again:
             numbers = range(again["first_shard"], again["first_shard"] + again["num_shards"])
             paths += [f"plan/passes/{again['name']}/{shard_name(n)}.parquet" for n in numbers]
-    return np.concatenate(list(streamed(lambda path: _digests(store, path), paths)))
+    gone = np.frombuffer(b"".join(withdrawn_urls(store)), "<u8")
+    return np.concatenate([gone, *streamed(lambda path: _digests(store, path), paths)])
 
 
 def _digests(store: Store, path: str) -> np.ndarray:

@@ -219,11 +219,14 @@ class Plan:
 
     def rows(self, shard: int) -> list[dict[str, Any]]:
         """The rows of a shard in order: url, caption, duplicate_of, extra, problem, sidecar."""
+        rows = read_table(self._store.read(self.path(shard))).to_pylist()
+        return [dict.fromkeys(_COLUMNS) | row for row in rows]
+
+    def path(self, shard: int) -> str:
+        """Where the rows of a shard lie."""
         again = self.retry_of(shard)
         folder = f"plan/passes/{again['name']}" if again else "plan/rows"
-        data = self._store.read(f"{folder}/{shard_name(shard)}.parquet")
-        rows = read_table(data).to_pylist()
-        return [dict.fromkeys(_COLUMNS) | row for row in rows]
+        return f"{folder}/{shard_name(shard)}.parquet"
 
     def retry_of(self, shard: int) -> dict[str, Any] | None:
         """The pass over failed rows, or the further list, that a shard belongs to; None for shards
@@ -298,7 +301,12 @@ def plan_retry(store: Store, stage: Stage, reasons: Iterable[str] = RETRYABLE) -
 
 def write_pass(store: Store, name: str, shard: int, rows: list[dict[str, Any]]) -> None:
     """Puts the rows of a shard that a pass appends."""
-    store.write(f"plan/passes/{name}/{shard_name(shard)}.parquet", _parquet(rows))
+    write_rows(store, f"plan/passes/{name}/{shard_name(shard)}.parquet", rows)
+
+
+def write_rows(store: Store, path: str, rows: list[dict[str, Any]]) -> None:
+    """Puts rows as the plan keeps them."""
+    store.write(path, _parquet(rows))
 
 
 def _failed(

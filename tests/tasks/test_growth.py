@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from infra.ledger import Ledger
 from infra.shards import sample_key
@@ -109,6 +110,10 @@ def test_pictures_of_another_kind_of_place_are_not_appended(store, tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="choose another root"):
         append_list(store, Source(path=str(tmp_path / "folder"), format="folder"))
+    Image.new("RGB", (40, 40)).save(tmp_path / "folder" / "a.jpg")
+    form = IngestParams(root=store.url, source=str(tmp_path / "folder"), append=True)
+    with pytest.raises(ValueError, match="choose another root"):
+        check("ingest", form.model_dump())
 
 
 def test_other_options_would_make_all_anew_and_are_refused(store, tmp_path):
