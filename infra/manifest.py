@@ -4,7 +4,7 @@ Publishing proves that every shard holds the same keys in the same order in all 
 key digests of the commits; a missing label is a hole inside its shard and therefore no gap here.
 Adding a modality is a new manifest over the same objects; nothing is copied.
 
-    manifests/<name>/v0001.json     created once, never changed
+    manifests/<name>/v0001.json     created once, never changed but by `tasks.withdraw`
     manifests/<name>/CURRENT        the version to use, moved with compare-and-swap
 
 A modality may be there at several sizes: "tok_rgb" and, of another stage, "tok_rgb@448".
@@ -174,18 +174,9 @@ def load_manifest(store: Store, name: str, version: int | None = None) -> Manife
     return manifest
 
 
-def supersede(store: Store, manifest: Manifest) -> Manifest:
-    """Write a manifest's content as its next version, and make that the current one."""
-    content = manifest.to_dict()
-    del content["version"]
-    newer = _write_version(store, manifest.name, content)
-    _move_current(store, manifest.name, newer.version)
-    return newer
-
-
-def remove_version(store: Store, name: str, version: int) -> None:
-    """Remove a version that must not be used any more."""
-    store.delete(_version_path(name, version))
+def amend(store: Store, manifest: Manifest) -> None:
+    """Put a version in the place of what stands under its number: only where samples must go."""
+    store.write_json(_version_path(manifest.name, manifest.version), manifest.to_dict())
 
 
 def output_of(modality: str) -> str:

@@ -11,7 +11,7 @@ _SHOWN = 5
 _ELSEWHERE = (
     "not reached: exports, copies and backups, caches of S3 on workers ($FOURM_CACHE), "
     "pictures in Prefect's artifacts, in reports/ and tokenizers/*/sheet.jpg, and what models "
-    "have learned. Trainings of earlier versions that were not finished cannot go on."
+    "have learned"
 )
 
 
@@ -42,7 +42,7 @@ def run(values: WithdrawParams) -> Iterator[str]:
     if not values.apply:
         yield "nothing was changed; --apply does it, while no other run is at work"
         return
-    yield f"{done.removed:,} objects were removed; published anew: {_list(done.manifests)}"
+    yield f"{done.removed:,} objects were removed; amended: {_list(done.manifests)}"
     yield _ELSEWHERE
 
 

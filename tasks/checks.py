@@ -233,7 +233,8 @@ def _check_training(store: Store, choices: dict[str, Any]) -> None:
     from tasks.train import FourMTask, begins
 
     if not choices["data"]:
-        _one_of("manifest", choices["manifest"], manifest_names(store), "publish")
+        name = choices["manifest"].partition("@")[0]
+        _one_of("manifest", name, manifest_names(store), "publish")
     names = ("steps", "batch_size", "seed", "start", "freeze", "lora")
     chosen = recipe(choices["recipe"], **{name: choices[name] for name in names})
     sets = open_sets(store, chosen, choices["data"] or choices["manifest"])

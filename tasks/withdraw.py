@@ -4,8 +4,9 @@
 
 This is the one act that changes what is committed. Of the shards that hold such a sample every
 output of every stage is written anew without it, under the hash of what it is now; its status rows
-say `withdrawn` and no more. Commits are then replaced, each manifest gets a next version, and what
-named or held the samples is deleted. No stage changes its fingerprint, so nothing is made again.
+say `withdrawn` and no more. Commits and manifests then tell what is there now, and what held the
+samples is deleted. No stage changes its fingerprint and no manifest its version, so nothing is
+made again, and a training that is not finished goes on without them, in other batches.
 The record comes first: a withdrawal that was cut off ends when any is run again, and a list that
 is appended later does not bring the URLs back.
 """
@@ -25,15 +26,7 @@ import pyarrow.compute as pc
 
 from infra.blocks import BlockReader, BlockWriter, is_blocks
 from infra.ledger import PASSES, Commit, Ledger, commit_path, count_drops, read_keys, read_statuses
-from infra.manifest import (
-    Manifest,
-    load_manifest,
-    manifest_names,
-    output_of,
-    remove_version,
-    supersede,
-    versions,
-)
+from infra.manifest import Manifest, amend, load_manifest, manifest_names, output_of, versions
 from infra.shards import (
     key_digest,
     read_tar,
@@ -65,7 +58,7 @@ class Withdrawn:
     commits: int = 0
     """Commits whose shards held some of them."""
     manifests: list[str] = field(default_factory=list)
-    """Versions that take the place of others."""
+    """Versions that named some of them."""
     removed: int = 0
     """Objects that were deleted."""
 
@@ -111,7 +104,7 @@ def withdraw(store: Store, wanted: Collection[str], *, apply: bool) -> Withdrawn
     _forget_witnesses(store, set(map(bytes.hex, withdrawn_urls(store))))
     _rewrite(store, commits, keys)
     shards = {int(key[:6]) for key in keys}
-    found.manifests = [at for name in manifest_names(store) for at in _renewed(store, name, shards)]
+    found.manifests = [at for name in manifest_names(store) for at in _amended(store, name, shards)]
     found.removed = _delete(store, shards)
     return found
 
@@ -278,18 +271,14 @@ def _silenced(table: pa.Table, keys: set[str]) -> pa.Table:
     return table
 
 
-def _renewed(store: Store, name: str, shards: set[int]) -> Iterator[str]:
-    """Give a manifest a next version that names what its commits name now, where the current one
-    does not, and remove the versions that name what is gone."""
-    current = load_manifest(store, name)
-    fresh = _entries(store, current, shards)
-    if fresh != current.entries:
-        current = supersede(store, replace(current, entries=fresh))
-        yield f"{name} v{current.version}"
+def _amended(store: Store, name: str, shards: set[int]) -> Iterator[str]:
+    """Let every version of a manifest name what its commits name now."""
     for version in versions(store, name):
         old = load_manifest(store, name, version)
-        if version != current.version and _entries(store, old, shards) != old.entries:
-            remove_version(store, name, version)
+        entries = _entries(store, old, shards)
+        if entries != old.entries:
+            amend(store, replace(old, entries=entries))
+            yield f"{name} v{version}"
 
 
 def _entries(store: Store, manifest: Manifest, shards: set[int]) -> dict[int, dict[str, Any]]:
