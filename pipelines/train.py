@@ -93,8 +93,8 @@ def _run_of(store: Store, manifest: Manifest, chosen: TrainRecipe) -> str:
     run, name = run_name(manifest, chosen), manifest.name
     for older, version in cut_off(store, manifest, chosen).items():
         logger.warning(
-            "%s was cut off, and %s was published anew since: this begins %s; --manifest %s@%d goes on "
-            "with the other", older, name, run, name, version,
+            "%s was cut off, and %s was published anew since: this begins %s; "
+            "--manifest %s@%d goes on with the other", older, name, run, name, version,
         )  # fmt: skip
     return run
 
