@@ -4,7 +4,8 @@ A unit of work is published in three steps: the tars are checked and put at addr
 their hash, then the statuses of the samples likewise, then the commit is created if it is absent.
 Dying anywhere before the last step leaves objects that nobody refers to; two workers at the same
 shard end with the first one's commit. So resuming is a subtraction: planned - committed -
-quarantined, each from one listing, and there is no lock and no database.
+quarantined, each from one listing, and there is no lock and no database. What must go for good
+(`tasks.withdraw`) is the one reason for which a commit is ever replaced.
 
 Statuses are addressed by content like the tars, so that a slower worker whose downloads went
 otherwise cannot overwrite what the winner's commit describes.

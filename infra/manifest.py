@@ -4,7 +4,7 @@ Publishing proves that every shard holds the same keys in the same order in all 
 key digests of the commits; a missing label is a hole inside its shard and therefore no gap here.
 Adding a modality is a new manifest over the same objects; nothing is copied.
 
-    manifests/<name>/v0001.json     created once, never changed
+    manifests/<name>/v0001.json     created once, never changed but by `tasks.withdraw`
     manifests/<name>/CURRENT        the version to use, moved with compare-and-swap
 
 A modality may be there at several sizes: "tok_rgb" and, of another stage, "tok_rgb@448".
@@ -194,6 +194,11 @@ def _current(store: Store, name: str) -> int:
     if not isinstance(value, dict) or type(value.get("version")) is not int:
         raise ManifestError(f"{store.full(_current_path(name))} holds no version")
     return int(value["version"])
+
+
+def amend(store: Store, manifest: Manifest) -> None:
+    """Put a version in the place of what stands under its number: only where samples must go."""
+    store.write_json(_version_path(manifest.name, manifest.version), manifest.to_dict())
 
 
 def output_of(modality: str) -> str:

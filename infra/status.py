@@ -49,6 +49,8 @@ class StageStatus:
     """Shares of the worker time in which work was held up, by what it waited for."""
     queues: dict[str, float] = field(default_factory=dict)
     """How much was at each place of a worker, on average."""
+    bytes: int = 0
+    """What its shards occupy."""
 
     @property
     def left(self) -> int:
@@ -82,7 +84,7 @@ class _Fold:
 
     def __init__(self) -> None:
         self.first = "~"
-        self.samples = 0
+        self.samples = self.bytes = 0
         self.seconds = 0.0
         self.drops: Counter[str] = Counter()
         self.slowest: tuple[int, float] | None = None
@@ -95,6 +97,7 @@ class _Fold:
         end = datetime.fromisoformat(commit.created).timestamp()
         self.first = min(self.first, commit.created)
         self.samples += commit.samples
+        self.bytes += sum(output["bytes"] for output in commit.outputs.values())
         self.seconds += commit.worker_seconds
         self.drops.update(commit.drops)
         self.spans.append((end - commit.seconds, end))
@@ -126,6 +129,7 @@ class _Fold:
             begun=len(begun),
             waited=self.waited.values(),
             queues=self.queues.values(),
+            bytes=self.bytes,
         )
 
     def _elapsed(self) -> float:
@@ -183,6 +187,7 @@ def as_rows(lines: Collection[StageStatus]) -> list[dict[str, Any]]:
             "failed": _counts(line.failed),
             "samples": line.samples,
             "dropped": _counts(line.drops),
+            "stored": size(line.bytes),
             "samples/s": round(line.rate, 1),
             "workers": round(line.workers, 1),
             "spent": duration(line.seconds),
@@ -197,6 +202,19 @@ def as_rows(lines: Collection[StageStatus]) -> list[dict[str, Any]]:
 
 def _amounts(means: dict[str, float]) -> str:
     return ", ".join(f"{at.replace('_', ' ')} {amount:.3g}" for at, amount in means.items())
+
+
+def size(number: float) -> str:
+    """Bytes as "12 MB".
+
+    >>> size(2_500_000)
+    '2 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}"
+        number /= 1000
+    return f"{number:,.1f} TB"
 
 
 def duration(seconds: float | None) -> str:

@@ -19,3 +19,10 @@ def read_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     """
     file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
     return file.read(columns=None if columns is None else list(columns), use_threads=False)
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as a Parquet file's bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue().to_pybytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 
@@ -16,6 +17,9 @@ from pipelines.stages import run_jobs, stage_task
 from pipelines.workers import NO_GPU
 from tasks import chain, duplicates, fetch
 from tasks.checks import check
+from tasks.growth import append_list
+
+logger = logging.getLogger("fourm.flows")
 
 
 @stage_task("plan")
@@ -29,10 +33,14 @@ def plan_rows(params: IngestParams) -> int:
         caption=params.caption_column,
         extra=tuple(params.extra_columns),
     )
-    plan = fetch.make_plan(store, source, shard_rows=params.shard_rows, limit=params.limit)
+    if params.append and store.exists("plan/plan.json"):
+        rows = append_list(store, source, limit=params.limit)
+        logger.info("rows of %s that are new: %d", params.source, rows)
+    else:
+        fetch.make_plan(store, source, shard_rows=params.shard_rows, limit=params.limit)
     choices = params.model_dump(include=set(IngestOptions.model_fields))
     chain.remember(store, "ingest", choices)
-    return int(plan["num_shards"])
+    return len(chain.Chain(store).shards)
 
 
 @stage_task("fetch")

@@ -25,7 +25,10 @@ class Training(Form):
         "demo", description="Network, masking and optimizer in one word. demo wants the labels of "
         "4M-7, any takes whatever the set holds."
     )
-    manifest: str = Field("main", pattern=r"^[\w.-]+$", description="Manifest to train on.")
+    manifest: str = Field(
+        "main", pattern=r"^[\w.-]+(@\d+)?$", description="Manifest to train on; main@2: version 2 "
+        "of it, to go on with a run that began before the next one was published."
+    )  # fmt: skip
     steps: int | None = Field(None, ge=1, description="Optimizer steps; none: the recipe's.")
     batch_size: int | None = Field(None, ge=1, description="Samples a step; none: the recipe's.")
     data: dict[str, str] = Field(

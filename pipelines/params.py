@@ -274,6 +274,11 @@ class EvaluateOptions(Form):
 class IngestParams(Compute, IngestOptions, Where):
     """Download the pictures of a list into shards, with a fate for every row."""
 
+    append: bool = Field(
+        False,
+        description="Add what is new in this list, by its URLs, to a dataset that has one.",
+    )
+
 
 class RetryParams(Compute, Where):
     """Download once more the rows that failed for passing reasons, as further shards."""
@@ -350,6 +355,17 @@ class JanitorParams(Where):
     )
 
 
+class WithdrawParams(Where):
+    """Take samples out of a dataset for good: pictures, texts, labels, tokens and planned rows."""
+
+    names: str = Field(
+        min_length=1,
+        description="File of keys and URLs, one a line; what follows a tab is not read. A path, or "
+        "any fsspec URL.",
+    )
+    apply: bool = Field(False, description="Remove; otherwise only say what would be removed.")
+
+
 class EndToEndParams(Compute, Where):
     """The whole chain, from a list of links to a trained and measured model."""
 
@@ -386,6 +402,7 @@ COMMANDS: dict[str, tuple[type[Where], str]] = {
 TOOLS: dict[str, tuple[type[Form], str]] = {
     "plan-train": (PlanTrainParams, "fourm plan-train --recipe fourm_21_xl --devices 128"),
     "plan-tokenizers": (PlanTokenizersParams, "fourm plan-tokenizers --preset modern"),
+    "withdraw": (WithdrawParams, "fourm withdraw --root data/mine --names opt-out.txt --apply"),
     "speedrun": (SpeedrunParams, "fourm speedrun --record --note 'larger batches'"),
 }
 """Commands made from their form that are no flows: they print lines."""

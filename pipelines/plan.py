@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.table import Table
 
 from infra.ledger import Ledger, Stage
+from infra.status import size
 from infra.store import Store
 from models import modalities
 from models.labelers import outputs
@@ -26,7 +27,8 @@ def lines(params: PlanParams) -> list[Line]:
     planned = store.exists("plan/plan.json")
     if planned:
         plan = Ledger(store).read_plan()
-        rows, shards = int(plan.get("rows", 0)), int(plan["num_shards"])
+        shards = int(plan["num_shards"])
+        rows = int(plan.get("rows", 0)) + sum(again["rows"] for again in plan["passes"])
         if plan.get("format") == "webdataset":
             rows = shards * params.shard_rows  # a row of such a plan is a tar
     else:
@@ -121,24 +123,16 @@ def table(found: list[Line], workers: int) -> Table:
         shown.add_column(name, justify="right")
     for line in found:
         shown.add_row(
-            line.stage, f"{line.shards:,}", f"{line.samples:,}", _bytes(line.bytes),
+            line.stage, f"{line.shards:,}", f"{line.samples:,}", size(line.bytes),
             _hours(line.hours), _hours(line.gpu_hours), line.basis,
         )  # fmt: skip
     whole = total(found)
     shown.add_section()
     shown.add_row(
-        "together", "", "", _bytes(whole["bytes"]), _hours(whole["hours"]),
+        "together", "", "", size(whole["bytes"]), _hours(whole["hours"]),
         _hours(whole["gpu_hours"]), "",
     )  # fmt: skip
     return shown
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}"
-        number /= 1000
-    return f"{number:,.1f} TB"
 
 
 def _hours(hours: float) -> str:

@@ -20,8 +20,9 @@ def plan_pass(params: RetryParams) -> int:
     store = Store(params.root)
     dataset = Chain(store)
     left = dataset.ledger.todo(dataset.download, dataset.shards)
-    if left and dataset.plan["passes"] and min(left) >= dataset.plan["list_shards"]:
-        return int(dataset.plan["passes"][-1]["rows"])
+    last = dataset.plan["passes"][-1] if dataset.plan["passes"] else {"list": {}}
+    if left and "list" not in last and min(left) >= last["first_shard"]:
+        return int(last["rows"])
     return int(plan_retry(store, dataset.download, params.reasons)["rows"])
 
 

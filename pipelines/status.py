@@ -14,15 +14,15 @@ from tasks.run_store import read_curve
 _NUMBERS = (
     "done", "left", "begun", "samples", "samples/s", "workers", "spent", "time left", "slowest",
 )  # fmt: skip
-_TEXTS = ("failed", "dropped", "waited for", "at work")
+_TEXTS = ("stored", "failed", "dropped", "waited for", "at work")
 
 
 def tables(store: Store) -> Group:
-    """How far each stage and each training run of a dataset is, and below what stages lost, what
-    their work waited for, and how much was at each place of a worker, on average."""
+    """How far each stage and each training run of a dataset is, and below what stages occupy and
+    lost, what their work waited for, and how much was at each place of a worker, on average."""
     numbers = _table(store.url, _NUMBERS, "right")
     numbers.caption = "begun: under way, or broken off with their run"
-    texts = _table("what was lost, and what was waited for", _TEXTS, "left")
+    texts = _table("what is stored, what was lost, and what was waited for", _TEXTS, "left")
     texts.caption = "networks wait for input or output, fetching for arrivals or cleaning"
     for row in as_rows(status(store)):
         for lines, names in ((numbers, _NUMBERS), (texts, _TEXTS)):

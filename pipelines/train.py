@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -13,7 +14,7 @@ import numpy as np
 from prefect import flow
 
 from infra import ui
-from infra.manifest import Manifest
+from infra.manifest import Manifest, versions
 from infra.ray_session import Embedded, ray_session
 from infra.store import Store
 from pipelines.params import TrainParams
@@ -21,8 +22,10 @@ from pipelines.stages import stage_task
 from tasks.mixture import open_sets
 from tasks.recipes import TrainRecipe, described, recipe
 from tasks.report import curve_figure, pace_figure
-from tasks.run_store import read_curve
+from tasks.run_store import Checkpoints, read_curve
 from tasks.train import train_fourm
+
+logger = logging.getLogger("fourm.flows")
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +52,7 @@ def train_model(params: TrainParams) -> dict[str, Any]:
     chosen = replace(chosen, training=replace(chosen.training, **how))
     _check_workers(params)
     data = open_sets(store, chosen, params.data or params.manifest)
-    run = params.run or run_name(next(iter(data.values()))[0][1], chosen)
+    run = params.run or _run_of(store, next(iter(data.values()))[0][1], chosen)
     curve = LiveCurve(store, run)
     with ray_session(params.ray) if params.train_workers else nullcontext():
         info = train_fourm(
@@ -83,6 +86,29 @@ def run_name(manifest: Manifest, chosen: TrainRecipe) -> str:
     """A name that other data or another recipe never shares, such as "main-v1-3fa2c1"."""
     digest = hashlib.sha256(json.dumps(described(chosen), sort_keys=True).encode()).hexdigest()
     return f"{manifest.name}-v{manifest.version}-{digest[:6]}"
+
+
+def _run_of(store: Store, manifest: Manifest, chosen: TrainRecipe) -> str:
+    """The name of the run that goes on or begins; says so where one on an earlier version stays."""
+    run, name = run_name(manifest, chosen), manifest.name
+    for older, version in cut_off(store, manifest, chosen).items():
+        logger.warning(
+            "%s was cut off, and %s was published anew since: this begins %s; "
+            "--manifest %s@%d goes on with the other", older, name, run, name, version,
+        )  # fmt: skip
+    return run
+
+
+def cut_off(store: Store, manifest: Manifest, chosen: TrainRecipe) -> dict[str, int]:
+    """Runs of this recipe on earlier versions of a manifest that have checkpoints and did not end,
+    with the version; none where the one on this version has begun."""
+    if Checkpoints(store, f"runs/{run_name(manifest, chosen)}").steps():
+        return {}
+    earlier = [version for version in versions(store, manifest.name) if version < manifest.version]
+    names = {run_name(replace(manifest, version=version), chosen): version for version in earlier}
+    return {run: version for run, version in names.items()
+            if Checkpoints(store, f"runs/{run}").steps()
+            and not store.exists(f"runs/{run}/run.json")}  # fmt: skip
 
 
 class LiveCurve:

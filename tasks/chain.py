@@ -9,6 +9,7 @@ what was made under the old ones stays, and counts again when the choice is take
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +26,15 @@ if TYPE_CHECKING:
     from tasks.train_tokenizers import TokenizerInfo
     from tokenizers_vq.sequences.form import TextForm
 
+logger = logging.getLogger("fourm.chain")
+
 FILE = "dataset.json"
+_FREE = frozenset({
+    "source", "format", "url_column", "caption_column", "extra_columns", "limit", "allow_hosts",
+    "timeout", "attempts", "concurrency", "per_host", "batch_size", "device", "resources", "share",
+    "name", "val_share", "shards",
+})  # fmt: skip
+"""Choices that change nothing of what is made already."""
 _NEEDED = {
     "ingest": "no pictures were ingested into {url}; run `fourm ingest` first",
     "label": "nothing says how the pictures of {url} are labelled; run `fourm label` first",
@@ -49,11 +58,24 @@ def _remember(
         choices = chosen(settings.get(section, {}))
         if settings.get(section) == choices:
             return
+        _tell(section, settings.get(section, {}), choices)
         try:
             store.replace(FILE, json_bytes({**settings, section: choices}), version)
         except StoreConflict:  # another flow wrote at the same time
             continue
         return
+
+
+def _tell(section: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Say what a flow is told otherwise than the one before: often by an option that was left
+    out, and then all that depends on it is made anew."""
+    told = before.keys() & now.keys() - _FREE
+    changed = [name for name in before if name in told and before[name] != now[name]]
+    if changed:
+        said = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed)
+        logger.warning("%s of this dataset is chosen otherwise than before: %s. What that changes "
+                       "is made anew beside what there is, which counts again once the choice is "
+                       "taken back.", section, said)  # fmt: skip
 
 
 def remember_tokenizers(store: Store, choices: dict[str, Any]) -> None:

@@ -6,9 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 from infra.ray_session import Embedded
+from infra.sources import Source
 from infra.store import Store
 from tasks.chain import Chain
-from tasks.choices import labelers, tokenizer_recipes
+from tasks.choices import fetch_config, labelers, tokenizer_recipes
 
 FIRST_ROWS = 100
 """Rows of a list of which one at least must be good, before work starts."""
@@ -40,7 +41,9 @@ def check(flow: str, choices: dict[str, Any]) -> None:
     for section in _UPSTREAM.get(flow, ()):
         chain.section(section)
     if flow == "ingest":
-        _check_source(choices)
+        source = _check_source(choices)
+        if choices.get("append") and store.exists("plan/plan.json"):
+            _check_same_pictures(chain, source, choices)
     if flow == "retry":
         from tasks.plans import check_retry
 
@@ -132,12 +135,12 @@ def _check_compiles(name: str, device: str, ray: str) -> None:
         check_compiler(device)
 
 
-def _check_source(choices: dict[str, Any]) -> None:
+def _check_source(choices: dict[str, Any]) -> Source:
     """Read the first rows of the list: its columns are there and hold what they should, or the
-    error says what they do."""
+    error says what they do. Returns where it is."""
     from botocore.exceptions import BotoCoreError, NoCredentialsError
 
-    from infra.sources import Source, detect, read_rows
+    from infra.sources import detect, read_rows
 
     source = Source(
         path=choices["source"],
@@ -170,6 +173,28 @@ def _check_source(choices: dict[str, Any]) -> None:
             f"{source.path}: none of the first {len(odd)} rows can be used: {odd[0]}; "
             "url_column says where the URLs are"
         )
+    return source
+
+
+def _check_same_pictures(chain: Chain, source: Source, choices: dict[str, Any]) -> None:
+    """What is appended becomes part of the stages that there are; under other options all that
+    they hold would be fetched, and labelled, once more."""
+    from tasks.fetch import fetch_stage
+    from tasks.growth import check_place
+
+    check_place(chain.store, chain.ledger.read_plan(), source)
+    if "ingest" not in chain.settings:
+        return
+    known = chain.section("ingest")
+    stage = fetch_stage(chain.plan, fetch_config(choices))
+    if stage.id == chain.download.id and choices["duplicates"] == chain.duplicates:
+        return
+    shaping = ("resize", "image_size", "min_side", "max_pixels", "max_aspect", "duplicates",
+               "honour_opt_out", "honour_robots")  # fmt: skip
+    before = [f"--{name.replace('_', '-')} {known[name]}" for name in shaping
+              if name in known and known[name] != choices[name]]  # fmt: skip
+    raise ValueError(f"the pictures of {chain.store.url} were made with {' '.join(before)}: append "
+                     "with the same, or all of them would be fetched and labelled anew")
 
 
 def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:
@@ -208,7 +233,8 @@ def _check_training(store: Store, choices: dict[str, Any]) -> None:
     from tasks.train import FourMTask, begins
 
     if not choices["data"]:
-        _one_of("manifest", choices["manifest"], manifest_names(store), "publish")
+        name = choices["manifest"].partition("@")[0]
+        _one_of("manifest", name, manifest_names(store), "publish")
     names = ("steps", "batch_size", "seed", "start", "freeze", "lora")
     chosen = recipe(choices["recipe"], **{name: choices[name] for name in names})
     sets = open_sets(store, chosen, choices["data"] or choices["manifest"])

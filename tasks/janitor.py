@@ -79,7 +79,7 @@ def remove(store: Store, litter: Iterable[Litter]) -> int:
         How many things were removed.
     """
     litter = list(litter)
-    named = _named(store) if any(item.kind == "orphan" for item in litter) else set()
+    named = named_objects(store) if any(item.kind == "orphan" for item in litter) else set()
     removed = 0
     for item in litter:
         if item.kind == "write":
@@ -106,14 +106,14 @@ def _removal_order(item: Litter) -> tuple[str, bool, str]:
 def _orphans(store: Store) -> Iterator[Litter]:
     # Objects first: what is committed after this listing is named by a commit that is read after.
     objects = {**store.entries("shards/"), **store.entries("status/")}
-    named = _named(store)
+    named = named_objects(store)
     if named is None:
         return
     for path in sorted(objects.keys() - named):
         yield Litter("orphan", path, objects[path].modified, objects[path].size)
 
 
-def _named(store: Store) -> set[str] | None:
+def named_objects(store: Store) -> set[str] | None:
     """Paths that a commit or a manifest names; None where one of them cannot be understood."""
     named: set[str] = set()
     ledger, record = Ledger(store), ""

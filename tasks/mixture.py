@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from infra.manifest import Manifest, load_manifest, manifest_names
+from infra.manifest import Manifest, load_manifest, manifest_names, versions
 from infra.store import Store
 from models.fourm.batch import Batch
 from models.fourm.draws import Draws
@@ -56,7 +56,8 @@ def open_sets(
         store: The dataset.
         recipe: The recipe.
         given: Source -> "manifest" of `store`, "root#manifest" of another one, or several joined
-            by "+" to be read side by side; a manifest alone is for a recipe with one source.
+            by "+" to be read side by side; a manifest alone is for a recipe with one source. What
+            is current counts, or a version that is named: "manifest@2".
 
     Raises:
         ValueError: a manifest does not exist, or the recipe mixes several sets and only one is
@@ -73,13 +74,16 @@ def open_sets(
 
 
 def _open_set(store: Store, given: str) -> SetOf:
-    root, separate, name = given.rpartition("#")
+    root, separate, said = given.rpartition("#")
     where = Store(root) if separate else store
     names = manifest_names(where)
+    name, _, version = said.partition("@")
     if name not in names:
         have = f"there are {', '.join(names)}" if names else "`fourm publish` makes one"
         raise ValueError(f"no manifest {name!r} in {where.url}; {have}")
-    return where, load_manifest(where, name)
+    if version and int(version) not in (there := versions(where, name)):
+        raise ValueError(f"{name} in {where.url} has the versions {there}, not {version}")
+    return where, load_manifest(where, name, int(version) if version else None)
 
 
 def bind(

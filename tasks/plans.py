@@ -2,7 +2,8 @@
 
     plan/plan.json                     the list's digest, its rows and shards; written last
     plan/rows/shard-000123.parquet     the rows of a shard
-    plan/passes/0001.json              further passes over rows that failed, each with its shards
+    plan/passes/0001.json              further passes over rows that failed, and further lists
+                                       (`tasks.growth`), each with its shards
 
 A row's key depends on its place in the list alone, whatever else was downloaded. A further pass
 appends shards of its own, so that nothing which is done changes: neither commits nor labels.
@@ -63,13 +64,14 @@ def make_plan(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fourm-plan-")))
         with (folder / "digests").open("wb") as digests:
-            identity, rows = _survey(source, shard_rows, limit, digests)
+            identity, rows = survey(source, shard_rows, limit, digests)
         if store.exists("plan/plan.json"):
             plan = ledger.read_plan()
-            if plan["id"] != identity:
+            if identity not in planned_lists(plan):
                 raise ValueError(
-                    f"{store.url} was planned from {plan['source']} and a plan never changes: "
-                    f"choose another root for {source.path}"
+                    f"{store.url} was planned from {plan['source']} with {plan['shard_rows']} rows "
+                    "a shard, and a plan never changes: --append adds what is new in "
+                    f"{source.path} as further shards; else choose another root for it"
                 )
             return plan
         if not rows:
@@ -80,7 +82,7 @@ def make_plan(
                 f"{rows} rows are {shards} shards of {shard_rows} rows, and a dataset has at most "
                 f"{MAX_SHARDS}: raise shard_rows"
             )
-        first = _first_seen(folder / "digests", rows)
+        first = first_seen(folder / "digests", rows)
         written = _write_rows(store, source, shard_rows, limit, first)
     if written != identity:
         raise ValueError(f"{source.path} changed while it was read; plan it again")
@@ -118,20 +120,30 @@ class _Digest:
         return self._digest.hexdigest()
 
 
-def _survey(
+def planned_lists(plan: dict[str, Any]) -> set[str]:
+    """Identities of the lists that a dataset was planned from."""
+    return {plan["id"], *(again["list"]["id"] for again in plan["passes"] if "list" in again)}
+
+
+def survey(
     source: Source, shard_rows: int, limit: int | None, digests: BinaryIO
 ) -> tuple[str, int]:
-    """Identity and number of rows; 8 bytes for each row's URL go into the file."""
+    """Identity and number of rows; the 8 bytes of each row's `url_digest` go into the file."""
     digest, count = _Digest(source, shard_rows, limit), 0
     for row in digest.over(read_rows(source, limit)):
-        # A bad row is never downloaded: others of its URL do not repeat it.
-        url = "" if row.problem else row.url
-        digests.write(hashlib.blake2b(url.encode("utf-8", "replace"), digest_size=8).digest())
+        digests.write(url_digest(row.url, row.problem))
         count += 1
     return digest.hexdigest(), count
 
 
-def _first_seen(path: Path, rows: int) -> np.ndarray:
+def url_digest(url: str, problem: str | None) -> bytes:
+    """8 bytes that are equal for rows which ask for the same picture."""
+    # A bad row is never downloaded: others of its URL do not repeat it.
+    text = f"\0{url}\0{problem}" if problem else url
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+
+
+def first_seen(path: Path, rows: int) -> np.ndarray:
     """Of each row the first one with the same URL, int32 [rows], in a file beside the digests.
 
     Rows are compared in buckets of equal digests modulo a number, a bucket at a time in memory.
@@ -166,22 +178,25 @@ def _write_rows(
             break
         earlier = int(first[number])
         again = earlier != number and not row.problem
-        batch.append(
-            {
-                "url": row.url,
-                "caption": " ".join(row.caption.split())[:MAX_CAPTION],
-                "duplicate_of": sample_key(*divmod(earlier, shard_rows)) if again else None,
-                "extra": row.extra or None,
-                "problem": row.problem or None,
-                "sidecar": row.sidecar or None,
-            }
-        )
+        batch.append(record(row, sample_key(*divmod(earlier, shard_rows)) if again else None))
         if len(batch) == shard_rows:
             store.write(f"plan/rows/{shard_name(shard)}.parquet", _parquet(batch))
             batch, shard = [], shard + 1
     if batch:
         store.write(f"plan/rows/{shard_name(shard)}.parquet", _parquet(batch))
     return digest.hexdigest()
+
+
+def record(row: Row, duplicate_of: str | None = None) -> dict[str, Any]:
+    """A row of a list as the plan keeps it."""
+    return {
+        "url": row.url,
+        "caption": " ".join(row.caption.split())[:MAX_CAPTION],
+        "duplicate_of": duplicate_of,
+        "extra": row.extra or None,
+        "problem": row.problem or None,
+        "sidecar": row.sidecar or None,
+    }
 
 
 def _parquet(rows: list[dict[str, Any]]) -> bytes:
@@ -204,14 +219,18 @@ class Plan:
 
     def rows(self, shard: int) -> list[dict[str, Any]]:
         """The rows of a shard in order: url, caption, duplicate_of, extra, problem, sidecar."""
-        again = self.retry_of(shard)
-        folder = f"plan/passes/{again['name']}" if again else "plan/rows"
-        data = self._store.read(f"{folder}/{shard_name(shard)}.parquet")
-        rows = read_table(data).to_pylist()
+        rows = read_table(self._store.read(self.path(shard))).to_pylist()
         return [dict.fromkeys(_COLUMNS) | row for row in rows]
 
+    def path(self, shard: int) -> str:
+        """Where the rows of a shard lie."""
+        again = self.retry_of(shard)
+        folder = f"plan/passes/{again['name']}" if again else "plan/rows"
+        return f"{folder}/{shard_name(shard)}.parquet"
+
     def retry_of(self, shard: int) -> dict[str, Any] | None:
-        """The pass over failed rows that a shard belongs to; None for shards of the list."""
+        """The pass over failed rows, or the further list, that a shard belongs to; None for shards
+        of the first list."""
         for again in self.about.get("passes", ()):
             if again["first_shard"] <= shard < again["first_shard"] + again["num_shards"]:
                 return dict(again)
@@ -249,7 +268,8 @@ def plan_retry(store: Store, stage: Stage, reasons: Iterable[str] = RETRYABLE) -
     if left := ledger.todo(stage, range(plan.about["num_shards"])):
         raise ValueError(f"{len(left)} shards are not downloaded yet; run `fourm ingest` first")
     passes = plan.about["passes"]
-    since = passes[-1]["first_shard"] if passes else 0
+    # Lists that were appended since the last pass over failed rows are to be looked at, too.
+    since = max((again["first_shard"] for again in passes if "list" not in again), default=0)
     number, first_shard = len(passes) + 1, plan.about["num_shards"]
     commits = dict(sorted(ledger.commits(stage).items()))
     # Commits never change, so these name the failed rows without a look at them.
@@ -261,10 +281,10 @@ def plan_retry(store: Store, stage: Stage, reasons: Iterable[str] = RETRYABLE) -
         rows += 1
         batch.append(row)
         if len(batch) == plan.about["shard_rows"]:
-            _write_pass(store, name, first_shard + shards, batch)
+            write_pass(store, name, first_shard + shards, batch)
             batch, shards = [], shards + 1
     if batch:
-        _write_pass(store, name, first_shard + shards, batch)
+        write_pass(store, name, first_shard + shards, batch)
         shards += 1
     again = {
         "name": name,
@@ -279,8 +299,14 @@ def plan_retry(store: Store, stage: Stage, reasons: Iterable[str] = RETRYABLE) -
     return again
 
 
-def _write_pass(store: Store, name: str, shard: int, rows: list[dict[str, Any]]) -> None:
-    store.write(f"plan/passes/{name}/{shard_name(shard)}.parquet", _parquet(rows))
+def write_pass(store: Store, name: str, shard: int, rows: list[dict[str, Any]]) -> None:
+    """Puts the rows of a shard that a pass appends."""
+    write_rows(store, f"plan/passes/{name}/{shard_name(shard)}.parquet", rows)
+
+
+def write_rows(store: Store, path: str, rows: list[dict[str, Any]]) -> None:
+    """Puts rows as the plan keeps them."""
+    store.write(path, _parquet(rows))
 
 
 def _failed(

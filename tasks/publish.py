@@ -17,8 +17,9 @@ from tasks.tokenize import published_name
 def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
     """Publish every shard that is tokenized in all modalities; the pictures go along.
 
-    The last shards of the list that hold samples are the validation split: at least one, where
-    there are two.
+    The last shards of the lists that hold samples are the validation split: at least one, where
+    there are two. Of a set that has grown those that were held out before stay so, and none that
+    was trained on joins them as long as others are enough.
 
     Args:
         store: the dataset.
@@ -32,12 +33,7 @@ def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
     chain = Chain(store)
     stages = published_stages(chain)
     shards = tokenized_shards(chain, stages)
-    # Not of the shards that passes over failed rows appended: those are pictures of slow hosts.
-    of_list = [shard for shard in shards if shard < chain.plan["list_shards"]] or shards
-    held_out = min(len(of_list) - 1, max(1, round(len(of_list) * val_share)))
-    # Not those whose rows have all failed, as the few that a list ends with may.
-    filled = (shard for shard in reversed(of_list) if _samples(chain, shard))
-    val = sorted(islice(filled, held_out))
+    val = _held_out(chain, name, shards, val_share)
     return publish(
         chain.ledger,
         name,
@@ -51,6 +47,36 @@ def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
         },
         meta={"crops": asdict(chain.crops)},
     )
+
+
+def _held_out(chain: Chain, name: str, shards: Sequence[int], share: float) -> list[int]:
+    """The shards of the validation split."""
+    passes = chain.plan["passes"]
+    # Not of the shards that passes over failed rows appended: those are pictures of slow hosts.
+    slow = {
+        shard
+        for again in passes
+        if "list" not in again
+        for shard in range(again["first_shard"], again["first_shard"] + again["num_shards"])
+    }
+    of_lists = [shard for shard in shards if shard not in slow] or list(shards)
+    before = _splits_before(chain.store, name)
+    # What was held out first, then what was not published yet, the last ones first of each.
+    order = sorted(of_lists, key=lambda shard: (before.get(shard, 1), -shard))
+    # Not those whose rows have all failed, as the few that a list ends with may.
+    filled = (shard for shard in order if _samples(chain, shard))
+    count = min(len(of_lists) - 1, max(1, round(len(of_lists) * share)))
+    return sorted(islice(filled, count))
+
+
+def _splits_before(store: Store, name: str) -> dict[int, int]:
+    """Shard of the version before this one: 0 where it was held out, 2 where it was trained on."""
+    try:
+        manifest = load_manifest(store, name)
+    except FileNotFoundError:
+        return {}
+    val = set(manifest.splits.get("val", ()))
+    return {shard: 0 if shard in val else 2 for shard in manifest.shards()}
 
 
 def tokenized_shards(chain: Chain, stages: Mapping[str, Stage]) -> list[int]:

@@ -103,8 +103,9 @@ def check_same_run(
     # Checkpoints of earlier releases do not tell.
     for name, value in task.identity().items():
         if (known := state.get("task", {}).get(name, value)) != value:
+            older = f", or --manifest {known[0]}@{known[1]}" if name == "manifest" else ""
             raise ValueError(f"the run at {path} was started with another {name}"
-                             f"{_apart(known, value)}; choose another run name")
+                             f"{_apart(known, value)}; choose another run name{older}")
     for field in dataclasses.fields(config):
         if field.name in FREE:
             continue

@@ -7,7 +7,7 @@ import pytest
 from infra import units
 from infra.ledger import Ledger, Stage, commit_path
 from infra.runner import StageJob
-from infra.status import as_rows, duration, failure_class, status
+from infra.status import as_rows, duration, failure_class, size, status
 from infra.store import Store
 from tests.infra.runner_works import ROWS
 from tests.infra.test_runner import run, toy_job
@@ -31,6 +31,8 @@ def test_status_counts_done_failed_dropped_and_left(tmp_path, monkeypatch):
     (row,) = as_rows([line])
     assert (row["done"], row["left"], row["failed"]) == ("3/5", 1, "ValueError 1")
     assert row["dropped"] == "http_404 3"
+    assert line.bytes == sum(map(store.size, store.list("shards/"))) > 0
+    assert row["stored"] == size(line.bytes)
 
 
 def test_every_fingerprint_is_a_stage_of_its_own(tmp_path):

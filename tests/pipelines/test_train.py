@@ -12,10 +12,15 @@ import numpy as np
 import pytest
 
 from infra import ui
+from infra.ledger import Ledger, ShardData, Stage
+from infra.manifest import publish
+from infra.shards import write_tar
 from infra.store import Store
 from pipelines import train as flow
 from pipelines import train_tokenizers as tokenizers
 from pipelines.params import TrainParams, TrainTokenizersParams
+from tasks.mixture import open_sets
+from tasks.recipes import recipe
 from tasks.report import pace_figure
 from tasks.train import RunInfo
 
@@ -117,3 +122,28 @@ def test_more_training_workers_than_this_machine_has_gpus_are_refused_instead_of
     monkeypatch.setattr("infra.ray_session.gpus", lambda: 1)
     with pytest.raises(ValueError, match=r"2 training workers take a GPU each, .* has 1"):
         flow.train_model.fn(TrainParams(root=str(tmp_path), train_workers=2))
+
+
+def test_a_run_that_was_cut_off_before_the_set_was_published_anew_can_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, chosen = Store(str(tmp_path)), recipe("any")
+    stage = Stage("tokens:depth", 1, {}, ("tok_depth",))
+    for shard in (0, 1):
+        data = ShardData([], {"tok_depth": write_tar([])}, [], 1.0)
+        Ledger(store).commit(stage, shard, data)
+        publish(Ledger(store), "main", {"tok_depth": stage}, range(shard + 1))
+    (_, old), = open_sets(store, chosen, "main@1").popitem()[1]
+    (_, new), = open_sets(store, chosen, "main").popitem()[1]
+    assert (old.version, new.version) == (1, 2)
+    with pytest.raises(ValueError, match=r"has the versions \[1, 2\], not 3"):
+        open_sets(store, chosen, "main@3")
+    older = flow.run_name(old, chosen)
+    store.write_json(f"runs/{older}/checkpoints/step-00000010/state.json", {})
+    assert flow._run_of(store, old, chosen) == older
+    assert not caplog.records
+    assert flow._run_of(store, new, chosen) != older
+    assert f"{older} was cut off" in caplog.text
+    assert "--manifest main@1 goes on" in caplog.text
+    store.write_json(f"runs/{older}/run.json", {})
+    assert flow.cut_off(store, new, chosen) == {}

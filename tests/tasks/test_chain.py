@@ -68,6 +68,16 @@ def test_what_does_not_change_the_bytes_does_not_change_the_stage(
     assert Chain(store).labels["depth"].id == before.id
 
 
+def test_a_flow_that_is_told_otherwise_than_before_says_so(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    ingest = Chain(store).section("ingest")
+    remember(store, "ingest", ingest | {"source": "longer.tsv", "timeout": 3.0})
+    assert not caplog.records
+    remember(store, "ingest", ingest | {"image_size": 512})
+    assert "image_size was 256, is 512. What that changes is made anew" in caplog.text
+
+
 def test_another_network_changes_only_its_branch(store: Store, tmp_path: Path) -> None:
     fetch, label = Chain(store).fetch, Chain(store).labels["depth"]
     (tmp_path / "network" / "config.json").write_text('{"new": 1}')
