@@ -25,7 +25,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.blocks import BlockReader, BlockWriter, is_blocks
-from infra.ledger import PASSES, Commit, Ledger, commit_path, count_drops, read_keys, read_statuses
+from infra.ledger import (
+    PASSES,
+    Commit,
+    Ledger,
+    commit_path,
+    count_drops,
+    read_keys,
+    read_statuses,
+    streamed,
+)
 from infra.manifest import Manifest, amend, load_manifest, manifest_names, output_of, versions
 from infra.shards import (
     key_digest,
@@ -141,8 +150,8 @@ def _rows(store: Store, plan: Plan, wanted: set[str]) -> dict[str, str]:
         found |= {key: row["url"] for key, row in named.items()
                   if key in keys and row["problem"] != REASON}  # fmt: skip
     asked = pa.array(sorted({*wanted, *found.values()} - {""}), pa.string())
-    for shard in shards:
-        column = read_table(store.read(plan.path(shard)), ["url"])["url"]
+    urls = streamed(lambda shard: read_table(store.read(plan.path(shard)), ["url"])["url"], shards)
+    for shard, column in zip(shards, urls, strict=True):
         at = pc.indices_nonzero(pc.is_in(column, asked)).to_pylist()
         found |= {sample_key(shard, n): column[n].as_py() for n in at}
     return found

@@ -37,11 +37,16 @@ def _everything(store: Store) -> bytes:
 
 
 @pytest.fixture
-def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+def fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Store:
     """Six rows in three shards; URL stands at two places, a copy of its picture under another."""
+    on_s3 = getattr(request, "param", "file") == "s3"
+    bucket = request.getfixturevalue("s3_url") if on_s3 else ""
     web = Web(monkeypatch)
     web.fates = {"http://host.org/4": "timeout"}
-    store, source = Store(str(tmp_path / "data")), tmp_path / "list.tsv"
+    store = Store(f"{bucket}/{tmp_path.name}" if bucket else str(tmp_path / "data"))
+    source = tmp_path / "list.tsv"
     urls = ["http://host.org/1", "http://host.org/2", URL, "http://host.org/4", URL]
     rows = [f"{url}\tword{url[-1]}" for url in urls] + ["http://copy.org/3\tother"]
     source.write_text("".join(f"{row}\n" for row in rows))
@@ -53,6 +58,7 @@ def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return store
 
 
+@pytest.mark.parametrize("fetched", ["file", "s3"], indirect=True)
 def test_nothing_is_left_of_a_picture_its_text_and_its_url(fetched, tmp_path):
     before = _everything(fetched)
     assert URL in Plan(fetched).about["passes"][0]["witnesses"]
