@@ -264,7 +264,10 @@ def as_written(text: str) -> URL:
     Raises:
         ValueError: it is no URL.
     """
-    url = URL(text)
+    try:
+        url = URL(text)
+    except IndexError as error:  # of yarl, at brackets without an address
+        raise ValueError(f"{text[:200]!r} is no URL") from error
     if str(url) == text or not (url.raw_host and _AS_IT_IS.fullmatch(text)):
         return url  # most are written already as they go out
     parts = urlsplit(text)
@@ -298,9 +301,9 @@ def _retry_after(value: str | None) -> float | None:
     """Seconds from a Retry-After header, which holds seconds or a date (RFC 9110)."""
     if value is None:
         return None
-    if value.strip().isdecimal():
-        return float(value)
     try:
+        if value.strip().isdecimal():
+            return float(value)
         return max((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
     except (TypeError, ValueError, OverflowError):
         return None

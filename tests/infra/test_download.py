@@ -47,9 +47,30 @@ def test_a_header_for_others_or_without_a_ban_does_not_bind(header):
 
 
 @given(st.text(max_size=60))
+@example("2\x1d")
 def test_any_header_is_read_without_an_error(text):
     forbids(text)
     assert (_retry_after(text) or 0.0) >= 0.0
+
+
+@pytest.mark.parametrize("url", ["http://[::%]@/", "//[::%]@/", "http://[::1", "http://a.b:99999/"])
+def test_what_is_no_url_costs_its_row_and_nothing_else(url):
+    async def fates():
+        downloader = Downloader(DownloadPolicy(attempts=1))
+        try:
+            return [found.reason async for found in downloader.each([url, "ftp://a.org/b.jpg"])]
+        finally:
+            await downloader.close()
+
+    assert sorted(asyncio.run(fates())) == ["bad_url", "blocked_address"]
+
+
+@given(st.text("htp:/[]@%.?#a1\0 ", max_size=30))
+def test_any_text_is_a_url_or_a_value_error(text):
+    try:
+        as_written("http://" + text)
+    except ValueError:
+        return
 
 
 @pytest.mark.parametrize(
