@@ -24,6 +24,8 @@ from tasks.plans import first_seen, planned_lists, record, survey, url_digest, w
 from tasks.withdraw import withdrawn_urls
 
 _FILES = ("folder", "webdataset")
+_LOOKED_UP = 1 << 20
+"""Rows that are looked up among the known ones at once: these alone grow in memory."""
 
 
 def append_list(store: Store, source: Source, *, limit: int | None = None) -> int:
@@ -97,10 +99,15 @@ def check_place(store: Store, plan: dict[str, Any], source: Source) -> None:
 
 
 def _is_new(path: Path, rows: int, known: np.ndarray) -> np.ndarray:
-    """bool [rows]: the first of those with its digest, and not known."""
+    """bool [rows]: the first of those with its digest, and not known. Sorts what is known."""
     digests = np.memmap(path, "<u8", "r", shape=(rows,))
-    first = first_seen(path, rows) == np.arange(rows)
-    return first & ~np.isin(digests, known)
+    new = first_seen(path, rows) == np.arange(rows)
+    known.sort()
+    for begin in range(0, rows if len(known) else 0, _LOOKED_UP):
+        some = digests[begin : begin + _LOOKED_UP]
+        at = np.searchsorted(known, some).clip(max=len(known) - 1)
+        new[begin : begin + _LOOKED_UP] &= known[at] != some
+    return new
 
 
 def _batches(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
