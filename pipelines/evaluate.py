@@ -20,18 +20,21 @@ from tasks.report import write_report
 
 @stage_task("evaluate")
 def measure(params: EvaluateParams) -> dict[str, Any]:
-    """Every task against the truth; a model that was measured like this before is not again."""
+    """Every task against the truth; a model that was measured like this before, against the same
+    labels, is not again."""
     store = Store(params.root)
     config = _config(store, params)
     run = params.run or only_run(store)
     record = f"reports/{run}/measured.json"
     weights = store.version(f"runs/{run}/{MODEL}/model.safetensors")
-    measured = {"config": asdict(config), "weights": weights}
+    manifest = load_manifest(store, config.manifest)
+    labels = {name: stage.id for name, stage in chain.Chain(store).labels.items()}
+    measured = {"config": asdict(config), "weights": weights, "manifest": manifest.version,
+                "labels": labels}  # fmt: skip
     results = f"reports/{run}/results.json"
     if store.exists(record) and store.read_json(record) == measured and store.exists(results):
         return store.read_json(results)
     found = evaluate(store, run, config, ui.progress("evaluate").update)
-    manifest = load_manifest(store, config.manifest)
     before = {name: value for name, value in seconds_spent(store).items() if name != "evaluate"}
     report = write_report(
         store,

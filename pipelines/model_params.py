@@ -71,6 +71,21 @@ class TrainOptions(Training):
     wandb: str = Field("", description="Project of Weights & Biases that gets the curve too.")
 
 
+class EvaluateOptions(Form):
+    """What is measured."""
+
+    run: str = Field(
+        "", pattern=r"^[\w.-]*$", description="Training run; empty: the only one there is."
+    )
+    manifest: str = Field("main", pattern=r"^[\w.-]+$", description="Manifest it was trained on.")
+    truth: Literal["auto", "scenes", "labels"] = Field(
+        "auto", description="scenes: exact truth of new scenes; labels: those of the held-out part."
+    )
+    scenes: int = Field(256, ge=1, description="Pictures, never trained on, that are evaluated.")
+    samples: int = Field(10, ge=1, le=100, description="Samples that are averaged for 'fourm_10'.")
+    pictures: int = Field(96, ge=1, description="Pictures generated for each task to RGB.")
+
+
 class PlanTrainParams(Training):
     """State what a training would take - shapes, memory, tokens, hours - without data or GPU."""
 

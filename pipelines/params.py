@@ -15,6 +15,7 @@ from infra.ray_session import Embedded, Existing, Job, RayJob, RayTarget
 from pipelines.forms import Compute, Form, Where
 from pipelines.model_params import (
     GENERATE,
+    EvaluateOptions,
     GenerateParams,
     PlanTrainParams,
     RecipeName,
@@ -256,21 +257,6 @@ class PlanTokenizersParams(Form):
     mfu: float = Field(0.4, gt=0, le=1, description="Share of the peak that is reached.")
 
 
-class EvaluateOptions(Form):
-    """What is measured."""
-
-    run: str = Field(
-        "", pattern=r"^[\w.-]*$", description="Training run; empty: the only one there is."
-    )
-    manifest: str = Field("main", pattern=r"^[\w.-]+$", description="Manifest it was trained on.")
-    truth: Literal["auto", "scenes", "labels"] = Field(
-        "auto", description="scenes: exact truth of new scenes; labels: those of the held-out part."
-    )
-    scenes: int = Field(256, ge=1, description="Pictures, never trained on, that are evaluated.")
-    samples: int = Field(10, ge=1, le=100, description="Samples that are averaged for 'fourm_10'.")
-    pictures: int = Field(96, ge=1, description="Pictures generated for each task to RGB.")
-
-
 class IngestParams(Compute, IngestOptions, Where):
     """Download the pictures of a list into shards, with a fate for every row."""
 
@@ -408,6 +394,6 @@ TOOLS: dict[str, tuple[type[Form], str]] = {
 """Commands made from their form that are no flows: they print lines."""
 
 __all__ = [
-    "COMMANDS", "GENERATE", "TOOLS", "Embedded", "EndToEndParams", "Existing", "GenerateParams",
-    "Job", "RayJob", "RayTarget", "RecipeName",
+    "COMMANDS", "GENERATE", "TOOLS", "Embedded", "EndToEndParams", "EvaluateOptions", "Existing",
+    "GenerateParams", "Job", "RayJob", "RayTarget", "RecipeName",
 ]  # fmt: skip
