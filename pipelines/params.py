@@ -214,6 +214,8 @@ class TokenizerOptions(Form):
         1000, ge=8, le=1000, description="Bins of box coordinates; the released models have 1000."
     )
     text_vocab: int = Field(30_000, ge=300, le=65_000, description="Largest WordPiece vocabulary.")
+    like: str = Field("", description="Dataset whose tokenizers are taken instead, all else here "
+                      "aside: one training can then read both.")  # fmt: skip
 
 
 class TokenizeOptions(Form):

@@ -16,7 +16,8 @@ from pipelines.stages import hand_on, stage_task
 from pipelines.workers import gpus_each
 from tasks import chain
 from tasks.checks import check
-from tasks.train_tokenizers import train_tokenizers
+from tasks.shared_tokenizers import take_tokenizers
+from tasks.train_tokenizers import TokenizerInfo, train_tokenizers
 
 
 @stage_task("train tokenizers")
@@ -37,6 +38,18 @@ def learn_codes(params: TrainTokenizersParams) -> list[dict[str, Any]]:
         gpus=gpus_each(params),
         on_progress=lambda name, step, steps: bar.update(step, steps, f"{name} {step}/{steps}"),
     )
+    return _rows(found)
+
+
+@stage_task("take tokenizers")
+def take_codes(params: TrainTokenizersParams) -> list[dict[str, Any]]:
+    """Copy those of another dataset."""
+    found = take_tokenizers(Store(params.root), params.like)
+    ui.table("tokenizers", rows := _rows(found), f"Tokenizers of {params.like}")
+    return rows
+
+
+def _rows(found: dict[str, TokenizerInfo]) -> list[dict[str, Any]]:
     return [
         {"modality": name, "path": info.path, "codes": info.vocab_size, **info.metrics}
         for name, info in found.items()
@@ -52,9 +65,12 @@ def train_tokenizers_flow(params: TrainTokenizersParams) -> list[dict[str, Any]]
     """Train the tokenizers that turn each modality into discrete codes and back."""
     check("train_tokenizers", params.model_dump())
     store = Store(params.root)
-    choices = params.model_dump(include=set(TokenizerOptions.model_fields))
-    chain.remember_tokenizers(store, choices)
-    rows = learn_codes(params)
+    if params.like:
+        rows = take_codes(params)
+    else:
+        choices = params.model_dump(include=set(TokenizerOptions.model_fields))
+        chain.remember_tokenizers(store, choices)
+        rows = learn_codes(params)
     learned = json.dumps(sorted(row["path"] for row in rows))
     hand_on(store, "train-tokenizers", hashlib.sha256(learned.encode()).hexdigest()[:16])
     return rows

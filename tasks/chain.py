@@ -209,7 +209,10 @@ class Chain:
         codes no tokenizer is trained for."""
         from models.modalities import text_form
 
-        forms = {name: form for name in self.sources if (form := text_form(name)) is not None}
+        # Another dataset's tokenizer knows the words of what is told there.
+        told = self.section("tokenizers").get("texts", self.sources)
+        forms = {name: form for name in self.sources
+                 if name in told and (form := text_form(name)) is not None}  # fmt: skip
         return {name: form for name, form in forms.items()
                 if form.parts is None or name in self.recipes}  # fmt: skip
 
@@ -285,7 +288,7 @@ class Chain:
 
     @cached_property
     def tokenizers(self) -> dict[str, TokenizerInfo]:
-        """Record of each trained tokenizer, by modality and "text".
+        """Record of each tokenizer, trained here or taken, by modality and "text".
 
         Raises:
             ValueError: One is not trained yet.
@@ -294,11 +297,11 @@ class Chain:
         from tasks.train_tokenizers import TEXT, text_path, tokenizer_path
 
         shards, sources = self.tokenizer_shards, self.sources
-        paths = {
-            name: tokenizer_path(name, recipe, [sources[name]], shards)
-            for name, recipe in self.recipes.items()
-        }
-        paths[TEXT] = text_path(sources, self.text_recipe, shards)
+        paths = self.section("tokenizers").get("taken") or {
+            **{name: tokenizer_path(name, recipe, [sources[name]], shards)
+               for name, recipe in self.recipes.items()},
+            TEXT: text_path(sources, self.text_recipe, shards),
+        }  # fmt: skip
         try:
             return tokenizer_infos(self.store, paths)
         except FileNotFoundError as error:

@@ -200,6 +200,11 @@ def _check_same_pictures(chain: Chain, source: Source, choices: dict[str, Any]) 
 def _check_tokenizers(chain: Chain, choices: dict[str, Any]) -> None:
     from models.modalities import text_form
 
+    if choices.get("like"):
+        from tasks.shared_tokenizers import shared
+
+        shared(chain, Chain(Store(choices["like"])))
+        return
     recipes = tokenizer_recipes(choices)
     for name in choices["modalities"]:
         _one_of("labels for", name, list(chain.sources), "label")
