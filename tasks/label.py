@@ -6,6 +6,7 @@ The workers' side, a shard at a time, is `tasks.label_work`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from infra.ledger import Stage
 from infra.overlap import UNITS_AT_ONCE
@@ -49,7 +50,8 @@ def label_stage(
         params={"options": spec.options, "precision": spec.precision},
         outputs=spec.outputs,
         upstream=tuple(dict.fromkeys([fetch, *seen])),
-        model=spec.model_id,
+        # A folder may lie anywhere: what it holds is in the revision.
+        model=Path(spec.model_id).name if Path(spec.model_id).is_dir() else spec.model_id,
         revision=weights_revision(spec),
     )
 

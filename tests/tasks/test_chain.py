@@ -85,6 +85,15 @@ def test_another_network_changes_only_its_branch(store: Store, tmp_path: Path) -
     assert Chain(store).labels["depth"].id != label.id
 
 
+def test_weights_in_a_folder_label_alike_wherever_it_lies(store: Store, tmp_path: Path) -> None:
+    before = Chain(store).labels["depth"]
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "network").rename(tmp_path / "elsewhere" / "network")
+    remember(store, "label", _label(moved))
+    assert Chain(store).labels["depth"].id == before.id
+    assert before.model == "network"
+
+
 def test_a_labelers_caption_goes_before_the_lists(store: Store, tmp_path: Path) -> None:
     assert Chain(store).sources["caption"].name == "fetch"
     network = str(tmp_path / "network")
