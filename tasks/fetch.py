@@ -15,7 +15,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Container, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -35,7 +35,7 @@ from infra.turns import pauses_of_run, turns_of_run
 from models import modalities
 from tasks.arrivals import UNREADABLE, from_files, from_tar
 from tasks.pictures import BadPicture, Picture, PicturePolicy, cleaned
-from tasks.plans import MAX_CAPTION, WITNESSES, Plan, make_plan
+from tasks.plans import MAX_CAPTION, WITHDRAWN, WITNESSES, Plan, make_plan
 
 __all__ = ["FetchConfig", "FetchWork", "fetch_job", "fetch_stage", "make_plan"]
 
@@ -248,7 +248,7 @@ class FetchWork:
         limit = self._downloads.max_bytes
         if self._plan.format == "webdataset":
             state.rows, arrived = from_tar(state.rows[0]["url"], limit)
-            return _each(arrived)
+            return _each(_wanted(state, arrived, self._plan.withdrawn()))
         for number, row in enumerate(state.rows):
             if row["problem"]:
                 state.fates[number] = ("bad_row", row["problem"])
@@ -301,6 +301,18 @@ class FetchWork:
         self._answered[host] = url
         if len(self._answered) > WITNESSES:
             del self._answered[next(iter(self._answered))]
+
+
+def _wanted(
+    state: _Shard, downloads: Iterable[Download], gone: Container[str]
+) -> Iterator[Download]:
+    """What a tar holds, but for samples that had to go, which it may still have: of these nothing
+    is told."""
+    for found in downloads:
+        if state.key(found.index) in gone:
+            state.rows[found.index] = {"url": "", "caption": ""}
+            found = Download(found.index, WITHDRAWN)
+        yield found
 
 
 async def _each(downloads: Iterable[Download]) -> AsyncIterator[Download]:

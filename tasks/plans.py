@@ -37,6 +37,9 @@ MAX_CAPTION = 4000
 WITNESSES = 8
 """URLs that once answered: they tell a dead network from a list of dead hosts."""
 
+WITHDRAWALS, WITHDRAWN = "plan/withdrawn/", "withdrawn"
+"""Records of what had to go, and the reason class of such rows; see `tasks.withdraw`."""
+
 _BUCKET_ROWS = 2_000_000
 _COLUMNS = ("url", "caption", "duplicate_of", "extra", "problem", "sidecar", "retry_of")
 _ROWS = pa.schema([(name, pa.string()) for name in _COLUMNS])
@@ -227,6 +230,11 @@ class Plan:
         again = self.retry_of(shard)
         folder = f"plan/passes/{again['name']}" if again else "plan/rows"
         return f"{folder}/{shard_name(shard)}.parquet"
+
+    def withdrawn(self) -> set[str]:
+        """Keys of the samples that had to go, see `tasks.withdraw`."""
+        paths = [path for path in self._store.list(WITHDRAWALS) if path.endswith(".json")]
+        return {key for path in paths for key in self._store.read_json(path)["keys"]}
 
     def retry_of(self, shard: int) -> dict[str, Any] | None:
         """The pass over failed rows, or the further list, that a shard belongs to; None for shards

@@ -48,10 +48,7 @@ from infra.shards import (
 from infra.store import Store
 from infra.tables import parquet_bytes, read_table
 from tasks.janitor import LEAST_AGE, named_objects
-from tasks.plans import Plan, url_digest, write_rows
-
-RECORDS = "plan/withdrawn/"
-REASON = "withdrawn"
+from tasks.plans import WITHDRAWALS, WITHDRAWN, Plan, url_digest, write_rows
 
 
 @dataclass
@@ -107,7 +104,7 @@ def withdraw(store: Store, wanted: Collection[str], *, apply: bool) -> Withdrawn
             "objects": sorted({path for commit in commits for path in _paths(commit)}),
         }
         number = len(records) + 1
-        while not store.create_json(f"{RECORDS}{number:04d}.json", record):
+        while not store.create_json(f"{WITHDRAWALS}{number:04d}.json", record):
             number += 1
     _forget_rows(store, plan, rows)
     _forget_witnesses(store, set(map(bytes.hex, withdrawn_urls(store))))
@@ -125,7 +122,7 @@ def withdrawn_urls(store: Store) -> Iterator[bytes]:
 
 
 def _records(store: Store) -> list[str]:
-    return sorted(path for path in store.list(RECORDS) if path.endswith(".json"))
+    return sorted(path for path in store.list(WITHDRAWALS) if path.endswith(".json"))
 
 
 def _digest(url: str) -> str:
@@ -148,7 +145,7 @@ def _rows(store: Store, plan: Plan, wanted: set[str]) -> dict[str, str]:
     for shard in sorted({int(key[:6]) for key in keys}.intersection(shards)):
         named = {sample_key(shard, n): row for n, row in enumerate(plan.rows(shard))}
         found |= {key: row["url"] for key, row in named.items()
-                  if key in keys and row["problem"] != REASON}  # fmt: skip
+                  if key in keys and row["problem"] != WITHDRAWN}  # fmt: skip
     asked = pa.array(sorted({*wanted, *found.values()} - {""}), pa.string())
     urls = streamed(lambda shard: read_table(store.read(plan.path(shard)), ["url"])["url"], shards)
     for shard, column in zip(shards, urls, strict=True):
@@ -166,7 +163,7 @@ def _holding(store: Store, keys: Collection[str]) -> Iterator[Commit]:
             commit = ledger.read_commit(stage, shard)
             table = read_statuses(store, commit, ["key", "reason"])
             reasons = dict(zip(*(table[c].to_pylist() for c in ("key", "reason")), strict=True))
-            if any(reasons.get(key, REASON) != REASON for key in keys):
+            if any(reasons.get(key, WITHDRAWN) != WITHDRAWN for key in keys):
                 yield commit
 
 
@@ -199,7 +196,7 @@ def _forget_rows(store: Store, plan: Plan, rows: Iterable[str]) -> None:
         content, gone = plan.rows(shard), {int(key[6:]) for key in of_shard}
         for number in gone:
             content[number] = dict.fromkeys(content[number]) | {
-                "url": "", "caption": "", "problem": REASON,
+                "url": "", "caption": "", "problem": WITHDRAWN,
             }  # fmt: skip
         write_rows(store, plan.path(shard), content)
 
@@ -273,7 +270,7 @@ def _silenced(table: pa.Table, keys: set[str]) -> pa.Table:
     for number, name in enumerate(table.column_names):
         if name in ("key", "shard", "retry_of"):
             continue
-        said = {"reason": REASON, "detail": ""}.get(name)
+        said = {"reason": WITHDRAWN, "detail": ""}.get(name)
         value = pa.scalar(said, table.schema.field(name).type)
         column = pc.if_else(gone, value, table[name])
         table = table.set_column(number, table.schema.field(name), column)

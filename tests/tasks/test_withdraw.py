@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from infra.ledger import Ledger
 from infra.manifest import load_manifest, versions
-from infra.shards import read_tar, sample_key
+from infra.shards import read_tar, sample_key, write_tar
 from infra.sources import Source
 from infra.store import Store
 from infra.tables import read_table
@@ -16,7 +18,7 @@ from infra.verify import verify
 from pipelines.params import LabelOptions, WithdrawParams
 from pipelines.withdraw import run
 from tasks.chain import Chain, remember
-from tasks.fetch import fetch_stage
+from tasks.fetch import FetchWork, fetch_stage
 from tasks.growth import append_list
 from tasks.plans import Plan, make_plan, plan_retry
 from tasks.publish import is_current, publish_tokens
@@ -116,6 +118,23 @@ def test_labels_tokens_and_manifests_lose_it_and_nothing_is_made_again(tmp_path)
     assert publish_tokens(store, "main", val_share=0.3).version == 1
     assert withdraw(store, [gone], apply=True).commits == 0
     assert versions(store, "main") == [1]
+
+
+def test_a_picture_that_tars_still_hold_does_not_come_back_at_another_size(tmp_path):
+    members = [(f"{n}.{ext}", data) for n in range(3)
+               for ext, data in (("jpg", _picture(n)), ("txt", b"word%d" % n))]  # fmt: skip
+    (tmp_path / "wds.tar").write_bytes(write_tar(members))
+    store = Store(str(tmp_path / "data"))
+    make_plan(store, str(tmp_path / "wds.tar"), shard_rows=3)
+    run_all(store)
+    assert withdraw(store, [sample_key(0, 1)], apply=True).keys == [sample_key(0, 1)]
+    smaller = FetchWork(store, replace(CONFIG.pictures, size=16), CONFIG.downloads)
+    with closing(smaller):
+        data = smaller.run(0)
+    assert data.keys == [sample_key(0, 0), sample_key(0, 2)]
+    assert [reason for _, reason, _ in data.statuses] == ["ok", "withdrawn", "ok"]
+    assert data.columns["url"][1].as_py() is None
+    assert b"word1" not in data.outputs["caption"]
 
 
 def test_a_withdrawal_that_was_cut_off_ends_when_it_is_run_again(fetched, monkeypatch):
