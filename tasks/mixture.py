@@ -143,7 +143,8 @@ def shared_specs(bound: Sequence[Bound]) -> tuple[ModalitySpec, ...]:
                 )
                 if (known, before) != (spec, mark):
                     raise ValueError(f"{spec.name} has other tokens in {part.source.name} than in "
-                                     f"{where}: tokenize both sets with the same tokenizer")
+                                     f"{where}: tokenize one set with the tokenizers of the "
+                                     "other, `fourm train-tokenizers --like ROOT`")
     return tuple(spec for spec, _, _ in found.values())
 
 
