@@ -208,6 +208,12 @@ def _parquet(rows: list[dict[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
+def withdrawals(store: Store) -> list[dict[str, Any]]:
+    """Records of what had to go, the oldest first; see `tasks.withdraw`."""
+    paths = sorted(path for path in store.list(WITHDRAWALS) if path.endswith(".json"))
+    return [store.read_json(path) for path in paths]
+
+
 class Plan:
     """Reads the planned rows of a dataset."""
 
@@ -233,8 +239,7 @@ class Plan:
 
     def withdrawn(self) -> set[str]:
         """Keys of the samples that had to go, see `tasks.withdraw`."""
-        paths = [path for path in self._store.list(WITHDRAWALS) if path.endswith(".json")]
-        return {key for path in paths for key in self._store.read_json(path)["keys"]}
+        return {key for record in withdrawals(self._store) for key in record["keys"]}
 
     def retry_of(self, shard: int) -> dict[str, Any] | None:
         """The pass over failed rows, or the further list, that a shard belongs to; None for shards

@@ -48,7 +48,14 @@ from infra.shards import (
 from infra.store import Store
 from infra.tables import parquet_bytes, read_table
 from tasks.janitor import LEAST_AGE, named_objects
-from tasks.plans import WITHDRAWALS, WITHDRAWN, Plan, url_digest, write_rows
+from tasks.plans import (
+    WITHDRAWALS,
+    WITHDRAWN,
+    Plan,
+    url_digest,
+    withdrawals,
+    write_rows,
+)
 
 
 @dataclass
@@ -82,7 +89,7 @@ def withdraw(store: Store, wanted: Collection[str], *, apply: bool) -> Withdrawn
     """
     plan = Plan(store)
     rows = _rows(store, plan, set(wanted))
-    records = [store.read_json(path) for path in _records(store)]
+    records = withdrawals(store)
     # Of earlier withdrawals, too: one may have been cut off, or something was committed meanwhile.
     keys = {*rows, *(key for record in records for key in record["keys"])}
     digests = {digest for record in records for digest in record["urls"]}
@@ -117,12 +124,8 @@ def withdraw(store: Store, wanted: Collection[str], *, apply: bool) -> Withdrawn
 
 def withdrawn_urls(store: Store) -> Iterator[bytes]:
     """`url_digest` of every URL that was withdrawn."""
-    for path in _records(store):
-        yield from map(bytes.fromhex, store.read_json(path)["urls"])
-
-
-def _records(store: Store) -> list[str]:
-    return sorted(path for path in store.list(WITHDRAWALS) if path.endswith(".json"))
+    for record in withdrawals(store):
+        yield from map(bytes.fromhex, record["urls"])
 
 
 def _digest(url: str) -> str:
@@ -307,7 +310,7 @@ def _delete(store: Store, shards: set[int]) -> int:
     if named is None:
         raise ValueError(f"{store.url}: a commit or manifest cannot be read, see `fourm verify`; "
                          "run this again once that is mended: what was replaced is still there")
-    replaced = {path for at in _records(store) for path in store.read_json(at)["objects"]}
+    replaced = {path for record in withdrawals(store) for path in record["objects"]}
     stems = {shard_name(shard) for shard in shards}
     old = time.time() - LEAST_AGE
     removed = 0
