@@ -213,6 +213,18 @@ def test_whitened_latents_are_uncorrelated_and_use_every_level():
     assert code_statistics(tokens, 125)["usage"] > 0.9
 
 
+def test_statistics_are_measured_in_the_precision_in_which_latents_are_whitened():
+    net, seen = VQVAE(config("depth")).eval(), []
+    net.quantizer.whiten.register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
+    x = torch.randn(1, 1, SIZE, SIZE)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        net(x)
+        net.calibrate([x])
+    rows = seen[0].double()
+    assert torch.allclose(net.quantizer.whiten.mean.double(), rows.mean(0), atol=1e-6)
+    assert torch.allclose(net.quantizer.whiten.cov.double(), rows.T.cov(correction=0), atol=1e-6)
+
+
 def test_jitter_moves_codes_by_one_level_at_most_and_never_outside():
     quantizer = FiniteScalar(4, (8, 5, 5, 5), jitter=1.0).train()
     codes = torch.tensor([[-1.0, 0.0, 1.0, 0.5]]).expand(50, 4)
