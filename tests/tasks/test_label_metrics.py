@@ -16,6 +16,7 @@ from tasks.metrics import (
     confusion,
     depth_metrics,
     edge_f1,
+    mean_cosine,
     miou,
     normal_angle,
     palette_distance,
@@ -44,6 +45,10 @@ def test_relative_errors_of_depth_are_bounded_where_a_picture_begins():
 
 def test_angles_between_vectors_of_any_length():
     assert normal_angle([[0, 0, 2], [1, 0, 0]], [[0, 0, 1], [0, 3, 0]]) == pytest.approx(45)
+
+
+def test_mean_cosine_is_that_of_vectors_of_any_length():
+    assert mean_cosine([[[3, 4], [0, 2]]], [[[6, 8], [5, 0]]]) == pytest.approx(0.5)
 
 
 def test_miou_leaves_out_unlabelled_pixels_and_absent_classes_and_counts_strays_as_wrong():

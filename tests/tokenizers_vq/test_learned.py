@@ -225,6 +225,35 @@ def test_statistics_are_measured_in_the_precision_in_which_latents_are_whitened(
     assert torch.allclose(net.quantizer.whiten.cov.double(), rows.T.cov(correction=0), atol=1e-6)
 
 
+def test_tokens_of_stored_tokenizers_never_change():
+    """Published sets hold these numbers: another squashing or order of levels would spoil them."""
+    quantizer = FiniteScalar(4, (8, 5, 5, 5)).eval()
+    with torch.no_grad():
+        quantizer.down.weight.copy_(torch.eye(4))
+        quantizer.down.bias.zero_()
+    x = torch.linspace(-1.95, 2.05, 7)
+    z = torch.stack([x, x.flip(0), x.roll(2), -x.roll(3)], 1)[None]
+    levels = (2 * torch.sigmoid(1.6 * z[0] / 1.0001**0.5)) / 2 * torch.tensor([7, 4, 4, 4])
+    places = torch.tensor([1, 8, 8 * 5, 8 * 5 * 5])
+    assert quantizer(z).tokens[0].tolist() == (levels.round() * places).sum(1).tolist()
+
+
+def test_codes_are_jittered_in_training_alone_and_as_often_as_asked():
+    quantizer, z = FiniteScalar(3, (9, 9, 9), jitter=0.25), torch.randn(4, 4000, 3)
+    for module in (quantizer.up, quantizer.down):
+        torch.nn.init.eye_(module.weight)
+        torch.nn.init.zeros_(module.bias)
+    quantizer.whiten.fit(z.flatten(0, 1))
+    still = quantizer.eval()(z)
+    assert torch.equal(still.latents, quantizer.lookup(still.tokens))
+    moving = quantizer.train()(z)
+    steps = ((moving.latents - quantizer.lookup(moving.tokens)) / quantizer.step).detach()
+    up, down = ((steps.round() == sign).float().mean() for sign in (1, -1))
+    # A step beyond the outer levels is not taken, so each share is less than 0.125.
+    assert 0.09 < up < 0.126
+    assert 0.09 < down < 0.126
+
+
 def test_jitter_moves_codes_by_one_level_at_most_and_never_outside():
     quantizer = FiniteScalar(4, (8, 5, 5, 5), jitter=1.0).train()
     codes = torch.tensor([[-1.0, 0.0, 1.0, 0.5]]).expand(50, 4)
