@@ -70,7 +70,8 @@ def test_noise_belongs_to_its_seed_and_stream() -> None:
 def test_filters_keep_the_likely_tokens_of_untempered_logits() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     assert torch.isfinite(filtered(logits, top_k=2)).tolist() == [[True, True, False, False]]
-    assert torch.isfinite(filtered(logits, top_k=0.25)).tolist() == [[True, False, False, False]]
+    for one in (1, 0.25):  # a count, a share
+        assert torch.isfinite(filtered(logits, top_k=one)).tolist() == [[True, False, False, False]]
     assert torch.isfinite(filtered(logits, top_p=0.7)).tolist() == [[True, True, False, False]]
     even = torch.zeros(1, 4)
     assert torch.isfinite(filtered(even, top_p=0.3)).all()  # none is likelier than the others

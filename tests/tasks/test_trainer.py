@@ -95,6 +95,23 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path):
     assert all(torch.isfinite(p).all() for p in result.model.parameters())
 
 
+def test_evaluation_sees_neither_dropout_nor_gradients_and_training_goes_on_with_both(tmp_path):
+    modes: list[tuple[bool, bool]] = []
+
+    class Watched(Regression):
+        def loss(self, model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, dict]:
+            modes.append((model.training, torch.is_grad_enabled()))
+            return super().loss(model, batch)
+
+        def evaluate(self, model: nn.Module) -> dict[str, float]:
+            modes.append((model.training, torch.is_grad_enabled()))
+            return {"val": 0.0}
+
+    config = dataclasses.replace(CONFIG, steps=3, warmup_steps=0, eval_every=1)
+    Trainer(Store(str(tmp_path)), "run", Watched(), config).fit()
+    assert modes == [(True, True), (False, False)] * 3
+
+
 def test_progress_reports_every_point_of_the_curve(tmp_path):
     seen = []
     Trainer(Store(str(tmp_path)), "run", Regression(), CONFIG).fit(
