@@ -96,6 +96,29 @@ def test_the_value_contract_inverts_itself(kind):
         assert np.allclose(ours.astype(np.float32), theirs.astype(np.float32), atol=0.01, rtol=0.01)
 
 
+def test_edges_masks_and_vectors_come_back_in_the_types_that_went_in():
+    given = {
+        "edge": np.array([[0, 255], [64, 1]], np.uint8),
+        "mask": np.array([[0, 1], [1, 0]], np.uint8),
+        "vector": np.array([1.0, -2.0], np.float32),
+    }
+    for kind, value in given.items():
+        scale = {"mean": (0.5, 1.0), "std": (2.0, 4.0)} if kind == "vector" else {}
+        contract = ValueCodec(kind=kind, **scale)
+        tensor = contract.to_tensor(contract.pack(value)[None])
+        logits = 8 * tensor - 4 if kind == "mask" else tensor
+        (back,) = contract.from_tensor(logits)
+        assert back.dtype == value.dtype
+        assert back.tolist() == value.tolist()
+        assert tensor.shape[:2] == (1, 2 if kind == "vector" else 1)
+
+
+def test_depth_without_a_scale_decodes_to_its_order_stretched_over_each_map():
+    contract = ValueCodec(kind="depth", depth_mode="standardise")
+    maps = torch.tensor([[[[-1.0, 3.0]]], [[[5.0, 5.0]]]])
+    assert [each.tolist() for each in contract.from_tensor(maps)] == [[[0, 1]], [[0, 0]]]
+
+
 def test_class_ids_come_back_from_their_logits_and_255_is_ignored():
     ids = torch.tensor([[[0, 2], [255, 1]]], dtype=torch.uint8)
     logits = 20.0 * F.one_hot(ids.long().clamp(max=2), 3).permute(0, 3, 1, 2)
