@@ -25,7 +25,7 @@ _ADDED = frozenset({
     "loss", "perceptual", "perceptual_model", "sizes", "registers", "encoder", "start",
     "architecture", "heads", "codes", "latent", "groups", "decoder_width", "out_blocks",
     "prediction", "schedule", "dead_code", "guidance_dropout", "muon", "betas", "warmup", "ema",
-    "eval_every", "spread", "words", "picture", "stable_diffusion",
+    "eval_every", "spread", "words", "picture", "stable_diffusion", "weight_decay", "min_lr_ratio",
 })  # fmt: skip
 _POSITIVE = ("size", "patch", "width", "steps", "batch_size", "lr", "max_samples", "heads")
 _CHANNELS = {"rgb": 3, "depth": 1, "normal": 3, "semseg": 8, "edge": 1, "mask": 1}
@@ -129,6 +129,10 @@ class TokenizerRecipe:
     """Muon for the hidden matrices of `light`; released networks take AdamW alone."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's moments."""
+    weight_decay: float = 0.01
+    """Decoupled decay of matrices."""
+    min_lr_ratio: float = 0.02
+    """Final learning rate as a share of the peak."""
     warmup: int = 0
     """Steps of linear warm-up; 0: a tenth of all, at most 30."""
     ema: float = 0.0
@@ -162,6 +166,9 @@ class TokenizerRecipe:
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.weight_decay < 0 or not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"weight_decay={self.weight_decay} must not be negative, and "
+                             f"min_lr_ratio={self.min_lr_ratio} lie in 0..1")
         if not self.levels or min(self.levels) < 2:
             raise ValueError(f"levels={self.levels}: at least one, and none below 2")
         if min(self.encoder_depth, self.decoder_depth) < 0:
@@ -304,9 +311,9 @@ class TokenizerRecipe:
             steps=self.steps,
             batch_size=self.batch_size,
             lr=self.lr,
-            min_lr_ratio=0.02,
+            min_lr_ratio=self.min_lr_ratio,
             warmup_steps=self.warmup or min(30, self.steps // 10),
-            weight_decay=0.01,
+            weight_decay=self.weight_decay,
             betas=self.betas,
             ema_decay=self.ema,
             finish_with_ema=self.ema > 0,

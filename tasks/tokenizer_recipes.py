@@ -28,7 +28,8 @@ def _released(
     epoch = _IMAGES // batch
     return TokenizerRecipe(**{
         "size": 224, "width": 768, "encoder_depth": 12, "quantizer": "vq", "betas": (0.9, 0.99),
-        "muon": False, "max_samples": 100_000, "depth_mode": "standardise", "eval_every": 5000,
+        "weight_decay": 0.05, "min_lr_ratio": 0.0, "muon": False, "max_samples": 100_000,
+        "depth_mode": "standardise", "eval_every": 5000,
         "steps": epochs * epoch, "batch_size": batch, "lr": base_lr * batch / 256,
         "warmup": warmup_epochs * epoch, **fields,
     })  # fmt: skip
@@ -73,7 +74,7 @@ _BASE = {
     ),
     "sam_instance": _released(
         24, 384, 1e-4, size=64, kind="mask", codes=1024, latent=1024, loss="bce", out_blocks=2,
-        **_VIT
+        **{**_VIT, "ema": 0.0}
     ),
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,11 +60,12 @@ class Diffusion:
             return _shifted_cosine(self.steps, float(self.schedule.removeprefix(SHIFTED)))
         from diffusers import DDPMScheduler
 
-        return DDPMScheduler(
+        betas = DDPMScheduler(
             num_train_timesteps=self.steps, beta_schedule=self.schedule,
             beta_start=self.beta_start, beta_end=self.beta_end,
-            rescale_betas_zero_snr=self.zero_terminal_snr,
-        ).alphas_cumprod
+        ).betas
+        alphas = torch.cumprod(1 - betas, 0)
+        return _without_signal(alphas) if self.zero_terminal_snr else alphas
 
     def betas(self) -> Tensor:
         """Noise variance added by each step, float32 [T]."""
@@ -171,6 +173,21 @@ def timesteps(total: int, steps: int, spacing: Spacing = "trailing") -> list[int
         gap = (total - 1) / max(steps - 1, 1)
         return [total - 1 - round(gap * i) for i in range(steps)]
     raise ValueError(f"spacing={spacing!r}: choose one of {', '.join(get_args(Spacing))}")
+
+
+def _without_signal(alphas: Tensor) -> Tensor:
+    """a_t [T] moved and scaled so that the last is 0 and the first stays (algorithm 1 of Lin et
+    al.), rounded as released: the last steps are differences of numbers that are nearly equal.
+
+    By NumPy, whose roots are rounded rightly on every CPU. Torch's are not (a fifth of them is one
+    bit off on AMD's), which moves the last betas by 4e-6.
+    """
+    roots = np.sqrt(alphas.numpy())
+    first, last = roots[0], roots[-1]
+    squares = np.square((roots - last) * (first / (first - last)))
+    # By way of betas, as these are what is stored.
+    ratios = torch.from_numpy(np.concatenate([squares[:1], squares[1:] / squares[:-1]]))
+    return torch.cumprod(1 - (1 - ratios), 0)
 
 
 def _shifted_cosine(steps: int, shift: float) -> Tensor:

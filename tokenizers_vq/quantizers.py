@@ -11,6 +11,7 @@ et al., arXiv 2310.05737) takes the signs of the latent: a token is a number of 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -128,6 +129,15 @@ class FiniteScalar(nn.Module):
                 loss = self.spread * self._missing(squashed.flatten(0, -2))
             # What is no number has no place among the codes, and the statistics of them need one.
             return Quantized(self.up(codes), tokens.long().clamp(0, self.vocab_size - 1), loss)
+
+    @torch.no_grad()
+    def calibrate(self, latents: Iterable[Tensor]) -> None:
+        """Measures the statistics of latents [B, N, D], in the precision of `forward`."""
+        raw = []
+        for z in latents:
+            with full_precision(z):
+                raw.append(self.down(z.float()))
+        self.whiten.fit(torch.cat(raw).flatten(0, 1))
 
     def _missing(self, squashed: Tensor) -> Tensor:
         """Codes that [M, dims] leave out, softly: 0 where all are in use alike, 1 where none is.

@@ -298,8 +298,7 @@ class VQVAE(nn.Module):
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Measures the bottleneck's statistics on training batches; due after every training."""
         if isinstance(self.quantizer, FiniteScalar) and not self.frozen:
-            raw = [self.quantizer.down(self._features(x)[0].float()).float() for x in batches]
-            self.quantizer.whiten.fit(torch.cat(raw).flatten(0, 1))
+            self.quantizer.calibrate(self._features(x)[0] for x in batches)
 
     def _values(self, latents: Tensor, height: int, breadth: int) -> Tensor:
         x = latents + self._positions(height, breadth)

@@ -14,6 +14,7 @@ from models.fourm.ensemble import combine, vote_boxes
 from models.fourm.generate import Generator, Tokens, read_boxes
 from models.fourm.guidance import Branch
 from models.fourm.model import FourM
+from models.fourm.orders import to_redraw
 from models.fourm.sampling import filtered, sample, uniform
 from models.fourm.schedules import temperature_schedule, token_schedule
 from tests.models.tiny_fourm import GRID, Grey, words
@@ -70,10 +71,21 @@ def test_noise_belongs_to_its_seed_and_stream() -> None:
 def test_filters_keep_the_likely_tokens_of_untempered_logits() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     assert torch.isfinite(filtered(logits, top_k=2)).tolist() == [[True, True, False, False]]
-    assert torch.isfinite(filtered(logits, top_k=0.25)).tolist() == [[True, False, False, False]]
+    for one in (1, 0.25):  # a count, a share
+        assert torch.isfinite(filtered(logits, top_k=one)).tolist() == [[True, False, False, False]]
     assert torch.isfinite(filtered(logits, top_p=0.7)).tolist() == [[True, True, False, False]]
     even = torch.zeros(1, 4)
     assert torch.isfinite(filtered(even, top_p=0.3)).all()  # none is likelier than the others
+
+
+def test_tokens_are_drawn_again_in_proportion_to_what_the_model_doubted() -> None:
+    rows = 20_000
+    confidence = torch.tensor([0.9, 0.5, 0.6, 0.0]).expand(rows, -1)
+    free = torch.tensor([True, True, True, False]).expand(rows, -1)
+    share = torch.bincount(to_redraw(range(rows), 3, confidence, free, 1)[:, 0], minlength=4) / rows
+    assert share.tolist() == pytest.approx([0.1, 0.5, 0.4, 0.0], abs=0.02)
+    assert (to_redraw(range(9), 3, confidence[:9], free[:9], 3).sort(1).values
+            == torch.arange(3)).all()
 
 
 @pytest.mark.parametrize("settings", [

@@ -267,7 +267,8 @@ def test_edges_may_lie_a_pixel_off() -> None:
     line[0, 8] = 255
     assert metrics.edge_f1(line, line) == 1
     assert metrics.edge_f1(np.roll(line, 1, 1), line) == 1
-    assert metrics.edge_f1(np.roll(line, 3, 1), line) == 0
+    assert metrics.edge_f1(np.roll(line, 2, 1), line) == 0
+    assert metrics.edge_f1(np.roll(line, 2, 1), line, reach=2) == 1
     assert metrics.edge_f1(line * 0, line) == 0
 
 

@@ -1,4 +1,4 @@
-"""Gradients of tables, collected by rows, against those that autograd fills."""
+"""Gradients of tables, collected by rows, against those that autograd fills; and clipping."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
+from infra.store import Store
 from models.fourm.batch import from_released
 from models.fourm.model import FourM
 from tasks.gradients import Gradients
+from tasks.optim import build_optimizers, learning_rate_scale
+from tasks.trainer import Task, TrainConfig, Trainer
 from tests.models.tiny import CONFIG, make, released
 
 
@@ -63,3 +67,50 @@ def test_a_closed_collection_leaves_gradients_to_autograd():
     Gradients(model, by_rows=True).close()
     backward(model)
     assert model.enc_tokens.weight.grad.any()
+
+
+class Bursts(Task):
+    """Every third batch has gradients ten thousand times as large; with Muon, or AdamW alone."""
+
+    def __init__(self, hidden: bool) -> None:
+        self.hidden = hidden
+
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 4))
+
+    def batch(self, step: int, rank: int, world: int) -> torch.Tensor:
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        return x[rank::world] * (100 if step % 3 == 2 else 1)
+
+    def loss(self, model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        return (model(batch) - 2 * batch).square().mean(), {}
+
+    def is_hidden(self, name: str) -> bool:
+        return self.hidden and name == "0.weight"
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("most", [0.0, 0.5])
+def test_gradients_are_clipped_to_the_norm_as_by_torch(tmp_path, hidden, most):
+    task = Bursts(hidden)
+    config = TrainConfig(steps=12, batch_size=8, lr=1e-2, warmup_steps=2, precision="fp32",
+                         log_every=2, clip_norm=most)
+    found = Trainer(Store(str(tmp_path)), "run", task, config).fit()
+    torch.manual_seed(config.seed)
+    model, norms = task.build_model(), []
+    optimizers = build_optimizers(model, lr=config.lr, betas=config.betas,
+                                  weight_decay=config.weight_decay, is_hidden=task.is_hidden)
+    for step in range(config.steps):
+        task.loss(model, task.batch(step, 0, 1))[0].backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), most or 1e9)))
+        rate = config.lr * learning_rate_scale(step, config.steps, warmup=config.warmup_steps,
+                                               min_ratio=0.0, schedule="cosine")
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+    # Points are means over the steps since the last one; Muon rounds its products to bf16.
+    assert found.metrics["grad_norm"] == pytest.approx(sum(norms[-2:]) / 2, rel=1e-3)
+    for mine, reference in zip(found.model.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(mine, reference, atol=1e-5)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from models.fourm.ensemble import word_overlap
+from models.fourm.ensemble import box_iou, vote_boxes, word_overlap
 from tasks.evaluation import truth as truths
 from tasks.evaluation.baseline import constant
 from tasks.evaluation.scores import box_f1, class_f1, semseg_scores
@@ -16,6 +16,7 @@ from tasks.metrics import (
     confusion,
     depth_metrics,
     edge_f1,
+    mean_cosine,
     miou,
     normal_angle,
     palette_distance,
@@ -44,6 +45,10 @@ def test_relative_errors_of_depth_are_bounded_where_a_picture_begins():
 
 def test_angles_between_vectors_of_any_length():
     assert normal_angle([[0, 0, 2], [1, 0, 0]], [[0, 0, 1], [0, 3, 0]]) == pytest.approx(45)
+
+
+def test_mean_cosine_is_that_of_vectors_of_any_length():
+    assert mean_cosine([[[3, 4], [0, 2]]], [[[6, 8], [5, 0]]]) == pytest.approx(0.5)
 
 
 def test_miou_leaves_out_unlabelled_pixels_and_absent_classes_and_counts_strays_as_wrong():
@@ -122,3 +127,21 @@ def test_captions_are_compared_without_capitals_and_punctuation_which_tokens_do_
     assert told != corpus[0]
     assert word_overlap(told, corpus[0]) == 1
     assert word_overlap("a dog", "A cat.") == pytest.approx(1 / 3)
+
+
+def test_overlaps_of_boxes_side_by_side_inside_and_apart():
+    first = np.array([[0.0, 0.0, 0.4, 0.4], [0.0, 0.0, 0.0, 0.0]])
+    second = np.array([[0.2, 0.0, 0.6, 0.4], [0.1, 0.1, 0.3, 0.3], [0.5, 0.5, 0.9, 0.9]])
+    assert box_iou(first, second) == pytest.approx(np.array([[1 / 3, 1 / 4, 0], [0, 0, 0]]))
+
+
+def test_of_a_sample_that_sees_an_object_twice_the_box_nearest_to_the_others_votes():
+    near, off = [0.1, 0.1, 0.5, 0.5], [0.1, 0.1, 0.5, 0.6]
+
+    def seen(*boxes):
+        return {"instances": [{"box": box, "class_name": "cube", "score": 1.0} for box in boxes]}
+
+    first, second = vote_boxes([seen(near), seen(off, near), seen(near)])["instances"]
+    assert first["box"] == pytest.approx(near)
+    assert (first["score"], second["score"]) == pytest.approx((1, 1 / 3))
+    assert second["box"] == pytest.approx(off)

@@ -1,4 +1,4 @@
-"""Contracts of learning rates, and of which parameters which optimizer gets."""
+"""Contracts of learning rates, of which parameters which optimizer gets, and of their mean."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tasks.ema import WeightMean
 from tasks.optim import build_optimizers, learning_rate_scale
 
 
@@ -46,3 +47,17 @@ def test_matrices_are_decayed_and_hidden_ones_go_to_muon():
     rest = build_optimizers(model, lr=0.1, betas=(0.8, 0.9), weight_decay=0.05,
                             is_hidden=lambda name: False)
     assert [type(each) for each in rest] == [torch.optim.AdamW]
+
+
+def test_the_mean_of_weights_forgets_the_first_soon_and_takes_whole_numbers_as_they_are():
+    weight, count = torch.full((2,), 8.0), torch.tensor([1])
+    mean, expected = WeightMean({"weight": weight, "count": count}, decay=0.3), 8.0
+    for step, decay in enumerate((1 / 10, 2 / 11, 3 / 12, 0.3, 0.3)):
+        weight.mul_(-1.5)
+        count.add_(1)
+        mean.update(step)
+        expected = decay * expected + (1 - decay) * float(weight[0])
+        assert mean.tensors["weight"].tolist() == pytest.approx([expected] * 2)
+        assert mean.tensors["count"].tolist() == [step + 2]
+    mean.apply()
+    assert weight.tolist() == pytest.approx([expected] * 2)

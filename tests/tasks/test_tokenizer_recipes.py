@@ -23,6 +23,8 @@ def test_recipes_that_use_nothing_new_keep_the_fields_their_stored_tokenizers_ar
     [
         ({"kind": "depth", "perceptual": 1.0}, "is for rgb, not for depth"),
         ({"kind": "feature", "sizes": (64,)}, "feature values have one size"),
+        ({"kind": "rgb", "weight_decay": -0.1}, "weight_decay=-0.1 must not be negative"),
+        ({"kind": "rgb", "min_lr_ratio": 1.5}, "min_lr_ratio=1.5 lie in 0..1"),
         ({"kind": "rgb", "sizes": (64, 72)}, "72 is no multiple of patch=16"),
         ({"kind": "rgb", "sizes": (256,)}, "256 is no multiple of patch=16 up to size=128"),
     ],
@@ -70,6 +72,17 @@ def test_every_recipe_builds_on_the_meta_device_and_decodes_what_it_encodes(pres
         assert vocabularies["dinov2_global"] == (8192, 16)
         assert vocabularies["smpl_poses"] == (1024, 8)
         assert vocabularies["sam_instance"] == (1024, 16)
+
+
+def test_released_recipes_decay_weights_and_rates_as_the_released_tokenizers_were_trained():
+    for name, recipe in PRESETS["released"].items():
+        training = recipe.training()
+        assert (training.weight_decay, training.min_lr_ratio) == (0.05, 0.0), name
+        assert training.clip_norm == 1.0
+        assert training.betas == (0.9, 0.99)
+    assert PRESETS["released"]["sam_instance"].ema == 0.0
+    own = tokenizer_recipe("depth").training()
+    assert (own.weight_decay, own.min_lr_ratio) == (0.01, 0.02)
 
 
 def test_adaptation_goes_on_at_sides_up_to_448():

@@ -95,6 +95,23 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path):
     assert all(torch.isfinite(p).all() for p in result.model.parameters())
 
 
+def test_evaluation_sees_neither_dropout_nor_gradients_and_training_goes_on_with_both(tmp_path):
+    modes: list[tuple[bool, bool]] = []
+
+    class Watched(Regression):
+        def loss(self, model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, dict]:
+            modes.append((model.training, torch.is_grad_enabled()))
+            return super().loss(model, batch)
+
+        def evaluate(self, model: nn.Module) -> dict[str, float]:
+            modes.append((model.training, torch.is_grad_enabled()))
+            return {"val": 0.0}
+
+    config = dataclasses.replace(CONFIG, steps=3, warmup_steps=0, eval_every=1)
+    Trainer(Store(str(tmp_path)), "run", Watched(), config).fit()
+    assert modes == [(True, True), (False, False)] * 3
+
+
 def test_progress_reports_every_point_of_the_curve(tmp_path):
     seen = []
     Trainer(Store(str(tmp_path)), "run", Regression(), CONFIG).fit(
@@ -120,12 +137,14 @@ def test_settings_that_cannot_train_are_named(field):
 
 def test_accumulated_parts_add_up_to_the_gradient_of_the_batch(tmp_path):
     store = Store(str(tmp_path))
-    weights = [
-        Trainer(store, f"{parts}", Linear(), dataclasses.replace(CONFIG, accumulate=parts))
-        .fit().model.state_dict() for parts in (1, 4)
-    ]
-    for name, value in weights[0].items():
-        assert torch.allclose(value, weights[1][name], atol=1e-6)
+    whole, parts = (
+        Trainer(store, f"{parts}", Linear(), dataclasses.replace(CONFIG, accumulate=parts)).fit()
+        for parts in (1, 4)
+    )
+    for name, value in whole.model.state_dict().items():
+        assert torch.allclose(value, parts.model.state_dict()[name], atol=1e-6)
+    # Adam would hide a factor, clipping would not.
+    assert parts.metrics["grad_norm"] == pytest.approx(whole.metrics["grad_norm"], rel=1e-4)
 
 
 def test_a_batch_that_does_not_divide_into_parts_is_refused(tmp_path):

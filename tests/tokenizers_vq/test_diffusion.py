@@ -54,6 +54,18 @@ def test_pure_noise_is_decoded_by_predictions_that_can():
         assert torch.allclose(noise, x, atol=1e-6)
 
 
+@pytest.mark.parametrize(("schedule", "late"), [
+    ("linear", [0.271991491, 0.559588909, 0.75226593]),
+    ("scaled_linear", [0.271315515, 0.559199274, 0.752046824]),
+    ("sigmoid", [0.272727191, 0.560014904, 0.752506554]),
+    ("squaredcos_cap_v2", [0.266409278, 0.560275793, 0.757967591]),
+])
+def test_last_steps_are_those_of_released_models_on_any_cpu(schedule, late):
+    betas = Diffusion(schedule=schedule).betas()
+    assert betas[-1] == 1
+    assert betas[[993, 997, 998]].tolist() == pytest.approx(late, abs=1e-6)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", [10, 25, 50])
 def test_sampling_with_noise_from_pure_noise_stays_finite(schedule, steps):

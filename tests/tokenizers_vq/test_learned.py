@@ -96,6 +96,29 @@ def test_the_value_contract_inverts_itself(kind):
         assert np.allclose(ours.astype(np.float32), theirs.astype(np.float32), atol=0.01, rtol=0.01)
 
 
+def test_edges_masks_and_vectors_come_back_in_the_types_that_went_in():
+    given = {
+        "edge": np.array([[0, 255], [64, 1]], np.uint8),
+        "mask": np.array([[0, 1], [1, 0]], np.uint8),
+        "vector": np.array([1.0, -2.0], np.float32),
+    }
+    for kind, value in given.items():
+        scale = {"mean": (0.5, 1.0), "std": (2.0, 4.0)} if kind == "vector" else {}
+        contract = ValueCodec(kind=kind, **scale)
+        tensor = contract.to_tensor(contract.pack(value)[None])
+        logits = 8 * tensor - 4 if kind == "mask" else tensor
+        (back,) = contract.from_tensor(logits)
+        assert back.dtype == value.dtype
+        assert back.tolist() == value.tolist()
+        assert tensor.shape[:2] == (1, 2 if kind == "vector" else 1)
+
+
+def test_depth_without_a_scale_decodes_to_its_order_stretched_over_each_map():
+    contract = ValueCodec(kind="depth", depth_mode="standardise")
+    maps = torch.tensor([[[[-1.0, 3.0]]], [[[5.0, 5.0]]]])
+    assert [each.tolist() for each in contract.from_tensor(maps)] == [[[0, 1]], [[0, 0]]]
+
+
 def test_class_ids_come_back_from_their_logits_and_255_is_ignored():
     ids = torch.tensor([[[0, 2], [255, 1]]], dtype=torch.uint8)
     logits = 20.0 * F.one_hot(ids.long().clamp(max=2), 3).permute(0, 3, 1, 2)
@@ -211,6 +234,47 @@ def test_whitened_latents_are_uncorrelated_and_use_every_level():
     quantizer.down = torch.nn.Identity()
     tokens = quantizer(mixed).tokens
     assert code_statistics(tokens, 125)["usage"] > 0.9
+
+
+def test_statistics_are_measured_in_the_precision_in_which_latents_are_whitened():
+    net, seen = VQVAE(config("depth")).eval(), []
+    net.quantizer.whiten.register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
+    x = torch.randn(1, 1, SIZE, SIZE)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        net(x)
+        net.calibrate([x])
+    rows = seen[0].double()
+    assert torch.allclose(net.quantizer.whiten.mean.double(), rows.mean(0), atol=1e-6)
+    assert torch.allclose(net.quantizer.whiten.cov.double(), rows.T.cov(correction=0), atol=1e-6)
+
+
+def test_tokens_of_stored_tokenizers_never_change():
+    """Published sets hold these numbers: another squashing or order of levels would spoil them."""
+    quantizer = FiniteScalar(4, (8, 5, 5, 5)).eval()
+    with torch.no_grad():
+        quantizer.down.weight.copy_(torch.eye(4))
+        quantizer.down.bias.zero_()
+    x = torch.linspace(-1.95, 2.05, 7)
+    z = torch.stack([x, x.flip(0), x.roll(2), -x.roll(3)], 1)[None]
+    levels = (2 * torch.sigmoid(1.6 * z[0] / 1.0001**0.5)) / 2 * torch.tensor([7, 4, 4, 4])
+    places = torch.tensor([1, 8, 8 * 5, 8 * 5 * 5])
+    assert quantizer(z).tokens[0].tolist() == (levels.round() * places).sum(1).tolist()
+
+
+def test_codes_are_jittered_in_training_alone_and_as_often_as_asked():
+    quantizer, z = FiniteScalar(3, (9, 9, 9), jitter=0.25), torch.randn(4, 4000, 3)
+    for module in (quantizer.up, quantizer.down):
+        torch.nn.init.eye_(module.weight)
+        torch.nn.init.zeros_(module.bias)
+    quantizer.whiten.fit(z.flatten(0, 1))
+    still = quantizer.eval()(z)
+    assert torch.equal(still.latents, quantizer.lookup(still.tokens))
+    moving = quantizer.train()(z)
+    steps = ((moving.latents - quantizer.lookup(moving.tokens)) / quantizer.step).detach()
+    up, down = ((steps.round() == sign).float().mean() for sign in (1, -1))
+    # A step beyond the outer levels is not taken, so each share is less than 0.125.
+    assert 0.09 < up < 0.126
+    assert 0.09 < down < 0.126
 
 
 def test_jitter_moves_codes_by_one_level_at_most_and_never_outside():

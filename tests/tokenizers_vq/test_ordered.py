@@ -94,6 +94,26 @@ def test_losses_by_name_replace_the_kind_s_own_where_they_fit():
         reconstruction_loss("rgb", "huber")
 
 
+def test_losses_of_hand_made_values():
+    maps = torch.tensor([[[[0.5, 0.0], [0.0, 0.0]]]]), torch.zeros(1, 1, 2, 2)
+    vectors = (torch.tensor([0.0, 0.0, 2.0]).view(1, 3, 1, 1),
+               torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1, 1))
+    classes = torch.zeros(1, 4, 1, 2), torch.tensor([[[3, 255]]])
+    expected = {
+        "rgb": (maps, 0.125 + 2 * 0.0625),
+        "depth": (maps, 5 * 0.49 / 4 + 0.5),
+        "edge": (maps, 0.125 / 4 + 0.5),
+        "normal": (vectors, 1 + 1),
+        "feature": (vectors, 2 / 3 + 1),
+        "vector": (vectors, 2 / 3 + 1),
+        "semseg": (classes, np.log(4)),
+        "mask": ((maps[1], maps[1]), np.log(2)),
+    }
+    assert expected.keys() == LOSSES.keys()
+    for kind, (pair, value) in expected.items():
+        assert LOSSES[kind](*pair) == pytest.approx(value, rel=1e-5), kind
+
+
 class _Blocks(torch.nn.Module):
     """Stands in for a timm network: its two blocks see the picture and its edges."""
 

@@ -263,3 +263,14 @@ def test_any_text_is_read_without_an_error(words):
     for point in seq.string_to_sam(text):
         assert all(len(each["codes"]) == 16 for each in point["instances"])
     assert "[EOS]" not in seq.string_to_caption(text)
+
+
+def test_qualities_of_metadata_are_written_in_the_ranges_of_the_released_models():
+    tops = {name: field.high for name, field in FIELDS.items() if field.high > field.low}
+    assert tops == {
+        "colorfulness": 150, "brightness": 255, "contrast": 127, "saturation": 255, "entropy": 10,
+        "walkability": 1, "objectness": 1, "geometric_complexity": 0.75, "occlusion_score": 0.25,
+    }
+    assert [FIELDS["aesthetic_score"].level(x) for x in (4.4, 4.5, 5.4, 5.5)] == [0, 1, 1, 2]
+    assert [FIELDS["watermark_score"].level(x) for x in (0.49, 0.5)] == [0, 1]
+    assert [FIELDS[f"original_{side}"].level(640) for side in ("width", "height")] == [20, 20]
