@@ -30,11 +30,10 @@ def test_a_busy_moment_does_not_decide_about_bf16_where_the_cpu_has_units_for_it
     busy = {"bf16": 1.0, "fp32": 1.0}
     monkeypatch.setattr(machine, "_matmul_seconds", busy.get)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for capabilities in ({"amx_bf16": True}, {"amx_bf16": False}, {}):
-        monkeypatch.setattr(
-            torch.cpu, "get_capabilities", lambda told=capabilities: told, raising=False
-        )
-        assert machine.fast_bf16.__wrapped__() is capabilities.get("amx_bf16", False)
+    for units, fast in ({"amx_bf16": True}, True), ({"avx512_bf16": True}, True), (
+        {"amx_bf16": False, "avx512_bf16": False}, False), ({}, False):  # fmt: skip
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda told=units: told, raising=False)
+        assert machine.fast_bf16.__wrapped__() is fast
 
 
 def test_a_gpu_that_is_fast_at_bf16_says_nothing_of_the_cpu_beside_it(monkeypatch):
