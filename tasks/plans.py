@@ -94,7 +94,7 @@ def make_plan(
             written = _write_rows(store, own, source, shard_rows, limit, first)
     if written != identity:
         raise ValueError(f"{source.path} changed while it was read; plan it again")
-    plan: dict[str, Any] = {
+    plan = {
         "id": identity,
         "source": source.path,
         "rows": rows,
