@@ -24,6 +24,7 @@ from pipelines.params import (
     TokenizeOptions,
     TokenizerOptions,
 )
+from pipelines.server import prefect_server
 from tasks import chain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,6 +175,16 @@ def test_a_prefect_server_that_does_not_answer_is_named_with_its_address(
             code, output = _run(*words)
             assert code == status
             assert f"no Prefect server answers at PREFECT_API_URL={url}" in output
+
+
+def test_where_no_prefect_server_can_keep_its_runs_it_is_said_how_to_do_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    (tmp_path / "prefect").write_text("in the way")
+    with pytest.raises(RuntimeError, match="nothing can be written to .*prefect.* PREFECT_API_URL"):
+        with prefect_server(tmp_path / "prefect"):
+            pass
 
 
 @pytest.mark.parametrize(
