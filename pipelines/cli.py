@@ -229,6 +229,9 @@ def verify(
                                 "there again; run the same `fourm withdraw --apply` once more"))
     for path, problem in report.problems:
         typer.secho(f"{path}: {problem}", fg="red")
+    if any(problem.startswith("missing, ") for _, problem in report.problems):
+        typer.echo("what a copy lacks comes with another copy; where it is lost, remove the commit "
+                   "that names it, and the next run of its stage makes it anew")
     if report.problems:
         typer.secho(f"{len(report.problems)} problems", fg="red", err=True)
         raise typer.Exit(1)
