@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -77,6 +78,19 @@ class Store:
         if isinstance(self._root, Path):
             return LocalBackend(self._root)
         return S3Backend(self._root, self._options)
+
+    def now(self) -> float:
+        """POSIX seconds by the clock that tells when objects were written: the service's, a file
+        server's. That of this host may be hours away from it."""
+        path = f"{PRIVATE}/{uuid.uuid4().hex}"
+        self._backend.write(path, b"now")
+        try:
+            entry = self._backend.entry(path)
+        finally:
+            self._backend.delete(path)
+        if entry is None:
+            raise OSError(f"{self.full(path)} was removed at once by somebody else")
+        return entry.modified
 
     def check_writable(self) -> None:
         """Finds out whether objects can be put here, before hours of work end without a place.

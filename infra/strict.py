@@ -86,6 +86,19 @@ def typed(kind: type[_T], value: Any, what: str) -> _T:
     for name, each in value.items():
         if name in hints and not is_of(each, hints[name]):
             raise ValueError(f"{what}: {name} is {str(each)[:80]!r}, not {hints[name]}")
+    return known(kind, value, what)
+
+
+def known(kind: type[_T], value: dict[str, Any], what: str) -> _T:
+    """The dataclass of these fields, whatever they hold.
+
+    Raises:
+        ValueError: a field is missing or unknown; names it and `what`.
+    """
+    hints = _HINTS.get(kind) or _HINTS.setdefault(kind, get_type_hints(kind))
+    if unknown := sorted(map(repr, value.keys() - hints.keys())):
+        raise ValueError(f"{what}: unknown {', '.join(unknown)[:80]}; if a newer version of this "
+                         "software wrote it, take that one")
     try:
         return kind(**value)
     except TypeError as error:

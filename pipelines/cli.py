@@ -218,11 +218,20 @@ def verify(
 ) -> None:
     """Check that every commit and manifest is whole and true; exit status 1 if not."""
     from infra.verify import verify as check_store
+    from tasks.withdraw import come_back
 
     with _sentences():
-        report = check_store(_open(root), deep=deep)
+        store = _open(root)
+        report = check_store(store, deep=deep)
+        back = [] if report.problems else come_back(store)
+    if back:
+        report.problems.append((f"{len(back)} samples that were withdrawn, such as {back[0]}",
+                                "there again; run the same `fourm withdraw --apply` once more"))
     for path, problem in report.problems:
         typer.secho(f"{path}: {problem}", fg="red")
+    if any(problem.startswith("missing, ") for _, problem in report.problems):
+        typer.echo("what a copy lacks comes with another copy; where it is lost, remove the commit "
+                   "that names it, and the next run of its stage makes it anew")
     if report.problems:
         typer.secho(f"{len(report.problems)} problems", fg="red", err=True)
         raise typer.Exit(1)

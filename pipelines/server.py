@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from infra.backends import check_folder
 from pipelines.attached import attached
 
 logger = logging.getLogger("fourm.server")
@@ -50,7 +51,7 @@ def prefect_server(home: Path) -> Iterator[str]:
 
     Raises:
         RuntimeError: The server did not come up, the message names its log; or none answers at
-            the address that is set.
+            the address that is set; or nothing can be written to the folder.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -61,6 +62,13 @@ def prefect_server(home: Path) -> Iterator[str]:
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
     home = home.absolute()
+    try:
+        check_folder(home)
+    except ValueError as error:
+        raise RuntimeError(
+            f"{error}; a Prefect server of the command's own keeps its runs there. Set "
+            "PREFECT_API_URL to one that keeps them elsewhere"
+        ) from None
     env = {**os.environ, "PREFECT_HOME": str(home), "PREFECT_UI_API_URL": f"{url}/api"}
     command = [sys.executable, "-m", "prefect", "server", "start"]
     command += ["--host", "127.0.0.1", "--port", str(port)]

@@ -19,6 +19,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from infra import ui
+from infra.ledger import Ledger
 from infra.overlap import percentages
 from infra.runner import RunProgress, StageJob, StageReport, run_stages
 from infra.status import as_rows, failure_class, status
@@ -26,6 +27,7 @@ from infra.store import Store, StoreConflict, json_bytes
 from pipelines import remote
 from pipelines.params import Compute, LabelerResources, Where
 from pipelines.workers import resources, unasked
+from tasks.chain import made_otherwise
 
 logger = logging.getLogger("fourm.flows")
 # Prefect sends our log to its server, from the level on that ours has: WARNING if nobody sets it.
@@ -96,6 +98,10 @@ def run_jobs(
     Returns:
         A row for each stage: stage, done, skipped, quarantined, samples, dropped, per second.
     """
+    ledger = Ledger(store)
+    for job in jobs:
+        if not ledger.committed(job.stage) and (other := made_otherwise(ledger, job.stage)):
+            logger.warning("%s begins with its first shard: %s", job.stage.name, other)
     live = _Live(store, jobs, title, pictures)
     needs = resources(compute, own)
     if unasked(compute, own):

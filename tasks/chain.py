@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from infra.ledger import Ledger, Stage
+from infra.machine import commit_hash
 from infra.store import Store, StoreConflict, json_bytes
 from tasks.choices import fetch_config, labelers, tokenizer_recipes
 
@@ -101,6 +102,27 @@ def remember_tokenizers(store: Store, choices: dict[str, Any]) -> None:
         return {**choices, "shards": shards}
 
     _remember(store, "tokenizers", chosen)
+
+
+def made_otherwise(ledger: Ledger, stage: Stage) -> str:
+    """What there is of a stage under other fingerprints, as a sentence; "" where there is nothing.
+
+    An option that was left out and another version of the software look the same to who runs it:
+    as if nothing had been done.
+    """
+    others = {each: ledger.committed(each) for each in ledger.stage_ids()
+              if each.rpartition("@")[0] == stage.name and each != stage.id}  # fmt: skip
+    if not others:
+        return ""
+    made = ", ".join(f"{len(shards)} of {each} (made by {_maker(ledger, each, min(shards))})"
+                     for each, shards in others.items())  # fmt: skip
+    return (f"there are shards {made}, which other options or another version of the software made "
+            f"and which do not count as {stage.id} of {commit_hash()}; take that version or those "
+            "options to go on with them, or make them anew beside those")
+
+
+def _maker(ledger: Ledger, stage_id: str, shard: int) -> str:
+    return ledger.read_commit(stage_id, shard).code_version
 
 
 class Chain:
@@ -244,9 +266,11 @@ class Chain:
         """
         if found := self.labelled(stored=True):
             return found
-        raise ValueError(
-            f"no shard of {self.store.url} has all of its labels; run `fourm label` first"
-        )
+        stages = dict.fromkeys([self.fetch, *self.sources.values()])
+        lacking = [stage for stage in stages if not self.ledger.committed(stage)]
+        why = made_otherwise(self.ledger, lacking[0]) if lacking else ""
+        raise ValueError(f"no shard of {self.store.url} has all of its labels; "
+                         f"{why or 'run `fourm label` first'}")
 
     @cached_property
     def one_pass(self) -> dict[Stage, LabelerSpec]:

@@ -8,7 +8,7 @@ from typing import Any
 from infra.ray_session import Embedded
 from infra.sources import Source
 from infra.store import Store
-from tasks.chain import Chain
+from tasks.chain import Chain, made_otherwise
 from tasks.choices import fetch_config, labelers, tokenizer_recipes
 
 FIRST_ROWS = 100
@@ -96,6 +96,9 @@ def _check_labels(chain: Chain, choices: dict[str, Any]) -> None:
                 raise ValueError(f"{name!r} looks at labels of {other!r}, so these must be "
                                  "stored: take it out of one_pass")
     _check_resources(chain, choices)
+    if not chain.ledger.committed(chain.fetch):
+        why = made_otherwise(chain.ledger, chain.fetch) or "run `fourm ingest` first"
+        raise ValueError(f"no shard of {chain.store.url} has its pictures; {why}")
 
 
 def _check_resources(chain: Chain, choices: dict[str, Any]) -> None:

@@ -20,7 +20,15 @@ from infra.shards import MAX_SHARDS, shard_name
 from infra.sources import Source, detect, read_rows
 from infra.store import Store
 from infra.tables import read_table
-from tasks.plans import first_seen, planned_lists, record, survey, url_digest, write_pass
+from tasks.plans import (
+    first_seen,
+    planned_lists,
+    record,
+    rows_at,
+    survey,
+    url_digest,
+    write_pass,
+)
 from tasks.withdraw import withdrawn_urls
 
 _FILES = ("folder", "webdataset")
@@ -124,7 +132,8 @@ def _batches(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[st
 def _known(store: Store, plan: dict[str, Any]) -> np.ndarray:
     """Digests of the rows of all lists, and of what was withdrawn from them, uint64; passes over
     failed rows only repeat them."""
-    paths = [f"plan/rows/{shard_name(shard)}.parquet" for shard in range(plan["list_shards"])]
+    folder = rows_at(plan)
+    paths = [f"{folder}/{shard_name(shard)}.parquet" for shard in range(plan["list_shards"])]
     for again in plan["passes"]:
         if "list" in again:
             numbers = range(again["first_shard"], again["first_shard"] + again["num_shards"])

@@ -57,7 +57,7 @@ def find_litter(store: Store, older_than: float, *, now: float | None = None) ->
 
     Args:
         older_than: seconds since it was last written; at least `LEAST_AGE`.
-        now: POSIX seconds; None for the clock's.
+        now: POSIX seconds; None for those of the store, whose clock tells the age of objects.
 
     Raises:
         ValueError: the age is too low.
@@ -66,10 +66,17 @@ def find_litter(store: Store, older_than: float, *, now: float | None = None) ->
         raise ValueError(
             f"older_than={older_than:g} s: at least {LEAST_AGE:g} s, or work under way is lost"
         )
-    before = (time.time() if now is None else now) - older_than
+    before = (_now(store) if now is None else now) - older_than
     found = [*_orphans(store), *_attempts(store), *_checkpoints(store), *_jobs(store)]
     found += [Litter("write", name, begun) for name, begun in store.unfinished().items()]
     return [litter for litter in found if max(litter.modified, litter.since) < before]
+
+
+def _now(store: Store) -> float:
+    try:
+        return store.now()
+    except OSError:  # who may only read is told what there is, and can remove nothing
+        return time.time()
 
 
 def remove(store: Store, litter: Iterable[Litter]) -> int:

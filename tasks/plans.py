@@ -1,7 +1,8 @@
 """The plan of a dataset: which row of the list is which sample, decided once.
 
     plan/plan.json                     the list's digest, its rows and shards; written last
-    plan/rows/shard-000123.parquet     the rows of a shard
+    plan/rows/shard-000123.parquet     the rows of a shard; where another list was in the way, in
+                                       a folder of their own that plan.json names
     plan/passes/0001.json              further passes over rows that failed, and further lists
                                        (`tasks.growth`), each with its shards
 
@@ -40,6 +41,7 @@ WITNESSES = 8
 WITHDRAWALS, WITHDRAWN = "plan/withdrawn/", "withdrawn"
 """Records of what had to go, and the reason class of such rows; see `tasks.withdraw`."""
 
+_ROWS_AT = "plan/rows"
 _BUCKET_ROWS = 2_000_000
 _COLUMNS = ("url", "caption", "duplicate_of", "extra", "problem", "sidecar", "retry_of")
 _ROWS = pa.schema([(name, pa.string()) for name in _COLUMNS])
@@ -86,7 +88,10 @@ def make_plan(
                 f"{MAX_SHARDS}: raise shard_rows"
             )
         first = first_seen(folder / "digests", rows)
-        written = _write_rows(store, source, shard_rows, limit, first)
+        own, written = _ROWS_AT, _write_rows(store, _ROWS_AT, source, shard_rows, limit, first)
+        if written is None:
+            own = f"{_ROWS_AT}-{identity[:12]}"
+            written = _write_rows(store, own, source, shard_rows, limit, first)
     if written != identity:
         raise ValueError(f"{source.path} changed while it was read; plan it again")
     plan = {
@@ -99,7 +104,14 @@ def make_plan(
     if not source.plain:
         plan["format"] = source.format
         plan["columns"] = [source.url, source.caption, *source.extra]
-    ledger.write_plan(plan)  # last: a plan without it is written again from the start
+    if own != _ROWS_AT:
+        plan["rows_at"] = own
+    try:
+        ledger.write_plan(plan)  # last: a plan without it is written again from the start
+    except ValueError:
+        _drop_unplanned(store)
+        raise
+    _drop_unplanned(store)
     return ledger.read_plan()
 
 
@@ -170,9 +182,15 @@ def first_seen(path: Path, rows: int) -> np.ndarray:
 
 
 def _write_rows(
-    store: Store, source: Source, shard_rows: int, limit: int | None, first: np.ndarray
-) -> str:
-    """Put the rows of every shard; returns the identity of what was read this time."""
+    store: Store, folder: str, source: Source, shard_rows: int, limit: int | None,
+    first: np.ndarray,
+) -> str | None:
+    """Put the rows of every shard.
+
+    Returns:
+        The identity of what was read this time; None where rows of another list lie there, of
+        somebody who plans it at this moment or was killed while doing so.
+    """
     digest = _Digest(source, shard_rows, limit)
     batch: list[dict[str, Any]] = []
     shard = 0
@@ -183,11 +201,34 @@ def _write_rows(
         again = earlier != number and not row.problem
         batch.append(record(row, sample_key(*divmod(earlier, shard_rows)) if again else None))
         if len(batch) == shard_rows:
-            store.write(f"plan/rows/{shard_name(shard)}.parquet", _parquet(batch))
+            if not _put_rows(store, folder, shard, batch):
+                return None
             batch, shard = [], shard + 1
-    if batch:
-        store.write(f"plan/rows/{shard_name(shard)}.parquet", _parquet(batch))
+    if batch and not _put_rows(store, folder, shard, batch):
+        return None
     return digest.hexdigest()
+
+
+def _put_rows(store: Store, folder: str, shard: int, rows: list[dict[str, Any]]) -> bool:
+    """Put the rows of a shard; False where others lie in their place."""
+    path, data = f"{folder}/{shard_name(shard)}.parquet", _parquet(rows)
+    if folder != _ROWS_AT:  # of this list alone
+        store.write(path, data)
+        return True
+    return store.create(path, data) or store.read(path) == data
+
+
+def _drop_unplanned(store: Store) -> None:
+    """Remove rows that the plan does not name, of whoever was not the first to write one."""
+    stands = rows_at(Ledger(store).read_plan())
+    for path in store.list(_ROWS_AT):
+        if path.rpartition("/")[0] != stands:
+            store.delete(path)
+
+
+def rows_at(plan: dict[str, Any]) -> str:
+    """The folder of the rows of the first list."""
+    return str(plan.get("rows_at", _ROWS_AT))
 
 
 def record(row: Row, duplicate_of: str | None = None) -> dict[str, Any]:
@@ -234,7 +275,7 @@ class Plan:
     def path(self, shard: int) -> str:
         """Where the rows of a shard lie."""
         again = self.retry_of(shard)
-        folder = f"plan/passes/{again['name']}" if again else "plan/rows"
+        folder = f"plan/passes/{again['name']}" if again else rows_at(self.about)
         return f"{folder}/{shard_name(shard)}.parquet"
 
     def withdrawn(self) -> set[str]:

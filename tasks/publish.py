@@ -11,7 +11,9 @@ from infra.ledger import Stage
 from infra.manifest import Manifest, load_manifest, publish
 from infra.store import Store
 from tasks.chain import Chain
+from tasks.plans import WITHDRAWALS
 from tasks.tokenize import published_name
+from tasks.withdraw import come_back
 
 
 def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
@@ -28,13 +30,16 @@ def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
 
     Raises:
         ManifestError: the modalities of a shard do not hold the same keys in the same order.
-        ValueError: no shard is tokenized in every modality.
+        ValueError: no shard is tokenized in every modality, or a run that was at work while
+            samples were withdrawn has written some of them all the same.
     """
     chain = Chain(store)
     stages = published_stages(chain)
     shards = tokenized_shards(chain, stages)
+    before = store.list(WITHDRAWALS)
+    _check_gone(store, stages)
     val = _held_out(chain, name, shards, val_share)
-    return publish(
+    manifest = publish(
         chain.ledger,
         name,
         stages,
@@ -47,6 +52,22 @@ def publish_tokens(store: Store, name: str, *, val_share: float) -> Manifest:
         },
         meta={"crops": asdict(chain.crops)},
     )
+    if store.list(WITHDRAWALS) != before:
+        raise ValueError(
+            f"samples of {store.url} were withdrawn while {name} v{manifest.version} was published "
+            "and may still be named there: run the same `fourm withdraw --apply` once more, then "
+            "publish again"
+        )
+    return manifest
+
+
+def _check_gone(store: Store, stages: Mapping[str, Stage]) -> None:
+    if back := come_back(store, {stage.id for stage in stages.values()}):
+        raise ValueError(
+            f"{len(back)} samples of {store.url} that were withdrawn are there again, such as "
+            f"{back[0]}: a run that was at work meanwhile has written them. Run the same `fourm "
+            "withdraw --apply` once more"
+        )
 
 
 def _held_out(chain: Chain, name: str, shards: Sequence[int], share: float) -> list[int]:

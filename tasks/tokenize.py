@@ -10,7 +10,6 @@ Windows do not depend on the side of the crops, so sets of several sides show th
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ from models.crops import CropPolicy, crop_box
 from tasks.label_work import LabelWork
 from tasks.label_work import build_work as label_work
 from tasks.tokenizer_data import Aspects, aspect_of, read_label
-from tasks.train_tokenizers import TEXT, TokenizerInfo
+from tasks.train_tokenizers import TEXT, TokenizerInfo, read_info
 from tokenizers_vq.sequences.form import Page, TextForm, seed_of
 
 if TYPE_CHECKING:
@@ -356,7 +355,4 @@ def _require(found: str, path: str, expected: str, stage: Stage) -> None:
 
 def tokenizer_infos(store: Store, paths: Mapping[str, str]) -> dict[str, TokenizerInfo]:
     """Reads back the records of stored tokenizers, modality to folder."""
-    return {
-        name: TokenizerInfo(**json.loads(store.read(f"{path}/info.json")))
-        for name, path in paths.items()
-    }
+    return {name: read_info(store, path) for name, path in paths.items()}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra.manifest import Manifest
 from infra.store import Store
+from infra.strict import known
 from models.fourm.draws import STREAMS, Draws
 from models.fourm.loader import stored_name
 from models.fourm.masking import mask_batch, transfer_batch
@@ -299,5 +300,5 @@ def _finished(store: Store, path: str, identity: dict[str, Any]) -> RunInfo | No
     for part, value in identity.items():
         if record.get(part) != value:
             raise ValueError(f"{path} was trained with another {part}; choose another run name")
-    return RunInfo(**record["result"])
+    return known(RunInfo, record["result"], store.full(f"{path}/run.json"))
 

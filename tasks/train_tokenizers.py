@@ -22,6 +22,7 @@ from infra import ui
 from infra.ledger import Ledger, Stage
 from infra.ray_session import Embedded, RayTarget, ray_session
 from infra.store import Store
+from infra.strict import known
 from tasks.tokenizer_config import TextRecipe, TokenizerRecipe, identity
 from tasks.tokenizer_data import load_crops, read_values
 from tasks.tokenizer_health import HealthCheck, show_health
@@ -83,6 +84,12 @@ class TokenizerInfo:
         if not 1 <= kept <= whole:
             raise ValueError(f"{self.modality}: {kept} tokens of the 1 to {whole} there are")
         return kept
+
+
+def read_info(store: Store, path: str) -> TokenizerInfo:
+    """The record of a stored tokenizer. Raises FileNotFoundError, or ValueError, with its URL."""
+    name = f"{path}/{INFO}"
+    return known(TokenizerInfo, store.read_json(name), store.full(name))
 
 
 def tokenizer_path(
@@ -147,7 +154,7 @@ def train_tokenizers(
     for name, recipe in recipes.items():
         path = tokenizer_path(name, recipe, [stages[name]], shards)
         if store.exists(f"{path}/{INFO}"):
-            found[name] = TokenizerInfo(**store.read_json(f"{path}/{INFO}"))
+            found[name] = read_info(store, path)
         else:
             todo[name] = recipe
     if todo and workers:
@@ -232,7 +239,7 @@ def train_tokenizer(
 
     path = tokenizer_path(name, recipe, [stage], shards)
     if store.exists(f"{path}/{INFO}"):
-        return TokenizerInfo(**store.read_json(f"{path}/{INFO}"))
+        return read_info(store, path)
     began = time.monotonic()
     train, held_out = load_crops(store, name, stage, recipe, shards, held_out=_HELD_OUT)
     task = reconstruction_task(store, name, recipe, train)
@@ -277,7 +284,7 @@ def _publish(
         ordered=tokenizer.ordered,
     )
     store.create_json(f"{path}/{INFO}", asdict(info))
-    return TokenizerInfo(**store.read_json(f"{path}/{INFO}"))
+    return read_info(store, path)
 
 
 def train_text(
@@ -289,7 +296,7 @@ def train_text(
 
     path = text_path(stages, recipe, shards)
     if store.exists(f"{path}/{INFO}"):
-        return TokenizerInfo(**store.read_json(f"{path}/{INFO}"))
+        return read_info(store, path)
     began = time.monotonic()
     ledger = Ledger(store)
     names = set(recipe.class_names)
@@ -314,7 +321,7 @@ def train_text(
         seconds=round(time.monotonic() - began, 2),
     )
     store.create_json(f"{path}/{INFO}", asdict(info))
-    return TokenizerInfo(**store.read_json(f"{path}/{INFO}"))
+    return read_info(store, path)
 
 
 def _all_values(

@@ -14,7 +14,6 @@ is appended later does not bring the URLs back.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -128,6 +127,18 @@ def withdrawn_urls(store: Store) -> Iterator[bytes]:
         yield from map(bytes.fromhex, record["urls"])
 
 
+def come_back(store: Store, stages: Collection[str] | None = None) -> list[str]:
+    """Samples that had to go and are there all the same: a run that was at work meanwhile has
+    written them.
+
+    Args:
+        stages: ids of those to look at; None for all.
+    """
+    keys = Plan(store).withdrawn()
+    return sorted({key for commit in _holding(store, keys, stages)
+                   for key in _told(store, commit, keys)})  # fmt: skip
+
+
 def _digest(url: str) -> str:
     return url_digest(url, None).hex()
 
@@ -157,17 +168,24 @@ def _rows(store: Store, plan: Plan, wanted: set[str]) -> dict[str, str]:
     return found
 
 
-def _holding(store: Store, keys: Collection[str]) -> Iterator[Commit]:
+def _holding(
+    store: Store, keys: Collection[str], stages: Collection[str] | None = None
+) -> Iterator[Commit]:
     """Commits of which an output holds one of the keys, or whose statuses tell of it."""
     ledger = Ledger(store)
     shards = sorted({int(key[:6]) for key in keys})
-    for stage in ledger.stage_ids() if shards else ():
+    for stage in (ledger.stage_ids() if stages is None else sorted(stages)) if shards else ():
         for shard in ledger.committed(stage).intersection(shards):
             commit = ledger.read_commit(stage, shard)
-            table = read_statuses(store, commit, ["key", "reason"])
-            reasons = dict(zip(*(table[c].to_pylist() for c in ("key", "reason")), strict=True))
-            if any(reasons.get(key, WITHDRAWN) != WITHDRAWN for key in keys):
+            if _told(store, commit, keys):
                 yield commit
+
+
+def _told(store: Store, commit: Commit, keys: Collection[str]) -> set[str]:
+    """Which of the keys a commit tells more of than that they were withdrawn."""
+    rows = read_statuses(store, commit, ["key", "reason", "detail"]).to_pylist()
+    return {row["key"] for row in rows
+            if row["key"] in keys and WITHDRAWN not in (row["reason"], row["detail"])}  # fmt: skip
 
 
 def _keys(store: Store, commit: Commit) -> list[str]:
@@ -312,7 +330,7 @@ def _delete(store: Store, shards: set[int]) -> int:
                          "run this again once that is mended: what was replaced is still there")
     replaced = {path for record in withdrawals(store) for path in record["objects"]}
     stems = {shard_name(shard) for shard in shards}
-    old = time.time() - LEAST_AGE
+    old = store.now() - LEAST_AGE
     removed = 0
     for path, entry in {**store.entries("shards/"), **store.entries("status/")}.items():
         left = path.rpartition("/")[2].partition(".")[0] in stems and entry.modified < old

@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infra.stages import Commit
+from infra.store import Store
 from infra.strict import MAX_UNPACKED, read_json, read_npy, read_npz
+from tasks.train_tokenizers import TokenizerInfo, read_info
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -82,3 +85,15 @@ def test_json_that_is_nested_without_end_is_refused():
     with pytest.raises(ValueError, match="nested too deep"):
         read_json(b"[" * 100_000)
     assert read_json(b"[1]") == [1]
+
+
+def test_a_record_of_newer_software_is_refused_by_its_place_and_what_is_unknown(tmp_path):
+    store = Store(str(tmp_path))
+    info = vars(TokenizerInfo("rgb", "tokenizers/rgb@1", "f", 8, 4, {"psnr": float("nan")}, 1.0))
+    store.write_json("tokenizers/rgb@1/info.json", info)
+    assert read_info(store, "tokenizers/rgb@1").num_tokens == 4
+    store.write_json("tokenizers/rgb@1/info.json", {**info, "depth": 3})
+    with pytest.raises(ValueError, match=r"rgb@1/info.json: unknown 'depth'; if a newer version"):
+        read_info(store, "tokenizers/rgb@1")
+    with pytest.raises(ValueError, match=r"not a commit: unknown 'mood'; if a newer version"):
+        Commit.from_dict({"mood": 1})

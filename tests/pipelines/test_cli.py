@@ -12,7 +12,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from infra.ledger import Ledger, Stage
+from infra.ledger import Ledger, ShardData, Stage
+from infra.shards import write_tar
 from infra.store import Store
 from pipelines import cli
 from pipelines.cli import app
@@ -24,6 +25,7 @@ from pipelines.params import (
     TokenizeOptions,
     TokenizerOptions,
 )
+from pipelines.server import prefect_server
 from tasks import chain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,6 +176,29 @@ def test_a_prefect_server_that_does_not_answer_is_named_with_its_address(
             code, output = _run(*words)
             assert code == status
             assert f"no Prefect server answers at PREFECT_API_URL={url}" in output
+
+
+def test_verify_says_what_to_do_about_what_a_copy_lacks(tmp_path: Path) -> None:
+    ledger, stage = Ledger(Store(str(tmp_path))), Stage("label:depth", 1, {}, ("depth",))
+    ledger.write_plan({"num_shards": 1, "id": "x"})
+    tar, statuses = write_tar([("00000000000.png", b"x")]), [("00000000000", "ok", "")]
+    data = ShardData(["00000000000"], {"depth": tar}, statuses, 1.0)
+    commit = ledger.commit(stage, 0, data)
+    assert _run("verify", "--root", str(tmp_path))[0] == 0
+    ledger.store.delete(commit.outputs["depth"]["path"])
+    code, output = _run("verify", "--root", str(tmp_path))
+    assert code == 1
+    assert "what a copy lacks comes with another copy" in output
+
+
+def test_where_no_prefect_server_can_keep_its_runs_it_is_said_how_to_do_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    (tmp_path / "prefect").write_text("in the way")
+    with pytest.raises(RuntimeError, match=r"nothing .* to .*prefect.* PREFECT_API_URL"):
+        with prefect_server(tmp_path / "prefect"):
+            pass
 
 
 @pytest.mark.parametrize(

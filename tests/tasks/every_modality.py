@@ -31,7 +31,6 @@ def make_labels(root: str, source: str) -> Store:
     make_plan(store, source, shard_rows=ROWS)
     remember(store, "ingest", IngestOptions(source=source).model_dump())
     choices = LabelOptions(labelers=list(LABELERS), device="cpu").model_dump()
-    check("label", {**choices, "root": store.url})
     remember(store, "label", choices)
     chain = Chain(store)
     for stage in {chain.fetch, *chain.labels.values()}:
@@ -40,6 +39,7 @@ def make_labels(root: str, source: str) -> Store:
             outputs = {name: _members(name, keys, shard) for name in stage.outputs}
             data = ShardData(keys, outputs, [(key, "ok", "") for key in keys], 1.0)
             chain.ledger.commit(stage, shard, data)
+    check("label", {**choices, "root": store.url})
     return store
 
 

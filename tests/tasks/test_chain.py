@@ -120,6 +120,22 @@ def test_tokenizers_learn_from_the_shards_of_the_first_time(store: Store) -> Non
     assert Chain(store).tokenizer_shards == [0]
 
 
+def test_what_other_software_or_options_made_is_named_and_not_passed_over(store: Store) -> None:
+    chain = Chain(store)
+    label = {**LabelParams(root=store.url).model_dump(), **chain.section("label")}
+    with pytest.raises(ValueError, match="has its pictures; run `fourm ingest` first"):
+        check("label", label)
+    for shard in range(2):
+        _commit(chain, chain.fetch, shard)
+    check("label", label)
+    remember(store, "ingest", {**chain.section("ingest"), "image_size": 99})
+    now = Chain(store).fetch.id
+    made = rf"shards 2 of {chain.fetch.id} \(made by .* do not count as {now}"
+    for flow in (lambda: check("label", label), Chain(store).learnable):
+        with pytest.raises(ValueError, match=made):
+            flow()
+
+
 def test_of_two_runs_at_once_the_shards_of_the_first_stay(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +225,9 @@ def test_check_looks_for_a_compiler_on_this_machine_alone(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch._inductor.cpp_builder as builder
+
+    chain = Chain(store)
+    _commit(chain, chain.fetch, 0)
 
     def missing() -> str:
         raise RuntimeError("no g++")

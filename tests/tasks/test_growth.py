@@ -12,6 +12,7 @@ from infra.shards import sample_key
 from infra.sources import Source
 from infra.store import Store
 from pipelines.params import IngestParams, LabelOptions
+from tasks import plans
 from tasks.chain import remember
 from tasks.checks import check
 from tasks.fetch import fetch_stage
@@ -137,3 +138,49 @@ def test_what_was_held_out_stays_so_when_the_set_grows(tmp_path, monkeypatch):
     # Asked for more, it takes what was not published before, or else of what was trained on.
     assert publish_tokens(store, "main", val_share=0.7).splits == {"train": [0], "val": [1, 2]}
     assert publish_tokens(store, "new", val_share=0.3).splits == {"train": [0, 1], "val": [2]}
+
+
+def _planned(store: Store, source: Source, rows: list[int]) -> None:
+    """The plan is this list's, with its rows and no others."""
+    plan = Plan(store)
+    assert plan.about["source"] == source.path
+    assert _urls(store, list(range(plan.about["num_shards"]))) == [str(n) for n in rows]
+    kept = {plan.path(shard) for shard in range(plan.about["num_shards"])}
+    assert set(store.list("plan/rows")) == kept
+
+
+@pytest.mark.parametrize("first", ["june", "july"])
+def test_of_two_lists_that_are_planned_at_once_one_is_planned_whole_and_one_refused(
+    first, tmp_path, monkeypatch
+):
+    store = Store(str(tmp_path / "data"))
+    lists = {"june": _list(tmp_path / "june.tsv", [0, 1, 2]),
+             "july": _list(tmp_path / "july.tsv", [5, 6, 7, 8, 9])}  # fmt: skip
+    rows = {"june": [0, 1, 2], "july": [5, 6, 7, 8, 9]}
+    other = "july" if first == "june" else "june"
+    encode, shards = plans._parquet, iter(range(9))
+
+    def meanwhile(batch: list) -> bytes:
+        if next(shards) == 1:
+            make_plan(store, lists[first], shard_rows=2)
+        return encode(batch)
+
+    monkeypatch.setattr(plans, "_parquet", meanwhile)
+    with pytest.raises(ValueError, match="was planned otherwise"):
+        make_plan(store, lists[other], shard_rows=2)
+    _planned(store, lists[first], rows[first])
+    assert append_list(store, lists[first]) == 0
+    assert append_list(store, lists[other]) == len(rows[other])
+
+
+def test_what_a_killed_planning_of_another_list_left_is_neither_read_nor_kept(
+    tmp_path, monkeypatch
+):
+    store = Store(str(tmp_path / "data"))
+    with monkeypatch.context() as early:
+        early.setattr(Ledger, "write_plan", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make_plan(store, _list(tmp_path / "june.tsv", [0, 1, 2, 3, 4]), shard_rows=2)
+    july = _list(tmp_path / "july.tsv", [5, 6, 7])
+    make_plan(store, july, shard_rows=2)
+    _planned(store, july, [5, 6, 7])

@@ -236,3 +236,16 @@ def test_uploads_of_many_pages_are_all_found():
 
 def _upload(key: str, began: datetime) -> dict[str, Any]:
     return {"Key": key, "UploadId": "1", "Initiated": began}
+
+
+@pytest.mark.parametrize("ahead", [100 * 24 * HOUR, -100 * 24 * HOUR])
+def test_ages_are_told_by_the_clock_of_the_store_and_not_of_this_host(
+    tmp_store, monkeypatch, ahead
+):
+    tmp_store.write("shards/x@1/shard-000000.a.tar", b"about to be committed")
+    here = time.time
+    monkeypatch.setattr(time, "time", lambda: here() + ahead)
+    assert find_litter(tmp_store, AGE) == []
+    later = tmp_store.now() + AGE + HOUR
+    assert [item.kind for item in find_litter(tmp_store, AGE, now=later)] == ["orphan"]
+    assert tmp_store.unfinished() == {}

@@ -5,24 +5,29 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from infra.ledger import Ledger
+from infra import manifest as manifest_module
+from infra.ledger import Ledger, commit_path
 from infra.manifest import load_manifest, versions
 from infra.shards import read_tar, sample_key, write_tar
 from infra.sources import Source
 from infra.store import Store
 from infra.tables import read_table
 from infra.verify import verify
+from pipelines.cli import app
 from pipelines.params import LabelOptions, WithdrawParams
 from pipelines.withdraw import run
+from tasks import publish
 from tasks.chain import Chain, remember
 from tasks.fetch import FetchWork, fetch_stage
 from tasks.growth import append_list
 from tasks.plans import Plan, make_plan, plan_retry
 from tasks.publish import is_current, publish_tokens
-from tasks.withdraw import withdraw
+from tasks.withdraw import come_back, withdraw
 from tests.tasks.test_fetch_sources import CONFIG, Web, run_all
 from tests.tasks.test_token_choices import ROWS, SHARDS, SMALL, _ingested, _picture, _tokenize
 
@@ -118,6 +123,63 @@ def test_labels_tokens_and_manifests_lose_it_and_nothing_is_made_again(tmp_path)
     assert publish_tokens(store, "main", val_share=0.3).version == 1
     assert withdraw(store, [gone], apply=True).commits == 0
     assert versions(store, "main") == [1]
+
+
+@pytest.fixture
+def tokenized(tmp_path: Path) -> Store:
+    """Three shards with tokens of the pictures."""
+    store = _ingested(tmp_path)
+    remember(store, "label", LabelOptions(preset="scenes", labelers=[]).model_dump())
+    _tokenize(store, {"modalities": ["rgb"], "changes": {"rgb": SMALL}})
+    return store
+
+
+def test_what_a_run_at_work_writes_all_the_same_is_found_refused_and_taken_out(tokenized):
+    gone, chain = sample_key(1, 2), Chain(tokenized)
+    stage = chain.tokens["rgb"]
+    record = tokenized.read(path := commit_path(stage.id, 1))
+    commit = chain.ledger.read_commit(stage, 1)
+    late = {made["path"]: tokenized.read(made["path"])
+            for made in (*commit.outputs.values(), commit.status)}  # fmt: skip
+    tokenized.delete(path)  # its worker is still at it
+    withdraw(tokenized, [gone], apply=True)
+    assert come_back(tokenized) == []
+    for name, data in {**late, path: record}.items():
+        tokenized.write(name, data)
+    assert come_back(tokenized) == [gone]
+    with pytest.raises(ValueError, match=f"such as {gone}.* `fourm withdraw --apply` once more"):
+        publish_tokens(tokenized, "main", val_share=0.3)
+    shown = CliRunner().invoke(app, ["verify", "--root", tokenized.url])
+    assert (shown.exit_code, gone in shown.output) == (1, True)
+    withdraw(tokenized, [gone], apply=True)
+    assert publish_tokens(tokenized, "main", val_share=0.3).version == 1
+    assert verify(tokenized, deep=True).problems == verify(tokenized).orphans == []
+
+
+def test_samples_that_are_withdrawn_while_a_version_is_published_are_not_left_in_it(
+    tokenized, monkeypatch
+):
+    gone, make = sample_key(1, 2), publish.publish
+
+    def meanwhile(*given: Any, **named: Any) -> Any:
+        write = manifest_module._write_version
+
+        def late(*content: Any) -> Any:
+            withdraw(tokenized, [gone], apply=True)
+            return write(*content)
+
+        with monkeypatch.context() as during:
+            during.setattr(manifest_module, "_write_version", late)
+            return make(*given, **named)
+
+    with monkeypatch.context() as during:
+        during.setattr(publish, "publish", meanwhile)
+        with pytest.raises(ValueError, match="`fourm withdraw --apply` once more, then publish"):
+            publish_tokens(tokenized, "other", val_share=0.3)
+    withdraw(tokenized, [gone], apply=True)
+    publish_tokens(tokenized, "other", val_share=0.3)
+    assert verify(tokenized, deep=True).problems == verify(tokenized).orphans == []
+    assert _picture(12) not in _everything(tokenized)
 
 
 def test_a_picture_that_tars_still_hold_does_not_come_back_at_another_size(tmp_path):
