@@ -269,7 +269,7 @@ def _titles_per_row(titles: Sequence[Any], rows: int) -> list[list[str]]:
 
 def _fitting(draw: Any, text: str, width: int) -> str:
     """The text, its end replaced by an ellipsis where it is wider than `width` pixels."""
-    text = " ".join(text.split())
+    text = " ".join(text.split())[:width]  # a text of megabytes is measured for minutes
     if draw.textlength(text) <= width:
         return text
     while text and draw.textlength(text + "...") > width:
