@@ -244,7 +244,7 @@ class JobsApi:
         client passes on what proxies write, and what it fails at in answers that are not Ray's."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             kind = RuntimeError if isinstance(error, RuntimeError) else ConnectionError
             what = " ".join(f"{type(error).__name__}: {error}".split())[:_SAID]
             if isinstance(error, ValueError | KeyError | TypeError | AttributeError):

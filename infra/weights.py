@@ -83,7 +83,7 @@ def _whole(path: str | Path, read: Callable[[], _T]) -> _T:
         return read()
     except (FileNotFoundError, IsADirectoryError, PermissionError, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001 - of damaged files the libraries raise any kind
+    except Exception as error:
         why = str(error).split("\n")[0][:200] or type(error).__name__
         raise ValueError(f"{path} is damaged, or no file of tensors: {why}; copy or download it "
                          "again") from error  # fmt: skip

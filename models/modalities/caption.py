@@ -12,7 +12,6 @@ from models.modalities.base import Modality
 from tokenizers_vq.sequences.captions import string_to_caption
 from tokenizers_vq.sequences.form import Page, TextForm
 
-
 _SHOWN = 1000
 """Characters that are drawn of a caption: more than its picture holds, whatever its length."""
 

@@ -322,7 +322,7 @@ def test_what_answers_otherwise_than_s3_is_no_empty_dataset(
         store = Store("s3://bucket/set")
         for ask in (lambda: store.list(""), lambda: store.exists("a"), lambda: store.version("a"),
                     lambda: store.create("a", b"1")):  # fmt: skip
-            with pytest.raises(ConnectionError, match="otherwise than S3 .* AWS_ENDPOINT_URL"):
+            with pytest.raises(ConnectionError, match=r"otherwise than S3 .* AWS_ENDPOINT_URL"):
                 ask()
     finally:
         server.shutdown()

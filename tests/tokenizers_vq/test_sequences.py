@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import modalities
 from tokenizers_vq import sequences as seq
 from tokenizers_vq.sequences.instances import contains
 from tokenizers_vq.sequences.metadata import FIELDS, metadata_chunks

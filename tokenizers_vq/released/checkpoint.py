@@ -127,7 +127,7 @@ def build(config: Config, tensors: Tensors, *, head_width: int = 64) -> Released
         return _built(config, tensors, head_width)
     except (ValueError, FileNotFoundError, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001 - what networks raise at settings of any kind
+    except Exception as error:
         raise ValueError("the settings and shapes of the checkpoint make no network: "
                          f"{type(error).__name__}: {error}") from error  # fmt: skip
 
