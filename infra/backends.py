@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from infra import cache
+from infra.s3_errors import http_status, in_words, is_transient
 
 _LOG = logging.getLogger("fourm.store")
 _T = TypeVar("_T")
 
 PRIVATE = ".fourm"
 """Folder of temporary files, locks and the probe object; never listed."""
-# 409 is "another conditional write is under way": the answer is to ask again.
-_TRANSIENT = frozenset({409, 429, 500, 502, 503, 504})
 _PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -188,7 +187,7 @@ class S3Backend:
         try:
             honoured = not broken(f"{PRIVATE}/probe")
         except OSError as error:
-            if _http_status(error) != 501:
+            if http_status(error) != 501:
                 raise
             honoured = False
         if not honoured:
@@ -239,13 +238,16 @@ class S3Backend:
     def entries(self, prefix: str) -> dict[str, Entry]:
         folder, _, stem = prefix.rpartition("/")
         base = self._key(folder) if folder else self.root
-        listing = self._retry(lambda: self.fs.find(base, prefix=stem, detail=True))
-        skip = len(self.root) + 1
-        return {
-            name[skip:]: Entry(info["size"], info["LastModified"].timestamp())
-            for name, info in listing.items()
-            if info["type"] == "file" and name[skip:].startswith(prefix)
-        }
+        whole = f"{self.root}/{prefix}"
+
+        def found() -> dict[str, Entry]:
+            listing = self.fs.find(base, prefix=stem, detail=True)
+            files = {name: _entry(info) for name, info in listing.items()
+                     if info["type"] == "file"}  # fmt: skip
+            return {name[len(self.root) + 1 :]: entry for name, entry in files.items()
+                    if name.startswith(whole)}  # fmt: skip
+
+        return self._retry(found)
 
     def unfinished(self) -> dict[str, float]:
         """Multipart uploads that were neither completed nor aborted: they cost, and nobody sees
@@ -281,7 +283,7 @@ class S3Backend:
 
     def entry(self, path: str) -> Entry | None:
         info = self._info(path)
-        return None if info is None else Entry(info["size"], info["LastModified"].timestamp())
+        return None if info is None else _entry(info)
 
     def delete(self, path: str) -> None:
         try:
@@ -312,10 +314,16 @@ class S3Backend:
 
     def _info(self, path: str) -> dict[str, Any] | None:
         try:
-            info = self._retry(lambda: self.fs.info(self._key(path)))
+            info = self._retry(partial(self._asked, path))
         except FileNotFoundError:
             return None
         return info if info["type"] == "file" else None
+
+    def _asked(self, path: str) -> dict[str, Any]:
+        info: dict[str, Any] = self.fs.info(self._key(path))
+        if info["type"] == "file" and _entry(info) and not info["ETag"]:
+            raise ValueError("an object without an ETag")
+        return info
 
     def _put_if(self, path: str, data: bytes, **condition: str) -> bool:
         try:
@@ -324,7 +332,7 @@ class S3Backend:
             return False
         except OSError as error:
             missing = isinstance(error, FileNotFoundError) and "IfMatch" in condition
-            if _http_status(error) == 412 or missing:
+            if http_status(error) == 412 or missing:
                 return False
             raise
         return True
@@ -332,46 +340,21 @@ class S3Backend:
     def _retry(self, call: Callable[[], _T]) -> _T:
         for pause in _PAUSES:
             try:
-                return self._reach(call)
+                with in_words(self.root):
+                    return call()
             except OSError as error:
-                if not _is_transient(error):
+                if not is_transient(error):
                     raise
                 # Nobody may be there at all, as where an endpoint is misspelt.
                 level = logging.WARNING if isinstance(error, ConnectionError) else logging.INFO
                 _LOG.log(level, "s3://%s: %s; trying again", self.root, error)
                 time.sleep(pause * random.uniform(0.5, 1.5))
-        return self._reach(call)
-
-    def _reach(self, call: Callable[[], _T]) -> _T:
-        """The answer of a call, or an OSError: broken connections are errors of other kinds."""
-        from aiohttp import ClientError
-        from botocore.exceptions import BotoCoreError
-        from fsspec.exceptions import FSTimeoutError
-
-        try:
+        with in_words(self.root):
             return call()
-        except (BotoCoreError, ClientError, FSTimeoutError) as error:
-            what = f"s3://{self.root} cannot be reached: {type(error).__name__}"
-            raise ConnectionError(f"{what}: {error}") from error
-        except PermissionError as error:
-            raise PermissionError(
-                f"s3://{self.root} refuses: {error}; check AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and what they may do there"
-            ) from error
 
 
-def _is_transient(error: OSError) -> bool:
-    """Whether to ask again: a busy service, or a connection that was refused or reset. Time-outs
-    and cut answers are not among them: s3fs has asked again for those, and waited each time."""
-    from botocore.exceptions import EndpointConnectionError
-
-    refused = isinstance(error.__cause__, EndpointConnectionError)
-    return refused or _http_status(error) in _TRANSIENT
-
-
-def _http_status(error: OSError) -> int | None:
-    response = getattr(error.__cause__, "response", None) or {}
-    return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+def _entry(info: dict[str, Any]) -> Entry:
+    return Entry(info["size"], info["LastModified"].timestamp())
 
 
 @contextmanager

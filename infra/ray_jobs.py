@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, Protocol
 
 from infra.ray_session import Job
@@ -32,6 +32,8 @@ log = logging.getLogger("fourm.jobs")
 POLL_SECONDS = 2.0
 PATIENCE_SECONDS = 300.0
 """How long a cluster may be out of reach before following its job is given up."""
+ANSWER_SECONDS = 30.0
+"""How long an answer of the dashboard may take."""
 LAST_WORDS_SECONDS = 10.0
 """How long the log of a job that has ended is waited for."""
 TAIL_LINES = 20
@@ -40,6 +42,8 @@ TAIL_LINES = 20
 OURS = "fourm-"
 """How the ids of our jobs begin; a cluster may be shared with others."""
 
+_ANSWER_BYTES = 64 << 20
+_SAID = 300  # characters of an error that are told
 _ENVIRONMENT = threading.Lock()
 
 State = Literal["waiting", "running", "succeeded", "failed", "stopped"]
@@ -231,33 +235,49 @@ class JobsApi:
 
     @cached_property
     def _client(self) -> Any:
-        from ray.job_submission import JobSubmissionClient
-
         with _of_no_cluster():
-            return JobSubmissionClient(self._target.address)
+            return _client_class()(self._target.address)
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """Trouble of any kind as the two that a `Jobs` has, with the address and few words: Ray's
+        client passes on what proxies write, and what it fails at in answers that are not Ray's."""
+        try:
+            yield
+        except Exception as error:
+            kind = RuntimeError if isinstance(error, RuntimeError) else ConnectionError
+            what = " ".join(f"{type(error).__name__}: {error}".split())[:_SAID]
+            if isinstance(error, ValueError | KeyError | TypeError | AttributeError):
+                what = f"what is there answers otherwise than Ray ({what})"
+            raise kind(f"Ray's dashboard at {self._target.address} cannot be asked: {what}") \
+                from error  # fmt: skip
 
     def submit(self, request: JobRequest) -> None:
         try:
-            self._client.submit_job(
-                entrypoint=request.entrypoint,
-                submission_id=request.job_id,
-                metadata={"owner": request.owner},
-                runtime_env={"env_vars": {**self._target.env, **request.env}},
-                entrypoint_num_cpus=self._target.entrypoint_cpus or None,
-                entrypoint_num_gpus=self._target.entrypoint_gpus or None,
-            )
-        except RuntimeError:
-            # An id that is taken is answered like any other error of the server.
+            with self._asked():
+                self._client.submit_job(
+                    entrypoint=request.entrypoint,
+                    submission_id=request.job_id,
+                    metadata={"owner": request.owner},
+                    runtime_env={"env_vars": {**self._target.env, **request.env}},
+                    entrypoint_num_cpus=self._target.entrypoint_cpus or None,
+                    entrypoint_num_gpus=self._target.entrypoint_gpus or None,
+                )
+        except (OSError, RuntimeError):
+            # An id that is taken is answered like any other error of the server, and a request
+            # whose answer was lost may have been heard.
             if self.find(request.job_id) is None:
                 raise
 
     def find(self, job_id: str) -> JobInfo | None:
-        try:
-            return _info(self._client.get_job_info(job_id))
-        except RuntimeError as error:
-            if "status code 404" in str(error):
-                return None
-            raise
+        with self._asked():
+            try:
+                return _info(self._client.get_job_info(job_id))
+            except RuntimeError as error:
+                # A proxy that does not reach the cluster answers 404 too, in other words.
+                if "status code 404" in str(error) and "does not exist" in str(error):
+                    return None
+                raise
 
     def tail(self, job_id: str) -> AsyncIterator[str]:
         return self._client.tail_job_logs(job_id)
@@ -265,18 +285,46 @@ class JobsApi:
     def stop(self, job_id: str) -> None:
         info = self.find(job_id)
         if info is not None and info.state in ALIVE:
-            self._client.stop_job(job_id)
+            with self._asked():
+                self._client.stop_job(job_id)
 
     def running(self) -> dict[str, str]:
         """Job id -> owner of every job of ours that has not ended."""
         found = {}
-        for details in self._client.list_jobs():
+        with self._asked():
+            listed = list(self._client.list_jobs())
+        for details in listed:
             job_id: str = details.submission_id or ""
             if job_id.startswith(OURS):
                 info = _info(details)
                 if info.state in ALIVE and info.owner:
                     found[job_id] = info.owner
         return found
+
+
+@cache
+def _client_class() -> type[Any]:
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):
+        """Waits neither for ever nor for an answer without end, as Ray's own does."""
+
+        def _do_request(self, method: str, endpoint: str, **keywords: Any) -> Any:
+            keywords |= {"timeout": ANSWER_SECONDS, "hooks": {"response": _read}}
+            return super()._do_request(method, endpoint, **keywords)
+
+    return Client
+
+
+def _read(answer: Any, **_: Any) -> None:
+    """Reads the body of an answer, in bounded time and memory."""
+    end, body = time.monotonic() + ANSWER_SECONDS, bytearray()
+    while piece := answer.raw.read1(1 << 16, decode_content=True):
+        body += piece
+        if len(body) > _ANSWER_BYTES or time.monotonic() > end:
+            answer.close()
+            raise ConnectionError(f"the answer has not ended after {len(body)} bytes")
+    answer._content, answer._content_consumed = bytes(body), True
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from infra.ray_jobs import JobInfo, JobRequest, JobsApi, State
+from infra.ray_jobs import ANSWER_SECONDS, JobInfo, JobRequest, JobsApi, State
 from infra.ray_session import Job, RayJob
 
 GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
@@ -57,7 +57,9 @@ class KubeRay:
     def submit(self, request: JobRequest) -> None:
         body = manifest(self._template, self._target, request)
         try:
-            self._api.create_namespaced_custom_object(**self._where, body=body)
+            self._api.create_namespaced_custom_object(
+                **self._where, body=body, _request_timeout=ANSWER_SECONDS
+            )
         except Exception as error:
             if _status(error) != 409:  # it exists already
                 raise _reworded(error) from error
@@ -66,19 +68,18 @@ class KubeRay:
         found = self._get(job_id)
         if found is None:
             return None
-        status = found.get("status") or {}
+        metadata, status = found["metadata"], _object(found.get("status"))
         parts = (status.get("reason"), status.get("message"))
-        owner = (found["metadata"].get("annotations") or {}).get(OWNER, "")
+        owner = _object(metadata.get("annotations")).get(OWNER, "")
         # It is there until its cluster is gone, which takes a while, and is no job to wait for.
-        removed = "deletionTimestamp" in found["metadata"]
-        state = "stopped" if removed else _state(status)
-        return JobInfo(state, " ".join(part for part in parts if part), owner)
+        state = "stopped" if "deletionTimestamp" in metadata else _state(status)
+        return JobInfo(state, " ".join(str(part) for part in parts if part), str(owner))
 
     async def tail(self, job_id: str) -> AsyncIterator[str]:
         """Through the dashboard of the job's own cluster, once there is one."""
         found = self._get(job_id)
-        address = ((found or {}).get("status") or {}).get("dashboardURL")
-        if not address:
+        address = _object((found or {}).get("status")).get("dashboardURL")
+        if not address or not isinstance(address, str):
             raise ConnectionError(f"the cluster of {job_id} has no dashboard yet")
         address = address if "://" in address else f"http://{address}"
         async for piece in JobsApi(Job(address=address)).tail(job_id):
@@ -88,7 +89,8 @@ class KubeRay:
         try:
             # In the foreground: the RayJob is gone only after its cluster.
             self._api.delete_namespaced_custom_object(
-                **self._where, name=job_id, propagation_policy="Foreground"
+                **self._where, name=job_id, propagation_policy="Foreground",
+                _request_timeout=ANSWER_SECONDS,
             )
         except Exception as error:
             if _status(error) != 404:
@@ -96,11 +98,16 @@ class KubeRay:
 
     def _get(self, job_id: str) -> dict[str, Any] | None:
         try:
-            return self._api.get_namespaced_custom_object(**self._where, name=job_id)
+            found = self._api.get_namespaced_custom_object(
+                **self._where, name=job_id, _request_timeout=ANSWER_SECONDS
+            )
         except Exception as error:
             if _status(error) == 404:
                 return None
             raise _reworded(error) from error
+        if not isinstance(found, dict) or not isinstance(found.get("metadata"), dict):
+            raise ConnectionError(f"Kubernetes answers with no RayJob: {found!r:.200}")
+        return found
 
 
 def read_template(path: str) -> dict[str, Any]:
@@ -194,6 +201,18 @@ def _state(status: dict[str, Any]) -> State:
     return "running" if job == "RUNNING" else "waiting"
 
 
+_REMEDIES = {
+    401: ": its token is not valid any more; log in again",
+    403: ": who asks may not create, get and delete rayjobs in the namespace",
+    404: ": there is no such namespace, or KubeRay is not installed in the cluster",
+}
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """A part of an answer that should be an object; an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
 def _status(error: Exception) -> int | None:
     return getattr(error, "status", None)
 
@@ -207,8 +226,9 @@ def _reworded(error: Exception) -> Exception:
         return ConnectionError(f"Kubernetes cannot be reached: {error}")
     if _status(error) is None:
         return error
-    reason = getattr(error, "reason", "")
-    return ConnectionError(f"Kubernetes answers {_status(error)} {reason}".rstrip())
+    status, reason = _status(error), getattr(error, "reason", "") or ""
+    remedy = _REMEDIES.get(status or 0, "")
+    return ConnectionError(f"Kubernetes answers {status} {reason}".rstrip() + remedy)
 
 
 def _connect() -> Any:

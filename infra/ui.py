@@ -57,11 +57,14 @@ def relayed(send: Callable[[str, dict[str, Any]], None]) -> Iterator[None]:
         _relay = kept
 
 
-def replay(what: str, arguments: dict[str, Any]) -> None:
-    """Show here what another process handed to its `relayed`; what is unknown is left out."""
-    known: dict[str, Callable[..., None]] = {"table": table, "markdown": markdown}
-    if what in known:
-        known[what](**arguments)
+def replay(what: str, arguments: dict[str, Any]) -> bool:
+    """Show here what another process handed to its `relayed`; what is unknown is left out.
+
+    Returns:
+        False where the server did not take it: it may be tried again.
+    """
+    known: dict[str, Callable[..., bool]] = {"table": table, "markdown": markdown}
+    return known[what](**arguments) if what in known else True
 
 
 def in_run() -> bool:
@@ -75,17 +78,18 @@ def in_run() -> bool:
     return FlowRunContext.get() is not None or TaskRunContext.get() is not None
 
 
-def _only_a_view(function: Callable[P, None]) -> Callable[P, None]:
-    """Call the function inside a Prefect run alone, and turn its errors into warnings."""
+def _only_a_view(function: Callable[P, None]) -> Callable[P, bool]:
+    """Call the function inside a Prefect run alone, and turn its errors into warnings and False."""
 
     @functools.wraps(function)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        if not in_run():
-            return
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> bool:
         try:
-            function(*args, **kwargs)
+            if in_run():
+                function(*args, **kwargs)
         except Exception:
             log.warning("%s could not be shown; the run goes on", function.__name__, exc_info=True)
+            return False
+        return True
 
     return guarded
 
@@ -269,7 +273,7 @@ def _titles_per_row(titles: Sequence[Any], rows: int) -> list[list[str]]:
 
 def _fitting(draw: Any, text: str, width: int) -> str:
     """The text, its end replaced by an ellipsis where it is wider than `width` pixels."""
-    text = " ".join(text.split())
+    text = " ".join(text.split())[:width]  # a text of megabytes is measured for minutes
     if draw.textlength(text) <= width:
         return text
     while text and draw.textlength(text + "...") > width:

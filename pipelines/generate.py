@@ -27,7 +27,7 @@ def predict(params: GenerateParams) -> list[str]:
 
 def _show(files: list[Path]) -> None:
     pictures = [
-        (path.stem, np.asarray(Image.open(path).convert("RGB")))
+        (path.stem, np.asarray(Image.open(path, formats=("PNG",)).convert("RGB")))
         for path in files
         if path.suffix == ".png"
     ]

@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,8 @@ FINAL = (
 )  # fmt: skip
 """What another attempt cannot mend: bad values, or trouble that the runner has named already."""
 ROOT = Path(__file__).resolve().parents[1]
+SHOW_AGAIN_SECONDS = 30.0
+"""How long what a server did not take is kept until it is shown again."""
 _LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
 
 
@@ -120,10 +123,23 @@ def _stopped_on_cancel(jobs: Jobs, job_id: str) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or _cancelled():
             log.warning("stopping job %s", job_id)
-            jobs.stop(job_id)
+            _stop(jobs, job_id)
         else:
             log.warning("job %s goes on; the same run, started again, finds it", job_id)
         raise
+
+
+def _stop(jobs: Jobs, job_id: str) -> None:
+    """Stop a job; a cluster that is out of reach must not turn what was cancelled into a
+    failure."""
+    for pause in (1.0, 3.0, 0.0):
+        try:
+            jobs.stop(job_id)
+            return
+        except (OSError, RuntimeError) as error:
+            log.warning("job %s could not be stopped: %s", job_id, error)
+            time.sleep(pause)
+    log.error("job %s goes on: stop it on its cluster, or let the janitor end it", job_id)
 
 
 def _cancelled() -> bool:
@@ -181,6 +197,7 @@ class _Shown:
     def __init__(self, store: Store, job_id: str) -> None:
         self._store, self._prefix = store, f"jobs/{job_id}/shown/"
         self._seen: dict[str, str | None] = {}
+        self._again: dict[str, float] = {}
         self._bars: dict[str, ui.Progress] = {}
 
     def update(self) -> None:
@@ -188,19 +205,30 @@ class _Shown:
         try:
             for path in self._store.list(self._prefix):
                 version = self._store.version(path)
-                if self._seen.get(path) != version:
-                    self._show(self._store.read_json(path))
-                    self._seen[path] = version
+                if self._seen.get(path) != version and self._again.get(path, 0) < time.monotonic():
+                    self._take(path, version)
         except OSError as error:
             log.warning("cannot read what the job shows: %s", error)
 
-    def _show(self, event: dict[str, Any]) -> None:
+    def _take(self, path: str, version: str | None) -> None:
+        try:
+            shown = self._show(self._store.read_json(path))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("%s tells nothing that can be shown: %r", path, error)
+            shown = True
+        if shown:
+            self._seen[path] = version
+        else:
+            self._again[path] = time.monotonic() + SHOW_AGAIN_SECONDS
+
+    def _show(self, event: dict[str, Any]) -> bool:
+        """False where it may be tried again."""
         what, arguments = event["what"], event["arguments"]
         if what != "progress":
-            ui.replay(what, arguments)
-            return
+            return ui.replay(what, arguments) is not False
         bar = self._bars.setdefault(arguments["name"], ui.progress(arguments["name"]))
         bar.update(arguments["percent"], 100, arguments["text"])
+        return True
 
 
 # --- in the job -------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenizers_vq.sequences.words import name_words, without_special
+
 if TYPE_CHECKING:
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as HFTokenizer
@@ -72,12 +74,14 @@ class TextTokenizer:
         return FIRST_COORDINATE + axis * self.bins + value
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without [EOS]."""
-        return self.inner.encode(text).ids
+        """Ids of a text, without [EOS]; what looks like a special token in it is words."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of several texts."""
-        return [encoding.ids for encoding in self.inner.encode_batch(list(texts))]
+        """Ids of several texts, each as `encode` gives them."""
+        # Half a character, as of a broken argument of a command, is none that can be looked up.
+        plain = [without_special(text).encode("utf-8", "replace").decode() for text in texts]
+        return [encoding.ids for encoding in self.inner.encode_batch(plain)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens stay visible."""
@@ -101,7 +105,9 @@ class TextTokenizer:
         from tokenizers import Tokenizer as HFTokenizer
 
         try:
-            found = cls(HFTokenizer.from_str(data.decode()))
+            inner = HFTokenizer.from_str(data.decode())
+            _require_letters(inner)
+            found = cls(inner)
             found.encode("an unheard-of word")
         except Exception as error:
             raise ValueError(f"not a text tokenizer: {error}") from error
@@ -113,10 +119,21 @@ class TextTokenizer:
         return cls.from_bytes(Path(path).read_bytes())
 
 
+def _require_letters(inner: HFTokenizer) -> None:
+    """Refuses tokens of which the normalizer leaves nothing: looking for them never ends."""
+    for number, token in inner.get_added_tokens_decoder().items():
+        normalizer = inner.normalizer if token.normalized else None
+        if not (normalizer.normalize_str(token.content) if normalizer else token.content):
+            raise ValueError(f"its token {number}, {token.content!r:.40}, holds no letter")
+
+
 def _layout(bins: int, class_names: Iterable[str]) -> list[AddedToken]:
     from tokenizers import AddedToken
 
-    names = sorted({name.lower() for name in class_names})
+    normal = _empty().normalizer
+    told = {name_words(name).lower() for name in class_names}
+    # Matching what the tokenizer keeps nothing of would never end.
+    names = sorted(name for name in told if normal.normalize_str(name).strip())
     reserved = [
         *_SPECIAL,
         *(f"[S_{i}]" for i in range(NUM_SENTINELS)),

@@ -25,6 +25,7 @@ from torch import Tensor
 from infra.fitting import FittingBatches
 from infra.machine import fast_bf16
 from infra.strict import read_json, typed
+from infra.weights import named, require_finite
 from tokenizers_vq.codec import ValueCodec, Values
 from tokenizers_vq.ordered import build_network
 from tokenizers_vq.vqvae import VQVAE, VQConfig
@@ -264,6 +265,7 @@ def _filled(modality: str, config: VQConfig, weights: dict[str, Tensor]) -> VQVA
             if value.shape != weights[name].shape:
                 raise RuntimeError(f"{name} is {list(weights[name].shape)}, not "
                                    f"{list(value.shape)}")  # fmt: skip
+        require_finite(weights, WEIGHTS)
         net = build_network(config)
         net.load_state_dict(weights)
     except (RuntimeError, TypeError, ZeroDivisionError, OverflowError) as error:
@@ -280,8 +282,10 @@ def load_tokenizer(
         FileNotFoundError: if there is no tokenizer.
     """
     if isinstance(source, (str, Path)):
-        folder = Path(source) / path
-        files = {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+        folder: Path | str = Path(source) / path
+        files = {name: (Path(folder) / name).read_bytes() for name in (CONFIG, WEIGHTS)}
     else:
+        folder = source.full(path)
         files = {name: source.read(f"{path}/{name}") for name in (CONFIG, WEIGHTS)}
-    return from_files(files, precision)
+    with named(folder):
+        return from_files(files, precision)

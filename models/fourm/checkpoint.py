@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from infra.strict import read_json, typed
+from infra.weights import named, read_safetensors, require_finite
 from models.fourm.embeddings import position_table, sincos_1d
 from models.fourm.model import FourM
 from models.fourm.released import (
@@ -73,17 +74,15 @@ def load(
         ValueError: a file is damaged, or the tensors do not fit the configuration: names, shapes
             and what is missing.
     """
-    from safetensors.torch import load_file
-
     folder = locate(path_or_hub_id, revision)
     lacking = [name for name in FILES[:2] if not (folder / name).exists()]
     if lacking:
         raise FileNotFoundError(f"{path_or_hub_id} lacks {' and '.join(lacking)}")
     contents = {name: (folder / name).read_bytes() for name in FILES
                 if name.endswith(".json") and (folder / name).exists()}
-    with _whole("model.safetensors"):
-        tensors = load_file(folder / "model.safetensors")
-    return _assembled(contents, tensors, lengths)
+    _, tensors = read_safetensors(folder / "model.safetensors")
+    with named(path_or_hub_id):
+        return _assembled(contents, tensors, lengths)
 
 
 @contextmanager
@@ -126,8 +125,9 @@ def locate(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
 
 def load_stored(store: Store, path: str) -> FourM:
     """Reads a checkpoint folder of a store."""
-    return build({name: store.read(f"{path}/{name}") for name in FILES
-                  if name != "modalities.json" or store.exists(f"{path}/{name}")})
+    with named(store.full(path)):
+        return build({name: store.read(f"{path}/{name}") for name in FILES
+                      if name != "modalities.json" or store.exists(f"{path}/{name}")})
 
 
 def save_released(model: FourM, folder: str | Path) -> None:
@@ -186,6 +186,7 @@ def _assembled(
     own = _own_config(config, specs, tensors)
     _compare(own, tensors, problems)
     problems.report()
+    require_finite(tensors, "model.safetensors")
     model = FourM(own)
     with torch.no_grad():
         for name, value in needed(model).items():

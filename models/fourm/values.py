@@ -20,7 +20,6 @@ from models.fourm.spec import EOS_ID, NUM_SENTINELS, ModalitySpec
 from models.fourm.vectors import pad_vectors, valid_vectors
 from models.modalities import text_form
 from tokenizers_vq.sequences.boxes import read_boxes
-from tokenizers_vq.sequences.captions import caption_to_text
 from tokenizers_vq.sequences.form import Page, TextForm
 
 if TYPE_CHECKING:
@@ -258,8 +257,7 @@ class Translator:
             else:
                 pieces.append([self.written(name, value)])
         # Holes alone are sentinels: what looks like one in a text is words, as in training.
-        texts = [caption_to_text(piece) for line in pieces for piece in line]
-        encoded = iter(self.text.encode_batch(texts))
+        encoded = iter(self.text.encode_batch([piece for line in pieces for piece in line]))
         lines = []
         for line in pieces:
             ids = next(encoded)

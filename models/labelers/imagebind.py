@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infra.weights import read_safetensors
 from models.labelers.base import Image, weights_file
 from models.labelers.inputs import rows
 
@@ -125,11 +126,9 @@ class ImageBindTower:
     """ImageBind as `models.labelers.features` sees it."""
 
     def __init__(self, labeler: Labeler) -> None:
-        from safetensors import safe_open
-
         config = json.loads(weights_file(labeler.spec, "config.json").read_text())
-        with safe_open(weights_file(labeler.spec, "model.safetensors"), "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys() if ".vision." in name}
+        _, found = read_safetensors(weights_file(labeler.spec, "model.safetensors"))
+        tensors = {name: value for name, value in found.items() if ".vision." in name}
         heads = int(config.get("vision_num_heads", _HEADS))
         self.model = labeler.compiled(labeler.place(from_published(tensors, heads)))
         self.patch_size = self.model.stem.kernel_size[0]

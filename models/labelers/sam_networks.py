@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from infra.weights import read_pickled, read_safetensors
 from models.labelers.base import Image, weights_file
 from models.labelers.inputs import Inputs, rows
 
@@ -130,9 +131,7 @@ class PublishedSam:
 
 def read_tensors(path: Path) -> Mapping[str, Tensor]:
     """The tensors of a .safetensors or a .pth file, of which nothing else is unpickled."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    tensors: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return tensors
+    found = read_safetensors(path)[1] if path.suffix == ".safetensors" else read_pickled(path)
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} holds no tensors by name")
+    return found

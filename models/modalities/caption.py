@@ -9,8 +9,11 @@ from PIL import Image, ImageDraw
 
 from models.crops import CropBox
 from models.modalities.base import Modality
-from tokenizers_vq.sequences.captions import caption_to_text, string_to_caption
-from tokenizers_vq.sequences.form import TextForm
+from tokenizers_vq.sequences.captions import string_to_caption
+from tokenizers_vq.sequences.form import Page, TextForm
+
+_SHOWN = 1000
+"""Characters that are drawn of a caption: more than its picture holds, whatever its length."""
 
 
 def _crop(value: str, box: CropBox, size: int) -> str:
@@ -19,8 +22,15 @@ def _crop(value: str, box: CropBox, size: int) -> str:
 
 def _render(value: str) -> np.ndarray:
     image = Image.new("RGB", (128, 128), "white")
-    ImageDraw.Draw(image).text((4, 4), "\n".join(textwrap.wrap(value, 21)), fill="black")
+    lines = textwrap.wrap(value[:_SHOWN], 21)
+    ImageDraw.Draw(image).text((4, 4), "\n".join(lines), fill="black")
     return np.asarray(image)
+
+
+def _write(value: str, page: Page) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is no text")
+    return value
 
 
 MODALITY = Modality(
@@ -33,7 +43,7 @@ MODALITY = Modality(
     render=_render,
     description="one sentence",
     text=TextForm(
-        write=lambda value, page: caption_to_text(value),
+        write=_write,
         read=lambda text, page: string_to_caption(text),
         whole=True,
     ),

@@ -19,9 +19,19 @@ def _decode(data: bytes) -> np.ndarray:
     return np.asarray(open_map(data, "I;16", "I"), dtype=np.float32) / 65535
 
 
+_ROWS = 256  # of a map that are coloured at once: all of 64 megapixels would take gigabytes
+
+
 def _render(value: np.ndarray) -> np.ndarray:
     low, high = np.percentile(value, (1, 99))
-    t = np.clip((value - low) / max(float(high - low), 1e-6), 0, 1)[..., None]
+    out = np.empty((*value.shape, 3), np.uint8)
+    for top in range(0, len(value), _ROWS):
+        part = (value[top : top + _ROWS] - low) / max(float(high - low), 1e-6)
+        out[top : top + _ROWS] = _coloured(np.clip(part, 0, 1)[..., None])
+    return out
+
+
+def _coloured(t: np.ndarray) -> np.ndarray:
     # Near is warm and bright, far is dark violet: three stops are enough to read the order.
     stops = np.array([[250, 210, 60], [200, 60, 90], [30, 15, 70]], np.float32)
     first = stops[0] * (1 - 2 * t) + stops[1] * 2 * t

@@ -58,7 +58,7 @@ def draw(value: Detections, canvas: np.ndarray) -> np.ndarray:
         top, bottom = sorted((y0 * image.height, y1 * image.height))
         colour = tuple(int(c) for c in PALETTE[(names.index(instance["class_name"]) + 2) % 255])
         pen.rectangle((left, top, right, bottom), outline=colour, width=max(1, image.width // 96))
-        pen.text((left + 2, top), instance["class_name"], fill=colour)
+        pen.text((left + 2, top), instance["class_name"][: image.width], fill=colour)
     return np.asarray(image)
 
 

@@ -1,6 +1,10 @@
 """Jobs are submitted once, found again, and followed to their end through a bad network."""
 
 import os
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -100,7 +104,7 @@ class Client:
 
     def get_job_info(self, job_id: str) -> SimpleNamespace:
         if job_id not in self.jobs:
-            raise RuntimeError("Request failed with status code 404: no such job")
+            raise RuntimeError(f"Request failed with status code 404: Job {job_id} does not exist")
         return self.jobs[job_id]
 
     def stop_job(self, job_id: str) -> None:
@@ -154,3 +158,78 @@ def test_an_error_other_than_a_taken_id_is_raised():
 
 def _refuse() -> None:
     raise RuntimeError("Request failed with status code 500: no room")
+
+
+class Odd(BaseHTTPRequestHandler):
+    """A dashboard of which all but the version is what a test wants."""
+
+    version: bytes | None = b'{"ray_version": "2.40.0"}'
+    status, body, header, endless = 200, b"", ("X-Odd", "1"), False
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_GET(self) -> None:
+        known = self.path == "/api/version" and self.version is not None
+        self.send_response(200 if known else self.status)
+        self.send_header(*self.header)
+        self.end_headers()
+        self.wfile.write(self.version if known else self.body)
+        while self.endless and not known:
+            try:
+                self.wfile.write(b" ")
+                time.sleep(0.01)
+            except OSError:
+                return
+
+
+@pytest.fixture
+def odd() -> Iterator[tuple[type[Odd], JobsApi]]:
+    handler = type("Handler", (Odd,), {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield handler, JobsApi(Job(address=f"http://127.0.0.1:{server.server_port}"))
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+PAGE = b"<html>" + b"x" * 5000
+
+
+@pytest.mark.parametrize(("answer", "words"), [
+    ({"body": PAGE}, "answers otherwise than Ray"),
+    ({"body": b""}, "answers otherwise than Ray"),
+    ({"body": b"[1]"}, "answers otherwise than Ray"),
+    ({"body": b"{}"}, "answers otherwise than Ray"),
+    ({"body": b"[" * 100_000}, "RecursionError"),
+    ({"version": b"{}"}, "answers otherwise than Ray"),
+    ({"version": None, "body": PAGE}, "answers otherwise than Ray"),
+    ({"status": 401, "body": PAGE}, "Authentication"),
+    ({"status": 403, "body": PAGE}, "Authentication"),
+    ({"status": 404, "body": PAGE}, "status code 404"),
+    ({"status": 429}, "status code 429"),
+    ({"status": 503, "body": PAGE}, "status code 503"),
+    ({"status": 302, "header": ("Location", "/again")}, "TooManyRedirects"),
+    ({"endless": True}, "has not ended after|timed out"),
+])
+def test_odd_answers_of_a_dashboard_are_passing_trouble_in_words(monkeypatch, odd, answer, words):
+    handler, api = odd
+    if "endless" in answer:
+        monkeypatch.setattr(ray_jobs, "ANSWER_SECONDS", 1.0)
+    for name, value in answer.items():
+        setattr(handler, name, value)
+    with pytest.raises((OSError, RuntimeError), match=words) as raised:
+        api.find("fourm-a")
+    assert "Ray's dashboard at http://127.0.0.1" in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
+def test_a_job_is_gone_only_where_ray_says_so(odd):
+    handler, api = odd
+    handler.status, handler.body = 404, b"Job fourm-a does not exist"
+    assert api.find("fourm-a") is None
+    handler.body = b"404 page not found"
+    with pytest.raises(RuntimeError, match="404 page not found"):
+        api.find("fourm-a")

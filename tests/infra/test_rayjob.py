@@ -38,21 +38,25 @@ class FakeApi:
         if self.refuse:
             raise Refused(self.refuse, "Forbidden")
 
-    def create_namespaced_custom_object(self, group, version, namespace, plural, body):
+    def create_namespaced_custom_object(
+        self, group, version, namespace, plural, body, _request_timeout
+    ):
         self._check(group, version, plural)
         key = (namespace, body["metadata"]["name"])
         if key in self.objects:
             raise Refused(409)
         self.objects[key] = body
 
-    def get_namespaced_custom_object(self, group, version, namespace, plural, name):
+    def get_namespaced_custom_object(
+        self, group, version, namespace, plural, name, _request_timeout
+    ):
         self._check(group, version, plural)
         if (namespace, name) not in self.objects:
             raise Refused(404)
         return self.objects[namespace, name]
 
     def delete_namespaced_custom_object(
-        self, group, version, namespace, plural, name, propagation_policy
+        self, group, version, namespace, plural, name, propagation_policy, _request_timeout
     ):
         self._check(group, version, plural)
         self.policies.append(propagation_policy)
@@ -222,3 +226,27 @@ def test_a_missing_client_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "kubernetes", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'fourm\[kubernetes\]'"):
         KubeRay(RayJob())
+
+
+@pytest.mark.parametrize("answer", ["<html>", None, [], {}, {"metadata": 3}])
+def test_an_answer_of_kubernetes_that_is_no_rayjob_is_passing_trouble(api, answer):
+    jobs = KubeRay(RayJob(namespace="ml"), api)
+    api.objects["ml", "a"] = answer
+    with pytest.raises(ConnectionError, match="answers with no RayJob"):
+        jobs.find("a")
+
+
+@pytest.mark.parametrize("status", [None, "x", [1], {"reason": 3, "message": ["m"]}])
+def test_a_status_of_other_kinds_is_a_job_that_waits(api, status):
+    jobs = KubeRay(RayJob(namespace="ml"), api)
+    api.objects["ml", "a"] = {"metadata": {"annotations": 5}, "status": status}
+    assert jobs.find("a").state == "waiting"
+
+
+@pytest.mark.parametrize(("status", "remedy"), [
+    (401, "log in again"), (403, "may not create"), (404, "KubeRay is not installed"), (500, "500"),
+])
+def test_refusals_of_kubernetes_say_what_to_do(api, status, remedy):
+    api.refuse = status
+    with pytest.raises(ConnectionError, match=remedy):
+        KubeRay(RayJob(namespace="ml"), api).submit(REQUEST)

@@ -4,8 +4,10 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,3 +291,40 @@ def test_an_endpoint_where_nobody_is_shows_before_it_is_given_up(
     assert line.levelname == "WARNING"
     assert "http://nowhere" in line.getMessage()
     assert line.getMessage().endswith("trying again")
+
+
+@pytest.mark.parametrize("body", [b"<html>Sign in</html>", b""])
+def test_what_answers_otherwise_than_s3_is_no_empty_dataset(
+    monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None: ...
+
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_HEAD = do_PUT = do_GET
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    try:
+        store = Store("s3://bucket/set")
+        for ask in (lambda: store.list(""), lambda: store.exists("a"), lambda: store.version("a"),
+                    lambda: store.create("a", b"1")):  # fmt: skip
+            with pytest.raises(ConnectionError, match=r"otherwise than S3 .* AWS_ENDPOINT_URL"):
+                ask()
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -81,6 +81,44 @@ def test_what_the_job_shows_is_shown_here(tmp_path, monkeypatch):
     assert shown == [("label", (50.0, 100, "half")), ("table", event["arguments"])]
 
 
+def test_what_a_server_did_not_take_is_shown_later_and_what_makes_no_sense_never(
+    tmp_path, monkeypatch, caplog
+):
+    store, given = Store(str(tmp_path)), []
+    store.write_json("jobs/a/shown/k.json", {"what": "table", "arguments": {"key": "k"}})
+    for number, odd in enumerate((b"", b"[]", b"{}", b'{"what": "progress", "arguments": {}}')):
+        store.write(f"jobs/a/shown/{number}.json", odd)
+    monkeypatch.setattr(ui, "replay", lambda *event: given.append(event) or len(given) > 2)
+    mirror = remote._Shown(store, "a")
+    mirror.update()
+    mirror.update()
+    assert len(given) == 1, "a server that is away is not asked at every poll"
+    monkeypatch.setattr(remote, "SHOW_AGAIN_SECONDS", -1.0)
+    mirror._again.clear()
+    for _ in range(5):
+        mirror.update()
+    assert len(given) == 3
+    assert caplog.text.count("tells nothing that can be shown") == 4
+
+
+def test_showing_tells_whether_the_server_took_it(monkeypatch):
+    assert ui.replay("table", {"key": "k", "rows": [], "title": "t"}), "nobody looks"
+    monkeypatch.setattr(ui, "in_run", lambda: True)
+    monkeypatch.setattr("prefect.artifacts.create_table_artifact", lambda *_, **__: 1 / 0)
+    assert not ui.replay("table", {"key": "k", "rows": [], "title": "t"})
+
+
+def test_a_cluster_out_of_reach_turns_no_cancelled_run_into_a_failed_one(monkeypatch, caplog):
+    class Away(FakeJobs):
+        def stop(self, job_id: str) -> None:
+            raise ConnectionError("the dashboard restarts")
+
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(KeyboardInterrupt), remote._stopped_on_cancel(Away(), "a"):
+        raise KeyboardInterrupt
+    assert "job a goes on" in caplog.text
+
+
 def test_the_flows_process_relays_and_replays_the_same(monkeypatch):
     sent, made = [], []
     with ui.relayed(lambda *event: sent.append(event)):

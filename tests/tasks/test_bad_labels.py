@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import time
+import zlib
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from infra import ui
 from infra.blocks import BlockReader
 from infra.ledger import Ledger, ShardData, Stage
 from infra.shards import sample_key, write_tar
@@ -262,3 +266,28 @@ def test_nothing_and_hundreds_of_things_are_stored_cropped_and_rendered(name, va
         shown = modality.render(each)
         assert shown.dtype == np.uint8
         assert shown.shape[2:] == (3,)
+
+
+def test_a_label_of_pieces_without_end_is_refused_in_a_moment() -> None:
+    data = modalities.get("depth").encode(np.zeros((4, 4), np.float32))
+    empty = struct.pack(">I", 0) + b"teXt" + struct.pack(">I", zlib.crc32(b"teXt"))
+    with pytest.raises(ValueError, match="pieces without end"):
+        modalities.get("depth").decode(data[:33] + empty * 200_000 + data[33:])
+
+
+def test_depth_is_coloured_alike_in_parts() -> None:
+    value = np.linspace(0, 1, 700 * 3, dtype=np.float32).reshape(700, 3)
+    shown = modalities.get("depth").render(value)
+    assert (shown[0, 0] == [250, 210, 60]).all()
+    assert (shown[-1, -1] == [30, 15, 70]).all()
+    assert np.abs(np.diff(shown[:, 1].astype(int), axis=0)).max() < 4
+
+
+@pytest.mark.parametrize("text", ["word " * 200_000, "a" * 3_000_000, "\n" * 1_000_000])
+def test_a_text_of_megabytes_is_drawn_in_a_moment(text: str) -> None:
+    began = time.monotonic()
+    assert modalities.get("caption").render(text).shape == (128, 128, 3)
+    found = {"instances": [{"box": [0.0, 0.0, 1.0, 1.0], "class_name": text, "score": 1.0}]}
+    assert modalities.get("det").render(found).shape == (128, 128, 3)
+    assert ui.contact_sheet([[np.zeros((8, 8, 3), np.uint8)]], titles=[text]).width < 100
+    assert time.monotonic() - began < 10

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenizers_vq.sequences import det_to_string, string_to_det
-from tokenizers_vq.text import TextTokenizer, train_text_tokenizer
+from tokenizers_vq.sequences.boxes import read_boxes
+from tokenizers_vq.text import FIRST_COORDINATE, UNK, TextTokenizer, train_text_tokenizer
 
 WORDS = ["a", "large", "red", "metal", "cube", "left", "of", "small", "blue", "sphere", "behind"]
 CORPUS = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 3
@@ -116,6 +117,50 @@ def test_incomplete_and_inverted_boxes_are_passed_over():
         ([0, 0, 1, 1], "traffic light"),
         ([0, 0, 1, pytest.approx(1 / 3)], "cube"),
     ]
+
+
+HOSTILE = ["[EOS]", "[PAD]", "[S_1]", "[UNK]", "v0=3", "V2=1 v3=2 ", "v3=7 v0=1", "cat\ndog",
+           "\ud800x"]
+NOTHING = ["", "  ", "\x00", "\ufffd", "\u0301", "\ud800", "\u202e"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_class_name_is_ordinary_text_whatever_it_spells(name, known):
+    names = ["cube", name] if known else ["cube"]
+    text = train_text_tokenizer(["a cat [ eos ] v = 1 dog x ?"], class_names=names, bins=9)
+    first, second = [0.125, 0.25, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0]
+    line = det_to_string([{"box": first, "class_name": name},
+                          {"box": second, "class_name": "cube"}], bins=9)
+    ids = text.encode(line)
+    assert not set(ids) & set(range(FIRST_COORDINATE)) - {UNK}
+    assert sum(FIRST_COORDINATE <= i < FIRST_COORDINATE + 4 * 9 for i in ids) == 8
+    scored = read_boxes(ids, [1.0] * len(ids), text)
+    for found in (scored, string_to_det(line, bins=9)["instances"]):
+        assert [i["box"] for i in found] == [first, second]
+        assert found[1]["class_name"] == "cube"
+        assert found[0]["class_name"]
+    if known:
+        assert scored[0]["class_name"] in text.class_names
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_a_class_without_a_letter_is_no_token_and_its_boxes_are_not_told(name):
+    text = train_text_tokenizer(["a cube"], class_names=["cube", name], bins=9)
+    assert text.class_names == ("cube",)
+    box = [0.0, 0.0, 1.0, 1.0]
+    line = det_to_string([{"box": box, "class_name": name}, {"box": box, "class_name": "cube"}],
+                         bins=9)
+    ids = text.encode(line)
+    assert [i["class_name"] for i in read_boxes(ids, [1.0] * len(ids), text)] == ["cube"]
+
+
+def test_a_text_tokenizer_with_a_token_that_no_text_can_end_is_refused():
+    made = train_text_tokenizer(["a red cube"], class_names=["cube"], bins=3).to_bytes().decode()
+    for name in ("\\u0000", "\\u0301"):
+        odd = made.replace('"content":"cube"', f'"content":"{name}"')
+        with pytest.raises(ValueError, match="holds no letter"):
+            TextTokenizer.from_bytes(odd.encode())
 
 
 @pytest.mark.parametrize("change", [b"", b"{}", b"[" * 100_000, b"\xff", b'{"model": null}'])

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from infra.strict import read_json
+from infra.weights import read_pickled, read_safetensors, require_finite
 from tokenizers_vq.diffusion import Diffusion
 from tokenizers_vq.released import stable
 from tokenizers_vq.released.codebooks import Memcodes, MovingCodebook
@@ -52,7 +54,7 @@ def read_checkpoint(path: str | Path, *, ema: bool = False) -> tuple[Config, Ten
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
     beside = file.parent / "config.json"
-    config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    config = _described(beside) if beside.exists() else {}
     if file.suffix == ".safetensors":
         header, tensors = _read_safetensors(file)
         config = config or header
@@ -68,29 +70,42 @@ def read_checkpoint(path: str | Path, *, ema: bool = False) -> tuple[Config, Ten
     return config, tensors
 
 
-def _read_safetensors(file: Path) -> tuple[Config, Tensors]:
-    from safetensors import safe_open
+def _described(file: Path) -> Config:
+    try:
+        config = read_json(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}; copy or download it again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} describes no tokenizer: it holds no object")
+    return config
 
-    with safe_open(str(file), framework="pt") as opened:
-        config = {key: _literal(text) for key, text in (opened.metadata() or {}).items()}
-        return config, {name: opened.get_tensor(name) for name in opened.keys()}
+
+def _read_safetensors(file: Path) -> tuple[Config, Tensors]:
+    header, tensors = read_safetensors(file)
+    return {key: _literal(text) for key, text in header.items()}, tensors
 
 
 def _literal(text: str) -> Any:
     """A value of the header, which holds configurations as Python writes them."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
 def _read_training(file: Path, key: str) -> tuple[Config, Tensors]:
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        stored = torch.load(file, map_location="cpu", weights_only=True)
-    if key not in stored:
-        raise ValueError(f"{file} holds {', '.join(sorted(stored))}, not {key!r}")
-    args = stored.get("args")
-    return dict(vars(args)) if args is not None else {}, dict(stored[key])
+    stored = read_pickled(file)
+    if not isinstance(stored, dict) or key not in stored:
+        held = ", ".join(sorted(map(str, stored))) if isinstance(stored, dict) else "something else"
+        raise ValueError(f"{file} holds {held:.200}, not {key!r}")
+    args, tensors = stored.get("args"), stored[key]
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(name, str) and isinstance(each, Tensor) for name, each in tensors.items()
+    ):
+        raise ValueError(f"{file}: its {key!r} are no tensors by name")
+    if not isinstance(args, argparse.Namespace | None):
+        raise ValueError(f"{file}: its args are no settings of a training")
+    return dict(vars(args)) if args is not None else {}, dict(tensors)
 
 
 def build(config: Config, tensors: Tensors, *, head_width: int = 64) -> ReleasedVQ:
@@ -104,8 +119,20 @@ def build(config: Config, tensors: Tensors, *, head_width: int = 64) -> Released
 
     Raises:
         FileNotFoundError: if Stable Diffusion is needed and not there.
-        ValueError: if tensors are missing, surplus or of another shape.
+        ValueError: if tensors are missing, surplus, of another shape or no numbers, or settings
+            make no network.
     """
+    require_finite(tensors, "the checkpoint")
+    try:
+        return _built(config, tensors, head_width)
+    except (ValueError, FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError("the settings and shapes of the checkpoint make no network: "
+                         f"{type(error).__name__}: {error}") from error  # fmt: skip
+
+
+def _built(config: Config, tensors: Tensors, head_width: int) -> ReleasedVQ:
     if config.get("conditioning", "concat") != "concat":
         raise ValueError(f"conditioning={config['conditioning']!r}: only 'concat' is supported")
     if any(name.startswith(_CONTROL) for name in tensors):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from infra.weights import named
 from tokenizers_vq.codec import Kind, ValueCodec
 from tokenizers_vq.released.checkpoint import build, read_checkpoint
 from tokenizers_vq.released.network import ReleasedShape
@@ -94,5 +95,6 @@ def load(
     if name not in KINDS:
         raise ValueError(f"modality={name!r}: choose one of {', '.join(KINDS)}")
     config, tensors = read_checkpoint(path, ema=ema)
-    net = build(config, tensors, head_width=head_width)
-    return Tokenizer(name, net, contract(name, net.config), precision)
+    with named(path):
+        net = build(config, tensors, head_width=head_width)
+        return Tokenizer(name, net, contract(name, net.config), precision)

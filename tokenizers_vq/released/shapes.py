@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+_SPREAD = 4
+"""Modules of a list for each that has a tensor: some, such as activations, have none."""
 _NAMED = 4
 """Tensors an error names before it only counts."""
 
@@ -31,11 +33,14 @@ class Shapes:
         return any(name.startswith(self._prefix + start) for name in self._tensors)
 
     def count(self, name: str) -> int:
-        """Number of modules of a list."""
+        """Number of modules of a list. Raises ValueError for one that no file can hold."""
         start = f"{self._prefix}{name}."
         numbers = [key[len(start) :].split(".")[0] for key in self._tensors if
                    key.startswith(start)]
-        return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)
+        found = max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+        if found > _SPREAD * len(numbers):
+            raise ValueError(f"the checkpoint names {start}{found - 1}, but few before it")
+        return found
 
 
 def require_equal(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

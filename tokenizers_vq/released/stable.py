@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from infra.weights import read_safetensors
 from tokenizers_vq.released.shapes import Shapes
 
 if TYPE_CHECKING:
@@ -149,10 +150,8 @@ def autoencoder_sizes(shapes: Shapes) -> AutoencoderSizes:
 def _part(source: str, prefix: str) -> dict[str, Tensor]:
     if prefix == EMPTY:
         return {EMPTY: _empty_prompt(source)}
-    from safetensors.torch import load_file
-
     folder = "unet" if prefix == UNET else "vae"
-    tensors = load_file(_file(source, f"{folder}/{_WEIGHTS}"))
+    _, tensors = read_safetensors(_file(source, f"{folder}/{_WEIGHTS}"))
     return {_renamed(prefix + name): value for name, value in tensors.items()}
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokenizers_vq.sequences.words import AXES
+from tokenizers_vq.sequences.words import AXES, name_words
 
 if TYPE_CHECKING:
     from tokenizers_vq.text import TextTokenizer
@@ -36,7 +36,7 @@ def det_to_string(
 
     Args:
         instances: `{"box": [xmin, ymin, xmax, ymax] in 0..1, "class_name", "score"}` each; boxes
-            are clipped to 0..1, empty ones dropped.
+            are clipped to 0..1; empty ones, and those of a class without a name, are dropped.
         bins: Levels per axis; a coordinate x becomes round(x * (bins - 1)), half to even.
         min_score: Least score that is written.
     """
@@ -45,8 +45,8 @@ def det_to_string(
         if instance.get("score", 1.0) < min_score:
             continue
         x0, y0, x1, y1 = (min(max(float(c), 0.0), 1.0) for c in instance["box"])
-        if x1 > x0 and y1 > y0:
-            kept.append(((x0, y0, x1, y1), instance["class_name"]))
+        if x1 > x0 and y1 > y0 and (name := name_words(instance["class_name"])):
+            kept.append(((x0, y0, x1, y1), name))
     kept.sort(key=lambda item: item[0][0] ** 2 + item[0][1] ** 2)
     return " ".join(
         " ".join(f"v{axis}={round(c * (bins - 1))}" for axis, c in enumerate(box)) + f" {name}"

@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 _SPECIAL = re.compile(r"\[(?:PAD|UNK|SOS|S_\d+)\]")
-_STRUCTURE = re.compile(r"\[(PAD|UNK|SOS|EOS|S_\d+)\]")
 
 
 def caption_to_string(value: Any, index: int = 0) -> str:
@@ -28,12 +27,6 @@ def caption_to_string(value: Any, index: int = 0) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is no caption: use a string, {{'caption': str}} or a list")
     return value
-
-
-def caption_to_text(caption: str) -> str:
-    """A caption as the text tokenizer takes it: what only looks like a special token, such as a
-    sentinel of span masking, is words in brackets and not its id."""
-    return _STRUCTURE.sub(r"[ \1 ]", caption)
 
 
 def string_to_caption(text: str) -> str:

@@ -14,6 +14,8 @@ CODE_STEP = 512
 
 _NUMBER = re.compile(r"v([0-3])=(\d{1,6})")
 _SPECIAL = re.compile(r"\[(PAD|UNK|SOS|S_\d+)\]")
+_STRUCTURE = re.compile(r"\[(PAD|UNK|SOS|EOS|S_\d+)\]")
+_COORDINATE = re.compile(r"(v\d)=(?=\d)", re.IGNORECASE)
 
 
 class Word(NamedTuple):
@@ -22,6 +24,19 @@ class Word(NamedTuple):
     axis: int
     number: int
     text: str
+
+
+def without_special(text: str) -> str:
+    """A text in which what only looks like a special token, such as a sentinel of span masking, is
+    words in brackets."""
+    return _STRUCTURE.sub(r"[ \1 ]", text)
+
+
+def name_words(name: str) -> str:
+    """A class name as words on one line, none of which passes for a special token or a number of
+    a box; empty where nothing of it can be written."""
+    kept = "".join(letter for letter in name if letter.isprintable() or letter.isspace())
+    return _COORDINATE.sub(r"\1 = ", without_special(" ".join(kept.split())))
 
 
 def read_words(text: str) -> list[Word]:
