@@ -1,4 +1,4 @@
-"""Arrays and JSON in files of others: read strictly, whatever they promise."""
+"""Arrays, JSON and pictures in files of others: read strictly, whatever they promise."""
 
 from __future__ import annotations
 
@@ -18,6 +18,33 @@ _HINTS: dict[type[Any], dict[str, Any]] = {}
 
 MAX_UNPACKED = 1 << 28
 """Most bytes of an array of an `.npz`, which may be packed a thousandfold."""
+
+READS, READ_BYTES = 1000, 64
+"""A picture may be read in so many pieces and in one more for each so many of its bytes. Encoders
+write pieces of kilobytes; 20 MB of empty ones would keep the interpreter busy for ten seconds."""
+
+
+class Endless(ValueError):
+    """A picture that is taken apart without end."""
+
+
+class Pieces(io.BytesIO):
+    """Bytes of a picture that cannot be taken apart without end."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._left = READS + len(data) // READ_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of any file.
+
+        Raises:
+            Endless: it was called too often.
+        """
+        self._left -= 1
+        if self._left < 0:
+            raise Endless("taken apart into pieces of a few bytes without end")
+        return super().read(size)
 
 
 def read_npy(data: bytes, what: str = "it") -> np.ndarray:

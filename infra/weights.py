@@ -15,8 +15,10 @@ _NAMED = 4
 """Tensors an error names before it only counts."""
 
 
-def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors of a .safetensors file.
+def read_safetensors(
+    path: str | Path, part: str = ""
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a .safetensors file, of those alone whose names hold `part`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -27,7 +29,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor
         from safetensors import safe_open
 
         with safe_open(str(path), framework="pt") as opened:
-            names = opened.keys()
+            names = [name for name in opened.keys() if part in name]
             return opened.metadata() or {}, {name: opened.get_tensor(name) for name in names}
 
     return _whole(path, read)

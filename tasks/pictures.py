@@ -19,15 +19,16 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageCms, ImageFile
 
+from infra.strict import Endless, Pieces
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PROFILE = 4 << 20
 """Largest colour profile that is read, in bytes; those of printers have about one megabyte."""
 MAX_SCANS = 100
 """Most passes over its pixels that a JPEG may ask for; progressive ones have about ten. Each may be
 a few bytes long and take as long as all of the others: 350 kB can take a minute, 20 MB an hour."""
-READS, READ_BYTES = 1000, 64
-"""A picture may be read in so many pieces and in one more for each so many of its bytes. Encoders
-write pieces of kilobytes; 20 MB of empty ones would keep the interpreter busy for ten seconds."""
+MAX_SCANNED = 1_000_000_000
+"""Most pixels times passes over them: ten at the largest picture, and some seconds."""
 Resize = Literal["no", "border", "keep_ratio", "keep_ratio_largest", "center_crop"]
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 """[H, W, 3], sRGB."""
@@ -52,25 +53,6 @@ class BadPicture(ValueError):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
-
-
-class _Pieces(io.BytesIO):
-    """Bytes of a picture that cannot be taken apart without end."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self._left = READS + len(data) // READ_BYTES
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """As of any file.
-
-        Raises:
-            BadPicture: bomb, when it was called too often.
-        """
-        self._left -= 1
-        if self._left < 0:
-            raise BadPicture("bomb", "taken apart into pieces of a few bytes without end")
-        return super().read(size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +114,6 @@ def cleaned(data: bytes, policy: PicturePolicy) -> Picture:
             data = simplejpeg.encode_jpeg(
                 pixels, policy.quality, colorsubsampling="420", fastdct=False
             )
-    except BadPicture:
-        raise
     except _FAULTS as error:
         raise _faulty(error) from error
     return Picture(data, *size, seen, hashlib.sha256(data).hexdigest())
@@ -150,13 +130,13 @@ def upright(data: bytes) -> Pixels:
     image = _open(data, policy)
     try:
         return _pixels(image, data, policy)
-    except BadPicture:
-        raise
     except _FAULTS as error:
         raise _faulty(error) from error
 
 
 def _faulty(error: Exception) -> BadPicture:
+    if isinstance(error, Endless):
+        return BadPicture("bomb", str(error))
     reason = "truncated" if "truncated" in str(error).lower() else "not_image"
     return BadPicture(reason, str(error))
 
@@ -177,10 +157,8 @@ _LUMA = np.array([299, 587, 114], np.int32)  # of ITU-R BT.601, in thousandths
 
 def _open(data: bytes, policy: PicturePolicy) -> Image.Image:
     try:
-        image = Image.open(_Pieces(data), formats=FORMATS)
-    except BadPicture:
-        raise
-    except Image.DecompressionBombError as error:
+        image = Image.open(Pieces(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Endless) as error:
         raise BadPicture("bomb", str(error)) from error
     except _FAULTS as error:
         raise BadPicture("not_image", "not a JPEG, PNG, WebP or GIF picture") from error
@@ -188,8 +166,8 @@ def _open(data: bytes, policy: PicturePolicy) -> Image.Image:
     if width * height > policy.max_pixels:
         raise BadPicture("bomb", f"{width} x {height} exceeds {policy.max_pixels} pixels")
     scans = _scans(data) if image.format == "JPEG" else 0
-    if scans > MAX_SCANS:
-        raise BadPicture("bomb", f"{scans} scans of a JPEG, limit {MAX_SCANS}")
+    if scans > 1 and scans > (most := min(MAX_SCANS, MAX_SCANNED // (width * height))):
+        raise BadPicture("bomb", f"{scans} scans of a JPEG of {width} x {height}, limit {most}")
     if min(width, height) < policy.min_side:
         raise BadPicture("too_small", f"{width} x {height}, shortest side {policy.min_side}")
     if max(width, height) > policy.max_aspect * min(width, height):

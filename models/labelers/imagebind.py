@@ -127,8 +127,8 @@ class ImageBindTower:
 
     def __init__(self, labeler: Labeler) -> None:
         config = json.loads(weights_file(labeler.spec, "config.json").read_text())
-        _, found = read_safetensors(weights_file(labeler.spec, "model.safetensors"))
-        tensors = {name: value for name, value in found.items() if ".vision." in name}
+        file = weights_file(labeler.spec, "model.safetensors")
+        _, tensors = read_safetensors(file, ".vision.")
         heads = int(config.get("vision_num_heads", _HEADS))
         self.model = labeler.compiled(labeler.place(from_published(tensors, heads)))
         self.patch_size = self.model.stem.kernel_size[0]

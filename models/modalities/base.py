@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from infra.strict import Pieces
 from models.crops import CropBox
 from tokenizers_vq.sequences.form import TextForm
 
@@ -58,21 +59,6 @@ class Modality:
     at least "kind"; None where it has none, or one of the project's own recipes."""
 
 
-class _Pieces(io.BytesIO):
-    """Bytes of a picture that cannot be taken apart without end: millions of empty chunks would
-    keep their reader busy for seconds."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self._left = 1000 + len(data) // 64
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        self._left -= 1
-        if self._left < 0:
-            raise ValueError("a picture that is taken apart into pieces without end")
-        return super().read(size)
-
-
 def open_image(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     """Decodes a picture of an allowed format and bounded size.
 
@@ -80,7 +66,7 @@ def open_image(data: bytes, formats: tuple[str, ...]) -> Image.Image:
         ValueError: it is none, it is damaged or cut short, or it is too large.
     """
     try:
-        image = Image.open(_Pieces(data), formats=formats)
+        image = Image.open(Pieces(data), formats=formats)
         if image.width * image.height > MAX_PIXELS:
             size = f"{image.width} x {image.height}"
             raise ValueError(f"picture of {size} exceeds {MAX_PIXELS} pixels")

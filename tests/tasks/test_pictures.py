@@ -80,9 +80,18 @@ def test_bad_pictures_are_dropped_with_their_reason(data, reason):
 def test_a_jpeg_that_asks_for_its_pixels_to_be_gone_over_without_end_is_a_bomb():
     progressive = encoded(NOISE, "JPEG", progressive=True)
     assert opened(clean(of_many_scans(progressive, 20), POLICY)).size == (85, 64)
-    with pytest.raises(BadPicture, match=r"\d+ scans of a JPEG, limit 100") as caught:
+    with pytest.raises(BadPicture, match=r"\d+ scans of a JPEG of 120 x 90, limit 100") as caught:
         clean(of_many_scans(progressive, 100), POLICY)
     assert caught.value.reason == "bomb"
+
+
+def test_a_large_jpeg_may_ask_for_fewer_passes_over_its_pixels(monkeypatch):
+    monkeypatch.setattr("tasks.pictures.MAX_SCANNED", 10 * 120 * 90)
+    progressive = encoded(NOISE, "JPEG", progressive=True)
+    assert opened(clean(progressive, POLICY)).size == (85, 64)
+    assert opened(clean(encoded(NOISE, "JPEG"), POLICY)).size == (85, 64)
+    with pytest.raises(BadPicture, match="scans of a JPEG of 120 x 90, limit 10"):
+        clean(of_many_scans(progressive, 20), POLICY)
 
 
 @pytest.mark.parametrize(
