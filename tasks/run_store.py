@@ -1,6 +1,7 @@
 """What a training run leaves in the store: checkpoints and the loss curve.
 
     <run>/checkpoints/step-00000100/{model,optimizer}.safetensors, then state.json
+    <run>/checkpoints/owner.json   who trains it: the last that began
     <run>/curve.jsonl, <run>/tensorboard/
 
 `state.json` is written last and names the digests of the tensors, so a checkpoint exists whole or
@@ -16,11 +17,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
+import socket
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,13 +44,40 @@ OTHERS_SECONDS = 600.0
 """Most seconds that the first worker waits for the others' parts of a checkpoint."""
 _STATE = re.compile(r"step-(\d+)/state\.json$")
 _STEP = re.compile(r"(step-\d+)/")
+_OWNER = "owner.json"
+
+
+class TakenOver(RuntimeError):
+    """Somebody else has begun to train the same run: two would undo each other's checkpoints."""
 
 
 class Checkpoints:
-    """The checkpoints of the run at `path`; the newest complete one counts."""
+    """The checkpoints of the run at `path`; the newest complete one counts.
+
+    One process at a time writes them: who calls `claim` ends the others at their next `save`. So a
+    run goes on at once after its process was killed, and needs nobody's leave.
+    """
 
     def __init__(self, store: Store, path: str) -> None:
         self._store, self._path = store, f"{path}/checkpoints"
+        self._owner: dict[str, Any] | None = None
+
+    def claim(self) -> None:
+        """From now on this process writes the checkpoints of the run, and no other."""
+        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex,
+                       "since": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip
+        self._store.write_json(f"{self._path}/{_OWNER}", self._owner)
+
+    def _check_owner(self) -> None:
+        if self._owner is None or not self._store.exists(name := f"{self._path}/{_OWNER}"):
+            return
+        found = self._store.read_json(name)
+        if found != self._owner:
+            raise TakenOver(
+                f"{self._store.full(self._path)}: process {found['pid']} on {found['host']} trains "
+                f"this run since {found['since']} and goes on from its newest checkpoint; this one "
+                "ends. Give another name to a run that is meant to be another"
+            )
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -60,10 +92,12 @@ class Checkpoints:
         With a `world` above 1 every worker calls it with its parts.
 
         Raises:
+            TakenOver: another process has claimed the run since this one did.
             TimeoutError: another worker's part has not come.
         """
         from safetensors.torch import save
 
+        self._check_owner()
         folder = f"{self._path}/step-{step:08d}"
         part = f".{rank:05d}-of-{world:05d}" if world > 1 else ""
         digests = {}
@@ -136,6 +170,7 @@ class Checkpoints:
         """Deletes all checkpoints, once the finished model is stored elsewhere."""
         for step in self.steps():
             self._delete(f"step-{step:08d}")
+        self._store.delete(f"{self._path}/{_OWNER}")
 
     def _delete(self, folder: str) -> None:
         # state.json first: without it the rest is no checkpoint, whenever this is interrupted.

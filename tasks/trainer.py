@@ -90,6 +90,7 @@ class Trainer:
 
         Raises:
             Stopped: SIGTERM came, or `asked` said so; the checkpoint of the last step is written.
+            TakenOver: somebody else has begun to train the same run.
         """
         import torch
 
@@ -254,12 +255,14 @@ class Trainer:
         return self.checkpoints.newest(step) if self.rank and step else found
 
     def _sweep(self) -> None:
-        """Clears away half-written checkpoints, once all workers have read what they need."""
+        """Makes the run this one's, and clears away half-written checkpoints, once all workers have
+        read what they need."""
         import torch
 
         if self.world > 1:
             torch.distributed.barrier()
         if self.rank == 0:
+            self.checkpoints.claim()
             self.checkpoints.sweep(self.step)
         if self.world > 1:
             torch.distributed.barrier()
