@@ -131,7 +131,25 @@ def _run_flow(name: str, values: params.Where) -> None:
         module = importlib.import_module(f"pipelines.{_MODULES.get(name, name)}")
         getattr(module, f"{name}_flow")(values)
     if following := _NEXT.get(name):
-        typer.echo(f"Next:  fourm {following} --root {shlex.quote(values.root)}")
+        root = shlex.quote(values.root)
+        typer.echo(f"Next:  fourm {following} --root {root}{_named(name, values)}")
+
+
+_HANDED_ON = {
+    "publish": {"name": "manifest"},
+    "train": {"run": "run", "manifest": "manifest"},
+}
+"""Fields whose value the next command has to be told, and what it calls them."""
+
+
+def _named(flow: str, values: params.Where) -> str:
+    """Options of the next command for what bears another name than it would look for."""
+    fields = type(values).model_fields
+    return "".join(
+        f" --{option} {getattr(values, field).partition('@')[0]}"
+        for field, option in _HANDED_ON.get(flow, {}).items()
+        if getattr(values, field) != fields[field].default
+    )
 
 
 def _prefect_home(root: str) -> Path:

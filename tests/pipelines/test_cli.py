@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -21,8 +23,12 @@ from pipelines.params import (
     TOOLS,
     IngestOptions,
     LabelOptions,
+    LabelParams,
+    PublishParams,
     TokenizeOptions,
     TokenizerOptions,
+    TrainParams,
+    Where,
 )
 from tasks import chain
 
@@ -245,6 +251,33 @@ def test_what_is_in_quarantine_is_shown_with_its_reason_and_released_on_request(
     assert "no manifest 'main' at" in output
     assert "CURRENT; `fourm publish` makes one" in " ".join(output.split())
     assert "shards in quarantine: 0" in _run("quarantine", "--root", str(tmp_path))[1]
+
+
+@pytest.mark.parametrize(("flow", "form", "said"), [
+    ("label", LabelParams(root="my set"), "train-tokenizers --root 'my set'"),
+    ("publish", PublishParams(root="d"), "train --root d"),
+    ("publish", PublishParams(root="d", name="better"), "train --root d --manifest better"),
+    ("train", TrainParams(root="d", run="x", manifest="better@2"),
+     "evaluate --root d --run x --manifest better"),
+])  # fmt: skip
+def test_the_next_command_is_told_what_names_were_chosen(
+    flow: str, form: Where, said: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    done = SimpleNamespace(**{f"{flow}_flow": lambda _: None})
+    monkeypatch.setattr("tasks.checks.check", lambda *_: None)
+    monkeypatch.setattr("pipelines.server.prefect_server", lambda _: nullcontext())
+    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=lambda _: done))
+    cli._run_flow(flow, form)
+    assert capsys.readouterr().out == f"Next:  fourm {said}\n"
+
+
+def test_a_demo_is_not_put_into_a_dataset_that_is_none(tmp_path: Path) -> None:
+    Store(str(tmp_path)).write_json("plan/plan.json", {})
+    code, output = _run("demo", "--scale", "tiny", "--root", str(tmp_path))
+    assert code == 2
+    assert "holds a dataset that is no demo" in " ".join(output.split())
+    assert not (tmp_path / "source").exists()
 
 
 def test_a_service_that_cannot_be_reached_is_told_in_one_sentence(tmp_path: Path) -> None:
