@@ -162,7 +162,8 @@ def _check_source(choices: dict[str, Any]) -> Source:
     except FileNotFoundError as error:
         # A web server's refusal comes as this, too.
         why = f": {error.__cause__}" if "://" in source.path and error.__cause__ else ""
-        raise ValueError(f"there is nothing at {source.path}{why}") from None
+        of = f" of format {choices['format']}" if choices["format"] != "auto" else ""
+        raise ValueError(f"there is nothing{of} at {source.path}{why}") from None
     except (OSError, BotoCoreError) as error:
         public = "; what is public is read without any where FSSPEC_S3_ANON=true"
         why = public if isinstance(error, NoCredentialsError) else ""

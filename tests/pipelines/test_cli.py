@@ -104,6 +104,8 @@ def test_help_of_every_command_shows_an_example() -> None:
         (["export", "--root", "{tmp}", "--out", "x", "--layout", "lmdb"], "'parquet'"),
         (["import", "--root", "{tmp}/d", "--source", "{tmp}"], "fourm ingest --format webdataset"),
         (["ingest", "--root", "{tmp}/d", "--source", "x.tsv"], "there is nothing at x.tsv"),
+        (["ingest", "--root", "{tmp}/d", "--source", "{tmp}", "--format", "webdataset"],
+         "there is nothing of format webdataset at"),
         (["ingest", "--source", "x.tsv", "--shard-rows", "0"], "greater than or equal to 1"),
         (["ingest", "--source", "x.tsv", "--max-aspect", "inf"], "finite number"),
         (["ingest", "--root", "{tmp}/d", "--source", os.devnull], "/dev/null holds no rows"),
