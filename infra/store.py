@@ -44,7 +44,8 @@ class Store:
         storage_options: keyword arguments for `s3fs.S3FileSystem`.
 
     Raises:
-        ValueError: the URL has another scheme, names no bucket, or one version of an object.
+        ValueError: the URL has another scheme or half of one, names no bucket, or one version of
+            an object.
     """
 
     def __init__(self, url: str, storage_options: dict[str, Any] | None = None) -> None:
@@ -58,6 +59,8 @@ class Store:
                 raise ValueError(f"{url!r} names a version of an object, and no prefix")
             self.url = f"s3://{root}"
             self._root: str | Path = root
+        elif not separator and str(url).startswith(("s3:", "file:")):
+            raise ValueError(f"{url!r} lacks a slash; write s3://bucket/prefix or file:///folder")
         elif separator and scheme != "file":
             raise ValueError(f"{url!r} is neither a file:// nor an s3:// URL nor a path")
         else:

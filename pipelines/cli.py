@@ -7,6 +7,7 @@ the Prefect UI offer the same. Nothing heavy is imported before a command needs 
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import shlex
 import sys
@@ -91,16 +92,26 @@ def _form_command(
 ) -> None:
     """A command whose options are the fields of a form."""
 
-    def command(**given: Any) -> None:
+    def command(ctx: typer.Context, **given: Any) -> None:
         with _sentences():
+            if ctx.args:
+                raise ValueError(f"{ctx.args[0]!r} belongs to no option; a list of values is "
+                                 "written without blanks: depth,normal")
             values = _validated(form, options.collect(form, given))
         run(values)
 
-    command.__signature__ = options.signature(form)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in options.parameters(form)}
+    context = inspect.Parameter(
+        "ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+    )
+    taken = [context, *options.parameters(form)]
+    command.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in taken}
     head = "Examples" if "\n" in example else "Example"
     lines = "\n\n".join(f"  {line}" for line in example.splitlines())
-    app.command(name, help=form.__doc__, epilog=f"{head}:\n\n{lines}")(command)
+    app.command(
+        name, help=form.__doc__, epilog=f"{head}:\n\n{lines}",
+        context_settings={"allow_extra_args": True},
+    )(command)  # fmt: skip
 
 
 _MODULES = {"import": "importing"}
@@ -120,7 +131,25 @@ def _run_flow(name: str, values: params.Where) -> None:
         module = importlib.import_module(f"pipelines.{_MODULES.get(name, name)}")
         getattr(module, f"{name}_flow")(values)
     if following := _NEXT.get(name):
-        typer.echo(f"Next:  fourm {following} --root {shlex.quote(values.root)}")
+        root = shlex.quote(values.root)
+        typer.echo(f"Next:  fourm {following} --root {root}{_named(name, values)}")
+
+
+_HANDED_ON = {
+    "publish": {"name": "manifest"},
+    "train": {"run": "run", "manifest": "manifest"},
+}
+"""Fields whose value the next command has to be told, and what it calls them."""
+
+
+def _named(flow: str, values: params.Where) -> str:
+    """Options of the next command for what bears another name than it would look for."""
+    fields = type(values).model_fields
+    return "".join(
+        f" --{option} {getattr(values, field).partition('@')[0]}"
+        for field, option in _HANDED_ON.get(flow, {}).items()
+        if getattr(values, field) != fields[field].default
+    )
 
 
 def _prefect_home(root: str) -> Path:
@@ -175,7 +204,7 @@ def demo(
         Literal["demo", "long", "tiny"],
         typer.Option(help="demo: half an hour on two cores; long: 90 minutes; tiny: a few."),
     ] = "demo",
-    root: Root = "data/demo",
+    root: Annotated[str, typer.Option(help="Dataset: a folder.")] = "data/demo",
     keep_ui: Annotated[bool, typer.Option(help="Keep the UI up at the end, until Ctrl-C.")] = False,
 ) -> None:
     """Run the whole chain on rendered scenes: ingest to a trained, measured model."""
@@ -188,14 +217,20 @@ def demo(
             typer.echo(line)
 
 
-@app.command()
+@app.command(epilog="Example:  fourm ui --root data/mine")
 def ui(root: Root = "data/demo") -> None:
     """Show the runs of a dataset in Prefect's user interface, until Ctrl-C."""
+    import os
     import threading
 
     from pipelines.server import prefect_server
 
-    with _sentences(code=1), prefect_server(_prefect_home(root)) as url:
+    home = _prefect_home(root)
+    with _sentences():
+        if not (home / "prefect.db").exists() and not os.environ.get("PREFECT_API_URL"):
+            raise ValueError(f"no runs are kept in {home}: no flow has run on {root} yet, or it "
+                             "is no dataset's folder")
+    with _sentences(code=1), prefect_server(home) as url:
         typer.echo(f"The UI is at {url}; Ctrl-C ends it.")
         threading.Event().wait()
 
@@ -293,7 +328,7 @@ def automations(
         )
         for change in changes:
             note = f" ({change.note})" if change.note else ""
-            typer.echo(f"{change.action:10} {change.name}{note}")
+            typer.echo(f"{'' if apply else 'to be '}{change.action:10} {change.name}{note}")
     if not apply:
         typer.echo("nothing was changed; --apply does it")
 

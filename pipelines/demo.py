@@ -90,10 +90,12 @@ class World:
         """The world of a dataset, made on first use.
 
         Raises:
-            ValueError: The dataset has another number of scenes.
+            ValueError: The dataset has another number of scenes, or is no demo.
         """
         source, record = root / "source" / "scenes.tsv", root / "source" / "world.json"
         if not record.exists():
+            if (root / "plan").exists():
+                raise ValueError(f"{root} holds a dataset that is no demo; choose another --root")
             source.parent.mkdir(parents=True, exist_ok=True)
             world = cls(scenes, _free_port(), source)
             world.server().write_tsv(source)

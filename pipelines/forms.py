@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import PurePosixPath
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from infra.ray_session import Embedded, Existing, Job, RayJob, RayTarget
 
@@ -17,6 +17,15 @@ class Form(BaseModel):
     """What all forms share: unknown fields are errors, and so are numbers that JSON cannot hold."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, value: object) -> object:
+        """An unknown one is an error that lists those there are."""
+        if isinstance(value, dict) and (unknown := value.keys() - cls.model_fields.keys()):
+            known = ", ".join(cls.model_fields)
+            raise ValueError(f"there is no field {min(unknown, key=str)!r}; there are {known}")
+        return value
 
     @field_validator("*", mode="before")
     @classmethod

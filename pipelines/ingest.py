@@ -56,6 +56,11 @@ def fetch_rows(params: IngestParams | RetryParams) -> list[dict[str, Any]]:
         fates.update({OK: commit.samples, **commit.drops})
     table = [{"fate": fate, "rows": number} for fate, number in fates.most_common()]
     ui.table("fetch-fates", table, "What became of the rows")
+    if not fates[OK]:
+        lost = ", ".join(f"{fate} {number}" for fate, number in fates.most_common() if number)
+        hint = "; private hosts are asked where --allow-hosts names them"
+        logger.warning("no row led to a picture: %s%s", lost,
+                       hint if fates["blocked_address"] else "")
     return rows
 
 

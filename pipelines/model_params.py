@@ -32,7 +32,7 @@ class Training(Form):
     steps: int | None = Field(None, ge=1, description="Optimizer steps; none: the recipe's.")
     batch_size: int | None = Field(None, ge=1, description="Samples a step; none: the recipe's.")
     data: dict[str, str] = Field(
-        {}, description="Sets of a recipe that mixes several: {'coyo': 's3://bucket/coyo#main'}, "
+        {}, description='Sets of a recipe that mixes several: {"coyo": "s3://bucket/coyo#main"}, '
         "a manifest alone is of this dataset, a+b are read side by side; empty: the manifest."
     )
     freeze: list[str] = Field(
@@ -112,7 +112,7 @@ class GuideOptions(Form):
     """Conditions that pull a result towards them, or push it away, with a weight of their own."""
 
     conditions: dict[str, str] = Field(
-        min_length=1, description="Modality to a file, or to text: {'caption': 'at night'}."
+        min_length=1, description='Modality to a file, or to text: {"caption": "at night"}.'
     )
     weight: float = Field(description="Above 0 leads towards them, below 0 away.")
 

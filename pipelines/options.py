@@ -41,11 +41,6 @@ def parameters(form: type[BaseModel]) -> list[inspect.Parameter]:
     return [_parameter(name, field) for name, field in form.model_fields.items()]
 
 
-def signature(form: type[BaseModel]) -> inspect.Signature:
-    """The signature of :func:`parameters`."""
-    return inspect.Signature(parameters(form))
-
-
 def collect(form: type[BaseModel], given: dict[str, Any]) -> dict[str, Any]:
     """The values for the form out of the options that were given.
 
@@ -62,13 +57,19 @@ def collect(form: type[BaseModel], given: dict[str, Any]) -> dict[str, Any]:
             value = items if get_origin(kind) is list else dict(items)
         elif get_origin(kind) is list:
             value = [part.strip() for part in value.split(",") if part.strip()]
-        elif isinstance(value, str) and _is_json(kind) and value.startswith(("{", "[")):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"--{_dashed(name)} takes JSON: {error}") from None
+        elif isinstance(value, str) and (get_origin(kind) is dict or value.startswith("{")):
+            value = _json(name, form.model_fields[name], value)
         values[name] = value
     return values
+
+
+def _json(name: str, field: FieldInfo, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        shown = re.search(r"\{.*\}", field.description or "")  # the example of its help
+        such = f", such as '{shown[0]}'" if shown else ""
+        raise ValueError(f"--{_dashed(name)} takes JSON{such}: {text!r} is none: {error}") from None
 
 
 def sentence(error: Any) -> str:

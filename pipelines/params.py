@@ -58,6 +58,13 @@ def _offer_dense(schema: dict[str, Any]) -> None:
     schema["enum"] = recipe_names()
 
 
+def _host(name: str) -> str:
+    if "/" in name:
+        raise ValueError("that is an address; write its host, or host:port, alone")
+    return name
+
+
+HostName = Annotated[str, AfterValidator(_host)]
 LabelerName = Annotated[
     str, AfterValidator(_known_labeler), Field(json_schema_extra=_offer_labelers)
 ]
@@ -102,7 +109,7 @@ class IngestOptions(Form):
     duplicates: Literal["mark", "drop_exact", "drop_near"] = Field(
         "mark", description="What becomes of pictures that repeat an earlier one of the set."
     )
-    allow_hosts: list[str] = Field(
+    allow_hosts: list[HostName] = Field(
         [], description="Private hosts (host or host:port) that may be reached nevertheless."
     )
     timeout: float = Field(15.0, gt=0, description="Seconds for one attempt.")
@@ -159,7 +166,7 @@ class LabelOptions(Form):
     )  # fmt: skip
     one_pass_shards: int = Field(8, ge=1, description="Those first shards.")
     models: dict[LabelerName, str] = Field(
-        {}, description="Other networks: {'depth': 'hub/id@revision'} or a folder."
+        {}, description='Other networks: {"depth": "hub/id@revision"} or a folder.'
     )
     batch_size: int | None = Field(
         None, ge=1, description="Pictures a forward pass; none: the preset's."
@@ -170,8 +177,8 @@ class LabelOptions(Form):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where networks run.")
     resources: dict[LabelerName, LabelerResources] = Field(
         {},
-        description="What single labelers get: {'sam': {'gpus': 1, 'accelerator': 'A100'}, "
-        "'depth': {'gpus': 0.25, 'batch_size': 64, 'workers': 4, 'compile': true}}.",
+        description='What single labelers get: {"sam": {"gpus": 1, "accelerator": "A100"}, '
+        '"depth": {"gpus": 0.25, "batch_size": 64, "workers": 4, "compile": true}}.',
     )
     share: list[str] = Field(
         [], description="Labelers that go over the pictures together, as depth+normal; their "
@@ -190,7 +197,7 @@ class TokenizerOptions(Form):
     )
     recipes: dict[DenseName, str] = Field(
         {}, description="Other recipes of the preset than those named like the modality: "
-        "{'rgb': 'rgb_1k'}."
+        '{"rgb": "rgb_1k"}.'
     )  # fmt: skip
     size: int | None = Field(
         None, ge=32, description="Side of the pictures that tokenizers see, pixels; none: 128 "
@@ -205,7 +212,7 @@ class TokenizerOptions(Form):
         "with the preset scenes, else 100,000."
     )  # fmt: skip
     changes: dict[DenseName, dict[str, Any]] = Field(
-        {}, description="Changes of recipes: {'rgb': {'width': 512, 'steps': 20000}}; "
+        {}, description='Changes of recipes: {"rgb": {"width": 512, "steps": 20000}}; '
         "'registers' makes ordered tokens of any number, 'encoder' trains a new decoder behind "
         "the codes of a stored tokenizer, 'start' goes on with one, 'sizes' draws resolutions, "
         "'ema' averages weights."
@@ -232,8 +239,8 @@ class TokenizeOptions(Form):
     min_scale: float = Field(0.8, gt=0, le=1, description="Least area of a random crop, a share.")
     hflip: bool = Field(False, description="Mirror random crops (captions with 'left' forbid it).")
     tokens: dict[DenseName, int] = Field(
-        {}, description="Tokens to store of modalities with ordered ones: {'depth': 16}; others "
-        "have all of them."
+        {}, description="Tokens to store of modalities with ordered ones: "
+        '{"depth": 16}; others have all of them.'
     )  # fmt: skip
 
 
@@ -264,7 +271,8 @@ class IngestParams(Compute, IngestOptions, Where):
 
     append: bool = Field(
         False,
-        description="Add what is new in this list, by its URLs, to a dataset that has one.",
+        description="Add what is new in this list, by its URLs, to a dataset that has one; "
+        "where there is none yet, it is made.",
     )
 
 

@@ -3,6 +3,7 @@ and by flows that write down what they were told, whoever started them."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from infra.ray_session import Embedded
@@ -44,6 +45,8 @@ def check(flow: str, choices: dict[str, Any]) -> None:
         source = _check_source(choices)
         if choices.get("append") and store.exists("plan/plan.json"):
             _check_same_pictures(chain, source, choices)
+    if flow == "janitor" and not store.exists("plan/plan.json"):
+        raise ValueError(f"there is no dataset at {choices['root']}")
     if flow == "retry":
         from tasks.plans import check_retry
 
@@ -82,6 +85,10 @@ def _check_labels(chain: Chain, choices: dict[str, Any]) -> None:
     from tasks.label import label_stages
 
     specs = labelers(choices)
+    for name, model in choices["models"].items():
+        here = choices["ray"]["kind"] == "embedded" and model.startswith((".", "/", "~"))
+        if here and not Path(model).is_dir():
+            raise ValueError(f"models: there is no folder {model!r} for {name!r}")
     stages = label_stages(specs.values(), chain.fetch)
     passing = choices.get("one_pass", [])
     if unknown := sorted(set(passing) - specs.keys()):
@@ -158,7 +165,8 @@ def _check_source(choices: dict[str, Any]) -> Source:
     except FileNotFoundError as error:
         # A web server's refusal comes as this, too.
         why = f": {error.__cause__}" if "://" in source.path and error.__cause__ else ""
-        raise ValueError(f"there is nothing at {source.path}{why}") from None
+        of = f" of format {choices['format']}" if choices["format"] != "auto" else ""
+        raise ValueError(f"there is nothing{of} at {source.path}{why}") from None
     except (OSError, BotoCoreError) as error:
         public = "; what is public is read without any where FSSPEC_S3_ANON=true"
         why = public if isinstance(error, NoCredentialsError) else ""

@@ -95,7 +95,8 @@ def read_area(what: str, area: str, cells: int, side: int) -> np.ndarray:
     try:
         mask = np.asarray(modalities.get("rgb").decode(_bytes(area)))
     except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{what}: {area!r} cannot be read as a mask picture: {error}") from None
+        raise ValueError(f"{what}: {area!r} cannot be read as a mask picture: {error}; a box is "
+                         "xmin,ymin,xmax,ymax in 0..1") from None
     return _square("rgb", mask, side)[..., 0] > 127
 
 

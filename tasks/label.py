@@ -99,8 +99,8 @@ def label_jobs(
         share: Names of labelers that go over the pictures together, a group each.
 
     Raises:
-        ValueError: As `label_stages`; or a group names what is no labeler, names one twice, or
-            one of it looks at the labels of another.
+        ValueError: As `label_stages`; or a group names what is no labeler, one twice or one
+            alone, or one of it looks at the labels of another.
     """
     chosen, by_name = tuple(shards), {spec.name: spec for spec in specs}
     stages = label_stages(by_name.values(), fetch)
@@ -123,6 +123,8 @@ def _shared(stages: Mapping[str, Stage], share: Iterable[Sequence[str]]) -> dict
     groups: dict[str, str] = {}
     for names in share:
         title = "+".join(names)
+        if len(names) == 1:
+            raise ValueError(f"share={title!r} is one labeler; join two or more by +: depth+normal")
         for name in names:
             if name not in stages:
                 raise ValueError(

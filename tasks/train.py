@@ -165,12 +165,16 @@ class FourMTask(Task):
 
 
 def begins(recipe: TrainRecipe) -> bool:
-    """Whether a training begins with another model. Raises ValueError where the recipe needs one
-    and nothing says which."""
+    """Whether a training begins with another model. Raises ValueError where the recipe, or what it
+    updates, needs one and nothing says which."""
     if recipe.starts_from and not recipe.start:
         raise ValueError(f"the recipe begins with a model of {recipe.starts_from}: say which with "
                          f"--start RUN-OR-FOLDER, or --start {FRESH} for fresh weights")
-    return recipe.start not in ("", FRESH)
+    begun = recipe.start not in ("", FRESH)
+    if recipe.lora and not begun:
+        raise ValueError("low-rank updates (--lora) change a trained model: say which with "
+                         "--start RUN-OR-FOLDER")
+    return begun
 
 
 def fixed_batches(

@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -22,8 +24,12 @@ from pipelines.params import (
     TOOLS,
     IngestOptions,
     LabelOptions,
+    LabelParams,
+    PublishParams,
     TokenizeOptions,
     TokenizerOptions,
+    TrainParams,
+    Where,
 )
 from pipelines.server import prefect_server
 from tasks import chain
@@ -82,9 +88,17 @@ def test_help_of_every_command_shows_an_example() -> None:
         (["generate", "--guide", "caption=x", "--to", "rgb"], "weight*modality=file-or-text"),
         (["generate", "--decode", "rgb=3", "--to", "rgb"], "target:setting=value"),
         (["generate", "--decode", "rgb:order=snake", "--to", "rgb"], "'maskgit', 'roar'"),
-        (["generate", "--decode", "rgb:heat=2", "--to", "rgb"], "decoding.rgb.heat='2'"),
+        (["generate", "--decode", "rgb:heat=2", "--to", "rgb"], "no field 'heat'; there are order"),
         (["generate", "--guide", "2*caption=x", "--guidance", "2", "--to", "rgb"], "give one of"),
         (["demo", "--root", "s3://bucket/demo"], "local folder"),
+        (["ui", "--root", "{tmp}/nosuch"], "no runs are kept in {tmp}/prefect"),
+        (["status", "--root", "s3:/bucket/demo"], "write s3://bucket/prefix"),
+        (["janitor", "--root", "{tmp}"], "there is no dataset at"),
+        (["label", "--models", "depth=x/y"], """takes JSON, such as '{{"depth": "hub/id@revis"""),
+        (["label", "--models", "{{'depth': 'x/y'}}"], "is none: Expecting property name"),
+        (["label", "--resources", '{{"depth": {{"gpu": 1}}}}'], "no field 'gpu'; there are gpus"),
+        (["label", "--labelers", "depth,", "normal"], "without blanks"),
+        (["ingest", "--source", "x", "--allow-hosts", "http://h:8"], "host, or host:port, alone"),
         (["retry", "--root", "{tmp}"], "run `fourm ingest` first"),
         (["retry", "--root", "{tmp}", "--reasons", "not_found"], "'server_error'"),
         (["plan", "--root", "{tmp}"], "name its list with --source"),
@@ -92,6 +106,8 @@ def test_help_of_every_command_shows_an_example() -> None:
         (["export", "--root", "{tmp}", "--out", "x", "--layout", "lmdb"], "'parquet'"),
         (["import", "--root", "{tmp}/d", "--source", "{tmp}"], "fourm ingest --format webdataset"),
         (["ingest", "--root", "{tmp}/d", "--source", "x.tsv"], "there is nothing at x.tsv"),
+        (["ingest", "--root", "{tmp}/d", "--source", "{tmp}", "--format", "webdataset"],
+         "there is nothing of format webdataset at"),
         (["ingest", "--source", "x.tsv", "--shard-rows", "0"], "greater than or equal to 1"),
         (["ingest", "--source", "x.tsv", "--max-aspect", "inf"], "finite number"),
         (["ingest", "--root", "{tmp}/d", "--source", os.devnull], "/dev/null holds no rows"),
@@ -107,7 +123,7 @@ def test_what_is_wrong_is_said_in_one_sentence_before_any_work(
 ) -> None:
     code, output = _run(*[part.format(tmp=tmp_path) for part in arguments])
     assert code == 2
-    assert sentence in " ".join(output.split())
+    assert sentence.format(tmp=tmp_path) in " ".join(output.split())
     assert "Traceback" not in output
     assert not list(tmp_path.iterdir()), "work has begun"
 
@@ -262,6 +278,33 @@ def test_what_is_in_quarantine_is_shown_with_its_reason_and_released_on_request(
     assert "no manifest 'main' at" in output
     assert "CURRENT; `fourm publish` makes one" in " ".join(output.split())
     assert "shards in quarantine: 0" in _run("quarantine", "--root", str(tmp_path))[1]
+
+
+@pytest.mark.parametrize(("flow", "form", "said"), [
+    ("label", LabelParams(root="my set"), "train-tokenizers --root 'my set'"),
+    ("publish", PublishParams(root="d"), "train --root d"),
+    ("publish", PublishParams(root="d", name="better"), "train --root d --manifest better"),
+    ("train", TrainParams(root="d", run="x", manifest="better@2"),
+     "evaluate --root d --run x --manifest better"),
+])  # fmt: skip
+def test_the_next_command_is_told_what_names_were_chosen(
+    flow: str, form: Where, said: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    done = SimpleNamespace(**{f"{flow}_flow": lambda _: None})
+    monkeypatch.setattr("tasks.checks.check", lambda *_: None)
+    monkeypatch.setattr("pipelines.server.prefect_server", lambda _: nullcontext())
+    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=lambda _: done))
+    cli._run_flow(flow, form)
+    assert capsys.readouterr().out == f"Next:  fourm {said}\n"
+
+
+def test_a_demo_is_not_put_into_a_dataset_that_is_none(tmp_path: Path) -> None:
+    Store(str(tmp_path)).write_json("plan/plan.json", {})
+    code, output = _run("demo", "--scale", "tiny", "--root", str(tmp_path))
+    assert code == 2
+    assert "holds a dataset that is no demo" in " ".join(output.split())
+    assert not (tmp_path / "source").exists()
 
 
 def test_a_service_that_cannot_be_reached_is_told_in_one_sentence(tmp_path: Path) -> None:

@@ -198,6 +198,7 @@ def test_resources_of_a_labeler_change_its_batches_and_no_stage(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"models": {"det": "./nosuch"}}, r"there is no folder '\./nosuch' for 'det'"),
         ({"share": ["semseg+nose"]}, r"share='semseg\+nose': no labeler 'nose'"),
         (
             {"share": ["semseg+det"], "resources": _resources(det={"gpus": 0.5})},

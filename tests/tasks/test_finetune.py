@@ -99,6 +99,9 @@ def test_a_recipe_that_needs_a_start_asks_for_it(token_set):
         train_fourm(store, manifest, needy, run="needy")
     assert not store.exists("runs/needy/curve.jsonl")
     FourMTask(store, manifest, dataclasses.replace(needy, start="none")).build_model()
+    low = dataclasses.replace(BASE, lora=Lora(rank=2))
+    with pytest.raises(ValueError, match="change a trained model: say which with --start"):
+        train_fourm(store, manifest, low, run="low")
 
 
 def test_another_network_is_refused_by_its_settings(token_set):

@@ -124,6 +124,7 @@ def test_an_area_that_makes_no_sense_is_refused_before_anything_is_written(
     refused({"rgb": photo}, ["rgb"], "a,b,c,d", "could not convert string to float")
     refused({"rgb": photo}, ["rgb"], '{"instances": []}', "the boxes after the edit")
     refused({"rgb": photo}, ["rgb"], "nothing.png", "cannot be read as a mask picture")
+    refused({"rgb": photo}, ["rgb"], "0,0,2", "a box is xmin,ymin,xmax,ymax in 0..1")
     assert not (tmp_path / "out").exists()
 
 

@@ -71,7 +71,8 @@ def test_a_shared_pass_resumes_separate_ones_and_the_other_way_round(tmp_path):
     ("share", "message"),
     [
         ([("det", "taste")], r"share='det\+taste': no labeler 'taste'; there are det"),
-        ([("det", "semseg"), ("semseg",)], "share='semseg': 'semseg' is in two groups"),
+        ([("det", "semseg"), ("semseg", "det")], r"share='semseg\+det': 'semseg' is in two"),
+        ([("det",), ("semseg",)], r"share='det' is one labeler; join two or more by \+"),
         ([("det", "det")], "'det' is in two groups or twice in one"),
         ([("det", "human_poses")], "'human_poses' looks at labels that come first"),
     ],
