@@ -34,12 +34,14 @@ from infra.ray_session import Existing, Job, RayJob
 from infra.runner import SystemicFailure
 from infra.store import Store, json_bytes
 from pipelines import params as forms
+from tasks.run_store import TakenOver
 
 log = logging.getLogger("fourm.job")
 R = TypeVar("R")
 
 FINAL = (
     ValueError, TypeError, KeyError, ImportError, FileNotFoundError, SystemicFailure, MemoryError,
+    TakenOver,
 )  # fmt: skip
 """What another attempt cannot mend: bad values, or trouble that the runner has named already."""
 ROOT = Path(__file__).resolve().parents[1]

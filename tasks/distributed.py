@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tasks.preemption import Stopped, StopSignal
-from tasks.run_store import read_curve
+from tasks.run_store import Checkpoints, TakenOver, read_curve
 from tasks.trainer import ProgressCallback, Task, TrainConfig, Trainer, TrainResult
 
 if TYPE_CHECKING:
@@ -48,13 +48,16 @@ def fit_distributed(
 
     Raises:
         Stopped: SIGTERM came; the workers have kept a checkpoint.
+        TakenOver: somebody else has begun to train the same run.
         ValueError: the batch does not divide into parts of the workers.
     """
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
     config.check_workers(num_workers)
-    arguments = {"store": store, "path": path, "task": task, "config": config}
+    checkpoints = Checkpoints(store, path)
+    arguments = {"store": store, "path": path, "task": task, "config": config,
+                 "owner": checkpoints.claim()}  # fmt: skip
     for name in (STOP, RESULT):
         store.delete(f"{path}/{name}")
     with (
@@ -71,6 +74,7 @@ def fit_distributed(
                 storage_path=scratch, failure_config=FailureConfig(max_failures=2)
             ),
         ).fit()
+    checkpoints.check_owner()
     if signal.requested or not store.exists(f"{path}/{RESULT}"):
         signal.hand_on()
         raise Stopped(f"{path}: the workers have kept a checkpoint; the same call goes on from it")
@@ -112,7 +116,7 @@ def _worker(arguments: dict[str, Any]) -> None:
     trainer = Trainer(**arguments, rank=rank, world=context.get_world_size(), asked=asked)
     try:
         result = trainer.fit()
-    except Stopped:
+    except (Stopped, TakenOver):  # Ray would begin again
         return
     if rank == 0:
         record = dataclasses.asdict(dataclasses.replace(result, model=None))

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fourm.train")
 
 Tensors = dict[str, dict[str, "torch.Tensor"]]
+Owner = dict[str, str | int]
+"""Host, process, token and beginning of a training."""
 KEEP = 2
 FLUSH_SECONDS = 10.0
 """Most seconds that a point of the curve stays unseen by others."""
@@ -54,29 +56,35 @@ class TakenOver(RuntimeError):
 class Checkpoints:
     """The checkpoints of the run at `path`; the newest complete one counts.
 
-    One process at a time writes them: who calls `claim` ends the others at their next `save`. So a
+    One training at a time writes them: who calls `claim` ends another at its next `save`. So a
     run goes on at once after its process was killed, and needs nobody's leave.
+
+    Args:
+        store: Where they lie.
+        path: Of the run.
+        owner: What `claim` gave another process of the same training.
     """
 
-    def __init__(self, store: Store, path: str) -> None:
-        self._store, self._path = store, f"{path}/checkpoints"
-        self._owner: dict[str, Any] | None = None
+    def __init__(self, store: Store, path: str, owner: Owner | None = None) -> None:
+        self._store, self._path, self.owner = store, f"{path}/checkpoints", owner
 
-    def claim(self) -> None:
-        """From now on this process writes the checkpoints of the run, and no other."""
-        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex,
-                       "since": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip
-        self._store.write_json(f"{self._path}/{_OWNER}", self._owner)
+    def claim(self) -> Owner:
+        """From now on this training writes the checkpoints of the run, and no other does."""
+        self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex,
+                      "since": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip
+        self._store.write_json(f"{self._path}/{_OWNER}", self.owner)
+        return self.owner
 
-    def _check_owner(self) -> None:
-        if self._owner is None or not self._store.exists(name := f"{self._path}/{_OWNER}"):
+    def check_owner(self) -> None:
+        """Raises `TakenOver` where another training has claimed the run since this one did."""
+        if self.owner is None or not self._store.exists(name := f"{self._path}/{_OWNER}"):
             return
         found = self._store.read_json(name)
-        if found != self._owner:
+        if found != self.owner:
             raise TakenOver(
                 f"{self._store.full(self._path)}: process {found['pid']} on {found['host']} trains "
-                f"this run since {found['since']} and goes on from its newest checkpoint; this one "
-                "ends. Give another name to a run that is meant to be another"
+                f"this run since {found['since']}, from its newest checkpoint on; this one ends. "
+                "Give another name to a run that is meant to be another"
             )
 
     def steps(self) -> list[int]:
@@ -97,7 +105,7 @@ class Checkpoints:
         """
         from safetensors.torch import save
 
-        self._check_owner()
+        self.check_owner()
         folder = f"{self._path}/step-{step:08d}"
         part = f".{rank:05d}-of-{world:05d}" if world > 1 else ""
         digests = {}
@@ -157,9 +165,12 @@ class Checkpoints:
                         for key, values in group.items()} for name, group in parts.items()}
         return whole, state
 
-    def sweep(self, step: int) -> None:
-        """Deletes what a run that goes on from `step` has no use for: what killed runs left
-        half-written, and later checkpoints. Those are damaged, and would outlive each new one."""
+    def begin(self, step: int) -> None:
+        """Claims the run, unless that was done, and deletes what has no use for it from `step` on:
+        what killed runs left half-written, and later checkpoints. Those are damaged, and would
+        outlive each new one."""
+        if self.owner is None:
+            self.claim()
         names = self._store.list(self._path)
         found = {match.group(1) for name in names if (match := _STEP.search(name))}
         usable = {f"step-{done:08d}" for done in self.steps() if done <= step}

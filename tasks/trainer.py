@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import torch
 
     from infra.store import Store
-    from tasks.run_store import Tensors
+    from tasks.run_store import Owner, Tensors
 
 logger = logging.getLogger("fourm.train")
 
@@ -69,19 +69,19 @@ class TrainResult:
 class Trainer:
     """Trains `task` under `config`, keeping the run at `path` of `store`.
 
-    `fit` picks up the newest checkpoint at `path`. Raises ValueError when the run there was
-    started with another configuration, or when this machine lacks what the configuration needs.
+    `fit` picks up the newest checkpoint at `path`, and ends others that train it. Raises ValueError
+    when the run was started with another configuration, or this machine lacks what that needs.
     """
 
     def __init__(
         self, store: Store, path: str, task: Task, config: TrainConfig, *, rank: int = 0,
-        world: int = 1, asked: Asked = lambda: (False, False),
+        world: int = 1, asked: Asked = lambda: (False, False), owner: Owner | None = None,
     ) -> None:
         config.check_workers(world)
         require_wandb(config.wandb)
         self.store, self.path, self.task, self.config = store, path, task, config
         self.rank, self.world, self.asked, self.warned = rank, world, asked, 0
-        self.checkpoints = Checkpoints(store, path)
+        self.checkpoints = Checkpoints(store, path, owner)
         self.metrics: dict[str, float] = {}
 
     def fit(self, on_progress: ProgressCallback | None = None) -> TrainResult:
@@ -241,7 +241,7 @@ class Trainer:
         if found:
             restore_rest(found[0], self.model, self.optimizers, self.mean)
             logger.info("%s: resuming at step %d", self.path, self.step)
-        self._sweep()
+        self._begin()
 
     def _found(self) -> tuple[Tensors, dict[str, Any]] | None:
         """The newest checkpoint. The first worker decides which: another may look before the last
@@ -254,16 +254,14 @@ class Trainer:
         step = first_says(found[1]["step"] if found else 0, self.device)
         return self.checkpoints.newest(step) if self.rank and step else found
 
-    def _sweep(self) -> None:
-        """Makes the run this one's, and clears away half-written checkpoints, once all workers have
-        read what they need."""
+    def _begin(self) -> None:
+        """Clears away half-written checkpoints, once all workers have read what they need."""
         import torch
 
         if self.world > 1:
             torch.distributed.barrier()
         if self.rank == 0:
-            self.checkpoints.claim()
-            self.checkpoints.sweep(self.step)
+            self.checkpoints.begin(self.step)
         if self.world > 1:
             torch.distributed.barrier()
 

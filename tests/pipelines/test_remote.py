@@ -146,6 +146,8 @@ def test_a_bad_value_in_the_job_is_final_and_named(tmp_path):
         remote.run(STAGE, params(tmp_path, crops=9), InProcess())
     with pytest.raises(SystemicFailure, match="no disk"):
         remote.run(STAGE, params(tmp_path, crops=11), InProcess())
+    with pytest.raises(SystemicFailure, match="another trains it"):
+        remote.run(STAGE, params(tmp_path, crops=13), InProcess())
 
 
 def test_other_trouble_of_the_job_is_worth_another_attempt(tmp_path):

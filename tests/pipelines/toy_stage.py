@@ -12,6 +12,7 @@ from infra.runner import Resources, SystemicFailure, run_stages
 from infra.store import Store
 from pipelines.params import TokenizeParams
 from pipelines.stages import stage_task
+from tasks.run_store import TakenOver
 from tests.infra.test_runner import toy_job
 
 
@@ -24,6 +25,8 @@ def toy(params: TokenizeParams) -> list[dict[str, Any]]:
         raise OSError("a hiccup")
     if params.crops == 11:
         raise SystemicFailure("no disk")
+    if params.crops == 13:
+        raise TakenOver("another trains it")
     store, bar = Store(params.root), ui.progress("toy")
     if params.crops == 12:
         store.write("started", str(os.getpid()).encode())

@@ -15,7 +15,7 @@ from tasks.distributed import RESULT, fit_distributed
 from tasks.ema import WeightMean
 from tasks.optim import build_optimizers
 from tasks.preemption import Stopped
-from tasks.run_store import Checkpoints, Curve, read_curve
+from tasks.run_store import Checkpoints, Curve, TakenOver, read_curve
 from tasks.train_state import snapshot, unique_tensors
 from tasks.trainer import TrainConfig, Trainer
 from tests.tasks.test_trainer import CONFIG, Linear, Regression
@@ -48,6 +48,31 @@ def test_checkpoints_made_after_damaged_ones_outlive_them(tmp_path):
     checkpoints = killed(store, 4)
     assert checkpoints.newest()[1]["step"] == 4
     assert killed(store, 6).steps() == [5, 6]
+
+
+class Joined(Linear):
+    """Somebody else begins to train the same run at a step, to its end."""
+
+    def __init__(self, store: Store, at: int) -> None:
+        super().__init__()
+        self.store, self.at = store, at
+
+    def batch(self, step: int, rank: int, world: int) -> torch.Tensor:
+        if step == self.at:
+            self.other = Trainer(self.store, "run", Linear(), CONFIG).fit()
+        return super().batch(step, rank, world)
+
+
+def test_of_two_trainings_of_one_run_the_first_ends_and_the_other_goes_on_to_the_same_model(
+    tmp_path,
+):
+    store = Store(str(tmp_path))
+    whole = Trainer(store, "whole", Linear(), CONFIG).fit().model
+    first = Joined(store, at=8)
+    with pytest.raises(TakenOver, match=r"trains this run since .*; this one ends"):
+        Trainer(store, "run", first, CONFIG).fit()
+    assert torch.equal(first.other.model.weight, whole.weight)
+    assert Checkpoints(store, "run").newest()[1]["step"] == CONFIG.steps
 
 
 def test_parts_of_a_damaged_checkpoint_never_join_those_of_a_later_attempt(tmp_path):
@@ -165,6 +190,25 @@ def test_sigterm_while_workers_end_is_handed_on(tmp_path, monkeypatch, sigterm):
     with pytest.raises(Stopped):
         fit_distributed(store, "run", Linear(), CONFIG, num_workers=2)
     assert sigterm == [True]
+
+
+def test_workers_whose_run_is_taken_over_end_for_good_and_their_driver_says_why(
+    tmp_path, monkeypatch
+):
+    store = Store(str(tmp_path))
+
+    def workers(worker, train_loop_config, **_):
+        joined = train_loop_config | {"task": Joined(store, at=8)}
+        return types.SimpleNamespace(fit=lambda: worker(joined))
+
+    monkeypatch.setattr("tasks.distributed._scaling", lambda *_: None)
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", workers)
+    monkeypatch.setattr("ray.train.get_context", lambda: types.SimpleNamespace(
+        get_world_rank=lambda: 0, get_world_size=lambda: 1))
+    monkeypatch.setattr("ray.train.get_preemption_info", lambda: None, raising=False)
+    with pytest.raises(TakenOver, match="this one ends"):
+        fit_distributed(store, "run", Linear(), CONFIG, num_workers=2)
+    assert Checkpoints(store, "run").newest()[1]["step"] == CONFIG.steps
 
 
 class Uneven(Linear):
