@@ -293,20 +293,31 @@ def _refused(index: int, answer: aiohttp.ClientResponse) -> Download:
     reason = reasons.get(status, "server_error" if status >= 500 else "http_error")
     if status == 429:
         reason = "rate_limited"
-    pause = _retry_after(answer.headers.get("Retry-After"))
+    pause = _retry_after(answer.headers.get("Retry-After"), answer.headers.get("Date"))
     return Download(index, reason, f"HTTP {status}", retry_after=pause)
 
 
-def _retry_after(value: str | None) -> float | None:
-    """Seconds from a Retry-After header, which holds seconds or a date (RFC 9110)."""
+def _retry_after(value: str | None, date: str | None = None) -> float | None:
+    """Seconds from a Retry-After header, which holds seconds or a date (RFC 9110). A date is one of
+    the server's clock, which its Date header tells."""
     if value is None:
         return None
     try:
         if value.strip().isdecimal():
             return float(value)
-        return max((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
+        until = _moment(value)
+        return None if until is None else \
+            max((until - (_moment(date) or datetime.now(UTC))).total_seconds(), 0.0)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _moment(date: str | None) -> datetime | None:
+    try:
+        found = parsedate_to_datetime(date or "")
     except (TypeError, ValueError, OverflowError):
         return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def _opted_out(answer: aiohttp.ClientResponse) -> bool:

@@ -51,6 +51,7 @@ def test_a_header_for_others_or_without_a_ban_does_not_bind(header):
 def test_any_header_is_read_without_an_error(text):
     forbids(text)
     assert (_retry_after(text) or 0.0) >= 0.0
+    assert (_retry_after("Wed, 21 Oct 2015 07:28:00 GMT", text) or 0.0) >= 0.0
 
 
 @pytest.mark.parametrize("url", ["http://[::%]@/", "//[::%]@/", "http://[::1", "http://a.b:99999/"])
@@ -89,6 +90,13 @@ def test_any_text_is_a_url_or_a_value_error(text):
 )
 def test_retry_after_is_seconds_or_a_date_and_else_nothing(value, seconds):
     assert _retry_after(value) == seconds
+
+
+@pytest.mark.parametrize("zone", ["GMT", "-0000"])
+def test_a_date_to_retry_after_is_one_of_the_servers_clock_however_wrong_that_is(zone):
+    until, date = f"Wed, 21 Oct 2015 07:28:30 {zone}", f"Wed, 21 Oct 2015 07:28:00 {zone}"
+    assert _retry_after(until, date) == 30.0
+    assert _retry_after(until, "yesterday") == 0.0
 
 
 SIGNED = "/a%2Fb%28c%29.jpg?u=https%3A%2F%2Fx%2Fy&sig=AbC%2fdE%3d&%7E=~"
