@@ -7,7 +7,9 @@ from typing import Any
 
 from prefect import flow
 
+from infra import ui
 from infra.ray_session import ray_session
+from infra.status import as_rows, status
 from infra.store import Store
 from pipelines import params as forms
 from pipelines.evaluate import evaluate_flow
@@ -21,6 +23,7 @@ from pipelines.train import train_flow
 from pipelines.train_tokenizers import train_tokenizers_flow
 from tasks.chain import Chain
 from tasks.publish import is_current
+from tasks.report import show_results
 
 
 @flow(
@@ -38,7 +41,15 @@ def end_to_end_flow(params: EndToEndParams) -> dict[str, Any]:
     publish_flow(params.part(forms.PublishParams, params.publish))
     trained = train_flow(params.part(forms.TrainParams, params.train))
     measured = params.evaluate.model_copy(update={"run": params.evaluate.run or trained["run"]})
-    return evaluate_flow(params.part(forms.EvaluateParams, measured))
+    found = evaluate_flow(params.part(forms.EvaluateParams, measured))
+    _show(Store(params.root), found)
+    return found
+
+
+def _show(store: Store, found: dict[str, Any]) -> None:
+    """What all came to, at the run of the chain; more is shown at those of its steps."""
+    ui.table("chain-stages", as_rows(status(store)), f"Stages of {store.url}")
+    show_results(found)
 
 
 def _one_session(params: EndToEndParams) -> AbstractContextManager[None]:

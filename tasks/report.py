@@ -342,11 +342,16 @@ def _svg(figure: Figure) -> str:
     return f'<img alt="" src="data:image/svg+xml;base64,{data}">'
 
 
+def show_results(found: Mapping[str, Any]) -> None:
+    """The scores of a run in the Prefect UI, from what `results.json` holds."""
+    heads = _heads(found.get("evaluation", {}).get("samples", 10))
+    rows = [dict(zip(heads, row, strict=True)) for row in task_rows(found["tasks"])]
+    ui.table(f"results {found['run']}", rows, f"Results of run {found['run']}")
+
+
 def _show(run: str, found: Mapping[str, Any], evaluation: Evaluation) -> None:
     """The same in the Prefect UI."""
-    heads = _heads(evaluation.config.get("samples", 10))
-    rows = [dict(zip(heads, row, strict=True)) for row in task_rows(found["tasks"])]
-    ui.table(f"results {run}", rows, f"Results of run {run}")
+    show_results(found)
     for name, picture in evaluation.pictures.items():
         title = _TITLES.get(name, name)
         ui.markdown(f"{run} {name}", f"## {title}\n\n![{title}]({ui.data_uri(picture)})\n")

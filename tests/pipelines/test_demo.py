@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -82,6 +84,20 @@ def test_the_demo_searches_by_predicted_vectors_and_walks_a_chain(demo: tuple[Pa
     shown = {path.stem for path in (demo[0] / "reports").rglob("*.png")}
     assert {"overview", "chain", "search-dinov2_global"} <= shown
     assert shown >= {f"rgb-to-{name}" for name in MODALITIES - {"rgb", "caption"}}
+
+
+def test_the_run_of_the_chain_shows_what_its_stages_did_and_the_scores(
+    demo: tuple[Path, str],
+) -> None:
+    with closing(sqlite3.connect(demo[0].parent / "prefect" / "prefect.db")) as database:
+        found = database.execute(
+            "select artifact.key, artifact.data from artifact"
+            " join flow_run on artifact.flow_run_id = flow_run.id"
+            " join flow on flow_run.flow_id = flow.id where flow.name = 'end-to-end'"
+        ).fetchall()
+    shown = {key.split("-")[0]: json.loads(json.loads(data)) for key, data in found}
+    assert any(row["stage"].startswith("label:depth") for row in shown["chain"])
+    assert {"rgb \u2192 depth", "caption \u2192 rgb"} <= {row["task"] for row in shown["results"]}
 
 
 def test_everything_in_the_dataset_verifies(demo: tuple[Path, str]) -> None:
