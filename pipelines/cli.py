@@ -20,6 +20,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 
 from pipelines import options, params
+from pipelines.following import following
 
 if TYPE_CHECKING:
     from infra.store import Store
@@ -60,17 +61,6 @@ Root = Annotated[str, typer.Option(help="Dataset: a folder, or s3://bucket/prefi
 @app.callback(epilog=EXAMPLES)
 def _fourm() -> None:
     """Image URLs in, a trained any-to-any model out: the data engine of 4M."""
-
-
-_NEXT = {
-    "ingest": "label",
-    "retry": "label",
-    "label": "train-tokenizers",
-    "train_tokenizers": "tokenize",
-    "tokenize": "publish",
-    "publish": "train",
-    "train": "evaluate",
-}
 
 
 def _flow_command(name: str, form: type[params.Where], example: str) -> None:
@@ -130,26 +120,8 @@ def _run_flow(name: str, values: params.Where) -> None:
     with _sentences(code=1), prefect_server(_prefect_home(values.root)):
         module = importlib.import_module(f"pipelines.{_MODULES.get(name, name)}")
         getattr(module, f"{name}_flow")(values)
-    if following := _NEXT.get(name):
-        root = shlex.quote(values.root)
-        typer.echo(f"Next:  fourm {following} --root {root}{_named(name, values)}")
-
-
-_HANDED_ON = {
-    "publish": {"name": "manifest"},
-    "train": {"run": "run", "manifest": "manifest"},
-}
-"""Fields whose value the next command has to be told, and what it calls them."""
-
-
-def _named(flow: str, values: params.Where) -> str:
-    """Options of the next command for what bears another name than it would look for."""
-    fields = type(values).model_fields
-    return "".join(
-        f" --{option} {getattr(values, field).partition('@')[0]}"
-        for field, option in _HANDED_ON.get(flow, {}).items()
-        if getattr(values, field) != fields[field].default
-    )
+    if command := following(name, values):
+        typer.echo(f"Next:  {command}")
 
 
 def _prefect_home(root: str) -> Path:

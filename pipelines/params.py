@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from infra.ray_session import Embedded, Existing, Job, RayJob, RayTarget
 from pipelines.forms import Compute, Form, Where
@@ -22,6 +22,7 @@ from pipelines.model_params import (
     SpeedrunParams,
     TrainOptions,
 )
+from pipelines.names import Accelerator, DenseName, HostName, LabelerName
 
 SourceFormat = Literal["auto", "tsv", "csv", "jsonl", "parquet", "folder", "webdataset"]
 RetryReason = Literal["timeout", "connect", "dns", "rate_limited", "server_error", "truncated"]
@@ -29,48 +30,6 @@ RetryReason = Literal["timeout", "connect", "dns", "rate_limited", "server_error
 ALL_RETRIES: list[RetryReason] = list(get_args(RetryReason))
 
 
-def _known_labeler(name: str) -> str:
-    from models.labelers import kinds
-
-    if name not in kinds():
-        raise ValueError(f"no such labeler; there are {', '.join(map(repr, kinds()))}")
-    return name
-
-
-def _known_dense(name: str) -> str:
-    from tasks.tokenizer_recipes import recipe_names
-
-    if name not in recipe_names():
-        raise ValueError(f"no such modality; there are {', '.join(map(repr, recipe_names()))}")
-    return name
-
-
-def _offer_labelers(schema: dict[str, Any]) -> None:
-    """The form's choices: asked for when a form is made, so that packages count."""
-    from models.labelers import kinds
-
-    schema["enum"] = kinds()
-
-
-def _offer_dense(schema: dict[str, Any]) -> None:
-    from tasks.tokenizer_recipes import recipe_names
-
-    schema["enum"] = recipe_names()
-
-
-def _host(name: str) -> str:
-    if "/" in name:
-        raise ValueError("that is an address; write its host, or host:port, alone")
-    return name
-
-
-HostName = Annotated[str, AfterValidator(_host)]
-LabelerName = Annotated[
-    str, AfterValidator(_known_labeler), Field(json_schema_extra=_offer_labelers)
-]
-"""A kind of labeler, of this project or of an installed package."""
-DenseName = Annotated[str, AfterValidator(_known_dense), Field(json_schema_extra=_offer_dense)]
-"""A modality with a recipe for its tokenizer, of this project or of an installed package."""
 TokenizerPreset = Literal["scenes", "modern", "released"]
 
 FIRST_LABELERS: list[LabelerName] = ["depth", "normal", "semseg", "det", "caption", "clip"]
@@ -124,23 +83,13 @@ class IngestOptions(Form):
     )
 
 
-def _known_accelerator(name: str) -> str:
-    if name:
-        from ray.util import accelerators
-
-        choices = sorted(value for key, value in vars(accelerators).items() if key.isupper())
-        if name not in choices:
-            raise ValueError(f"Ray knows no such accelerator; there are {', '.join(choices)}")
-    return name
-
-
 class LabelerResources(Form):
     """What one labeler's workers occupy, where it differs from the others'."""
 
     gpus: float | None = Field(None, ge=0, description="GPUs of a worker, may be a fraction.")
     workers: int | None = Field(None, ge=1, description="Worker processes.")
     batch_size: int | None = Field(None, ge=1, description="Pictures a forward pass.")
-    accelerator: Annotated[str, AfterValidator(_known_accelerator)] = Field(
+    accelerator: Accelerator = Field(
         "", description="Type of GPU, as Ray names it: T4, A100, H100."
     )
     compile: bool = Field(

@@ -20,15 +20,8 @@ from infra.shards import MAX_SHARDS, shard_name
 from infra.sources import Source, detect, read_rows
 from infra.store import Store
 from infra.tables import read_table
-from tasks.plans import (
-    first_seen,
-    planned_lists,
-    record,
-    rows_at,
-    survey,
-    url_digest,
-    write_pass,
-)
+from tasks.plans import planned_lists, record, rows_at, survey, write_pass
+from tasks.repeated_urls import first_seen, url_digest
 from tasks.withdraw import withdrawn_urls
 
 _FILES = ("folder", "webdataset")

@@ -17,7 +17,6 @@ import io
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +31,7 @@ from infra.shards import MAX_SHARDS, sample_key, shard_name
 from infra.sources import Row, Source, detect, read_rows
 from infra.store import Store
 from infra.tables import read_table
+from tasks.repeated_urls import first_seen, url_digest
 
 MAX_CAPTION = 4000
 """Longest alt text that is kept, in characters."""
@@ -42,7 +42,6 @@ WITHDRAWALS, WITHDRAWN = "plan/withdrawn/", "withdrawn"
 """Records of what had to go, and the reason class of such rows; see `tasks.withdraw`."""
 
 _ROWS_AT = "plan/rows"
-_BUCKET_ROWS = 2_000_000
 _COLUMNS = ("url", "caption", "duplicate_of", "extra", "problem", "sidecar", "retry_of")
 _ROWS = pa.schema([(name, pa.string()) for name in _COLUMNS])
 
@@ -65,36 +64,15 @@ def make_plan(
     source = detect(Source(path=source) if isinstance(source, str) else source)
     if source.format == "webdataset":
         shard_rows = 1
-    ledger = Ledger(store)
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fourm-plan-")))
-        with (folder / "digests").open("wb") as digests:
-            identity, rows = survey(source, shard_rows, limit, digests)
+    with tempfile.TemporaryDirectory(prefix="fourm-plan-") as scratch:
+        digests = Path(scratch, "digests")
+        with digests.open("wb") as file:
+            identity, rows = survey(source, shard_rows, limit, file)
         if store.exists("plan/plan.json"):
-            plan = ledger.read_plan()
-            if identity not in planned_lists(plan):
-                raise ValueError(
-                    f"{store.url} was planned from {plan['source']} with {plan['shard_rows']} rows "
-                    "a shard, and a plan never changes: --append adds what is new in "
-                    f"{source.path} as further shards; else choose another root for it"
-                )
-            return plan
-        if not rows:
-            hint = ": expected lines of the form url<TAB>caption" if source.plain else ""
-            raise ValueError(f"{source.path} holds no rows{hint}")
-        if (shards := -(-rows // shard_rows)) > MAX_SHARDS:
-            raise ValueError(
-                f"{rows} rows are {shards} shards of {shard_rows} rows, and a dataset has at most "
-                f"{MAX_SHARDS}: raise shard_rows"
-            )
-        first = first_seen(folder / "digests", rows)
-        own, written = _ROWS_AT, _write_rows(store, _ROWS_AT, source, shard_rows, limit, first)
-        if written is None:
-            own = f"{_ROWS_AT}-{identity[:12]}"
-            written = _write_rows(store, own, source, shard_rows, limit, first)
-    if written != identity:
-        raise ValueError(f"{source.path} changed while it was read; plan it again")
-    plan = {
+            return _standing(store, source, identity)
+        shards = _number_of_shards(source, rows, shard_rows)
+        place = _placed(store, source, shard_rows, limit, identity, first_seen(digests, rows))
+    plan: dict[str, Any] = {
         "id": identity,
         "source": source.path,
         "rows": rows,
@@ -104,8 +82,9 @@ def make_plan(
     if not source.plain:
         plan["format"] = source.format
         plan["columns"] = [source.url, source.caption, *source.extra]
-    if own != _ROWS_AT:
-        plan["rows_at"] = own
+    if place != _ROWS_AT:
+        plan["rows_at"] = place
+    ledger = Ledger(store)
     try:
         ledger.write_plan(plan)  # last: a plan without it is written again from the start
     except ValueError:
@@ -113,6 +92,45 @@ def make_plan(
         raise
     _drop_unplanned(store)
     return ledger.read_plan()
+
+
+def _standing(store: Store, source: Source, identity: str) -> dict[str, Any]:
+    """The plan that stands, where it is of this list."""
+    plan = Ledger(store).read_plan()
+    if identity not in planned_lists(plan):
+        raise ValueError(
+            f"{store.url} was planned from {plan['source']} with {plan['shard_rows']} rows "
+            "a shard, and a plan never changes: --append adds what is new in "
+            f"{source.path} as further shards; else choose another root for it"
+        )
+    return plan
+
+
+def _number_of_shards(source: Source, rows: int, shard_rows: int) -> int:
+    if not rows:
+        hint = ": expected lines of the form url<TAB>caption" if source.plain else ""
+        raise ValueError(f"{source.path} holds no rows{hint}")
+    if (shards := -(-rows // shard_rows)) > MAX_SHARDS:
+        raise ValueError(
+            f"{rows} rows are {shards} shards of {shard_rows} rows, and a dataset has at most "
+            f"{MAX_SHARDS}: raise shard_rows"
+        )
+    return shards
+
+
+def _placed(
+    store: Store, source: Source, shard_rows: int, limit: int | None, identity: str,
+    first: np.ndarray,
+) -> str:
+    """Put the rows of every shard; returns their folder, another than the usual one where rows of
+    another list lie there."""
+    place, written = _ROWS_AT, _write_rows(store, _ROWS_AT, source, shard_rows, limit, first)
+    if written is None:
+        place = f"{_ROWS_AT}-{identity[:12]}"
+        written = _write_rows(store, place, source, shard_rows, limit, first)
+    if written != identity:
+        raise ValueError(f"{source.path} changed while it was read; plan it again")
+    return place
 
 
 class _Digest:
@@ -149,36 +167,6 @@ def survey(
         digests.write(url_digest(row.url, row.problem))
         count += 1
     return digest.hexdigest(), count
-
-
-def url_digest(url: str, problem: str | None) -> bytes:
-    """8 bytes that are equal for rows which ask for the same picture."""
-    # A bad row is never downloaded: others of its URL do not repeat it.
-    text = f"\0{url}\0{problem}" if problem else url
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
-
-
-def first_seen(path: Path, rows: int) -> np.ndarray:
-    """Of each row the first one with the same URL, int32 [rows], in a file beside the digests.
-
-    Rows are compared in buckets of equal digests modulo a number, a bucket at a time in memory.
-    """
-    digests = np.memmap(path, "<u8", "r", shape=(rows,))
-    first = np.memmap(path.with_name("first"), "<i4", "w+", shape=(rows,))
-    buckets = -(-rows // _BUCKET_ROWS)
-    for bucket in range(buckets):
-        found = [
-            np.flatnonzero(digests[at : at + _BUCKET_ROWS] % buckets == bucket) + at
-            for at in range(0, rows, _BUCKET_ROWS)
-        ]
-        index = np.concatenate(found)
-        if not len(index):
-            continue
-        order = index[np.argsort(digests[index], kind="stable")]
-        values = digests[order]
-        starts = np.concatenate([[True], values[1:] != values[:-1]])
-        first[order] = order[starts][np.cumsum(starts) - 1]
-    return first
 
 
 def _write_rows(

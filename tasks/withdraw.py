@@ -51,10 +51,10 @@ from tasks.plans import (
     WITHDRAWALS,
     WITHDRAWN,
     Plan,
-    url_digest,
     withdrawals,
     write_rows,
 )
+from tasks.repeated_urls import url_digest
 
 
 @dataclass

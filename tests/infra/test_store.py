@@ -298,6 +298,8 @@ def test_what_answers_otherwise_than_s3_is_no_empty_dataset(
     monkeypatch: pytest.MonkeyPatch, body: bytes
 ) -> None:
     class Page(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # or it would not tell who has a body to send to go on
+
         def log_message(self, *_: object) -> None: ...
 
         def do_GET(self) -> None:

@@ -306,7 +306,7 @@ def test_more_shards_than_keys_can_count_are_refused_before_work(tmp_path, monke
 
 
 def test_a_long_list_is_planned_in_buckets_with_the_same_duplicates(tmp_path, monkeypatch):
-    monkeypatch.setattr("tasks.plans._BUCKET_ROWS", 7)
+    monkeypatch.setattr("tasks.repeated_urls._BUCKET_ROWS", 7)
     urls = [f"http://h.org/{i % 13}" for i in range(40)]
     (tmp_path / "l.tsv").write_text("".join(f"{url}\tc\n" for url in urls))
     store = Store(str(tmp_path / "data"))
@@ -318,7 +318,7 @@ def test_a_long_list_is_planned_in_buckets_with_the_same_duplicates(tmp_path, mo
 
 
 def test_planning_takes_the_same_memory_for_a_long_list_as_for_a_short_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("tasks.plans._BUCKET_ROWS", 1000)
+    monkeypatch.setattr("tasks.repeated_urls._BUCKET_ROWS", 1000)
     peaks = []
     for rows in (3_000, 3_000, 24_000):  # the first warms up
         source = tmp_path / f"{rows}.tsv"
